@@ -1,0 +1,13 @@
+# Everything comes from the distribution (Debian 12 and Ubuntu 24.04 are the minimum); tools/test and tools/demo install it.
+find_package(Threads REQUIRED)
+find_package(absl REQUIRED)
+find_package(Protobuf REQUIRED)
+find_package(spdlog REQUIRED)
+find_package(nlohmann_json REQUIRED)
+find_package(GTest REQUIRED)
+find_package(PkgConfig REQUIRED)
+pkg_check_modules(HWY REQUIRED IMPORTED_TARGET libhwy)
+pkg_check_modules(GRPCPP REQUIRED IMPORTED_TARGET grpc++)
+find_library(LOCKSTEP_GRPCPP_REFLECTION grpc++_reflection REQUIRED)
+find_program(LOCKSTEP_GRPC_PLUGIN grpc_cpp_plugin REQUIRED)
+include(GoogleTest)

@@ -1,0 +1,67 @@
+// NumericsProfile: where a trainer casts, as data. A worker runs one profile; nothing else in the code knows a trainer.
+// docs/numerics.md says what each operation computes; this struct holds the choices that differ between trainers.
+#pragma once
+
+#include <cstdint>
+#include <span>
+#include <string_view>
+
+#include "absl/status/statusor.h"
+
+namespace lockstep {
+
+enum class DType : uint8_t { kF32, kBF16, kF16 };
+
+constexpr int64_t DTypeBytes(DType t) { return t == DType::kF32 ? 4 : 2; }
+std::string_view DTypeName(DType t);  // "float32", "bfloat16", "float16"
+
+// Which arithmetic the chunk program of Gated DeltaNet uses.
+enum class GdnProgram : uint8_t {
+  // flash-linear-attention's chunk_gated_delta_rule: q and k normalised to bf16; inverse T kept in fp32 and used as bf16; u, w, v' and the state's
+  // image rounded to bf16 where they enter a product; exp2 of G * log2(e).
+  kChunkBf16,
+  // transformers' PyTorch fallback (torch_chunk_gated_delta_rule): everything between the bf16 inputs and the output is fp32; exp.
+  kChunkFp32,
+};
+
+// Tile order of attention's online softmax. Tiles are counted from absolute position 0.
+enum class AttentionProgram : uint8_t {
+  kTiles128Forward,  // cuDNN: 128-key tiles, from key 0 forwards
+  kTiles64Backward,  // FlashAttention-2: 64-key tiles, from the diagonal backwards
+};
+
+// The three-operation tail of the gated output norm: normalise, times weight, times silu(gate).
+enum class GatedNormCasts : uint8_t {
+  kThree,  // each product rounded to the activation dtype (transformers)
+  kOne,    // rounded once at the end (fla's fused norm)
+};
+
+enum class ConvCasts : uint8_t {
+  kTwo,  // sum of products rounded, then silu rounded (PyTorch)
+  kOne,  // rounded once, after silu (causal-conv1d, fla)
+};
+
+struct NumericsProfile {
+  std::string_view name;
+  std::string_view description;
+
+  DType weights;      // matrices and embedding as they are multiplied
+  DType activations;  // what every operation's output is rounded to; kF32: no rounding
+  DType kv;           // cached keys and values
+  GdnProgram gdn;
+  ConvCasts conv;
+  GatedNormCasts gated_norm;
+  AttentionProgram attention;
+  DType attention_p;  // softmax numerators as they enter P.V
+  DType logits;       // what logits are rounded to before log_softmax in fp32
+
+  // Trainer and library versions whose results this profile was checked against, and how ("tolerance" or "bits"); empty: not checked.
+  std::string_view verified_against;
+};
+
+// All presets: "hf", "hf-torch", "fp32".
+std::span<const NumericsProfile> NumericsProfiles();
+// NOT_FOUND lists the known names.
+absl::StatusOr<NumericsProfile> FindNumericsProfile(std::string_view name);
+
+}  // namespace lockstep

@@ -1,0 +1,161 @@
+// Ops: every operation of the forward pass, as both backends implement it. Kernels know shapes and pointers, not models.
+//
+// The contract all implementations keep (docs/numerics.md): an output row depends on that row's inputs only, never on how many rows, pieces or
+// sequences stand beside it, nor on threads. The order of a row's arithmetic is fixed; tiling is free.
+//
+// Activations live in the backend's own container: on CPU always fp32 words, holding values already rounded to `profile.activations` (so a bf16
+// activation is a bf16 value in an fp32 word). All methods are called by one thread, the step loop; they may use all of the backend's threads inside.
+// Shapes are CHECKed: a wrong shape here is a bug of the caller, not bad input.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <span>
+
+#include "absl/status/statusor.h"
+#include "kernels/numerics.h"
+#include "rollout/base/thread_pool.h"
+
+namespace lockstep {
+
+// A matrix of activations [rows, width]; row r begins at data + r * stride (in elements of the container type).
+struct Rows {
+  float* data = nullptr;
+  int64_t rows = 0;
+  int64_t width = 0;
+  int64_t stride = 0;
+
+  float* row(int64_t r) const { return data + r * stride; }
+  // Columns [begin, begin + count) of the same rows: how one operand is taken out of a fused projection's output.
+  Rows columns(int64_t begin, int64_t count) const { return {data + begin, rows, count, stride}; }
+  Rows slice(int64_t begin, int64_t count) const { return {data + begin * stride, count, width, stride}; }
+};
+
+// A matrix as a checkpoint holds it: row-major [rows, cols] of `dtype`, in host memory.
+struct HostMatrix {
+  const void* data = nullptr;
+  int64_t rows = 0;
+  int64_t cols = 0;
+  DType dtype = DType::kF32;
+};
+
+// A linear layer's weight in the backend's layout, [out, in]; made by Ops::PackLinear.
+class LinearWeight {
+ public:
+  virtual ~LinearWeight() = default;
+  virtual int64_t out_features() const = 0;
+  virtual int64_t in_features() const = 0;
+  virtual int64_t bytes() const = 0;
+};
+
+// An embedding table [vocab, hidden]; made by Ops::PackEmbedding.
+class EmbeddingTable {
+ public:
+  virtual ~EmbeddingTable() = default;
+  virtual int64_t vocab() const = 0;
+  virtual int64_t hidden() const = 0;
+  virtual int64_t bytes() const = 0;
+};
+
+// The rows of one sequence inside a step's batch: rows [row_begin, row_begin + row_count) are its positions [position, position + row_count).
+struct Piece {
+  int64_t row_begin = 0;
+  int64_t row_count = 0;
+  int64_t position = 0;
+  std::byte* gdn_state = nullptr;       // this layer's part of the sequence's state slot (GDN layers)
+  const int32_t* page_table = nullptr;  // [ceil((position + row_count) / page_size)] page ids (attention layers)
+};
+
+struct GdnShape {
+  int64_t key_heads = 0;
+  int64_t value_heads = 0;  // a multiple of key_heads; value head h reads key head h / (value_heads / key_heads)
+  int64_t key_dim = 0;      // d_k, per head
+  int64_t value_dim = 0;    // d_v, per head
+  int64_t conv_width = 4;
+
+  int64_t key_width() const { return key_heads * key_dim; }
+  int64_t value_width() const { return value_heads * value_dim; }
+  int64_t conv_channels() const { return 2 * key_width() + value_width(); }
+};
+
+struct AttentionShape {
+  int64_t heads = 0;
+  int64_t kv_heads = 0;  // divides heads; query head h reads kv head h / (heads / kv_heads)
+  int64_t head_dim = 0;
+  int64_t window = 0;  // keys visible to position i: j <= i and, if window > 0, j > i - window
+  float scale = 0;
+};
+
+// One layer's paged keys and values. Layout is the backend's own; a page holds `page_size` positions of all kv heads, keys and values.
+struct KvLayer {
+  std::byte* base = nullptr;  // page p begins at base + p * Ops::KvPageBytes(...)
+  int64_t page_size = 0;      // positions; a multiple of 16
+};
+
+constexpr int64_t kGdnChunk = 64;
+
+class Ops {
+ public:
+  virtual ~Ops() = default;
+
+  virtual const NumericsProfile& profile() const = 0;
+  virtual ThreadPool& threads() = 0;
+
+  // Stacks `parts` (same cols) along the output dimension, converts to profile().weights and packs. Output column order is the parts' row order.
+  virtual std::unique_ptr<LinearWeight> PackLinear(std::span<const HostMatrix> parts) = 0;
+  virtual std::unique_ptr<EmbeddingTable> PackEmbedding(const HostMatrix& table) = 0;
+
+  // out[r] = table[tokens[r]]. Tokens are in [0, vocab).
+  virtual void Embed(std::span<const int32_t> tokens, const EmbeddingTable& table, Rows out) = 0;
+
+  // out = x W^T, rounded to profile().activations. Each output is one fp32 accumulator over ascending k.
+  virtual void Linear(Rows x, const LinearWeight& weight, Rows out) = 0;
+  // The same, rounded to profile().logits.
+  virtual void Logits(Rows x, const LinearWeight& weight, Rows out) = 0;
+
+  // out = x / sqrt(mean(x^2) + eps) * weight; fp32 inside, one rounding. weight: [width] fp32. out may be x.
+  virtual void RmsNorm(Rows x, const float* weight, float eps, Rows out) = 0;
+  // residual = round(residual + x); out = RmsNorm(residual). Pre-norm layers.
+  virtual void AddRmsNorm(Rows x, Rows residual, const float* weight, float eps, Rows out) = 0;
+  // residual = round(residual + RmsNorm(x)). Post-norm layers.
+  virtual void RmsNormAdd(Rows x, const float* weight, float eps, Rows residual) = 0;
+  // residual = round(residual + x).
+  virtual void Add(Rows x, Rows residual) = 0;
+
+  // out = silu(gate) * up with silu rounded first; gate_up: [rows, 2 * out.width], gate in the first half.
+  virtual void SwiGlu(Rows gate_up, Rows out) = 0;
+
+  // Rotates pairs (i, i + head_dim / 2) of every head in place, as HF's rotate_half: angle = position * inv_freq[i], in fp32;
+  // cos and sin are multiplied by `attention_scaling`. positions: [rows]; inv_freq: [head_dim / 2].
+  virtual void Rope(Rows x, std::span<const int64_t> positions, std::span<const float> inv_freq, float attention_scaling, int64_t head_dim) = 0;
+
+  // Bytes of one layer's page. Pages are multiples of 64 bytes.
+  virtual int64_t KvPageBytes(const AttentionShape& shape, int64_t page_size) const = 0;
+  // Stores k, v [rows, kv_heads * head_dim] of every piece into its pages.
+  virtual void WriteKv(Rows k, Rows v, const AttentionShape& shape, std::span<const Piece> pieces, const KvLayer& kv) = 0;
+  // out [rows, heads * head_dim]: causal attention of each row over positions [0, its own] of its sequence, all already in the pages.
+  virtual void Attention(Rows q, const AttentionShape& shape, std::span<const Piece> pieces, const KvLayer& kv, Rows out) = 0;
+
+  // Bytes of one GDN layer's state for one sequence: convolution tail, FP32 state at the last chunk boundary, and the open chunk's rows. A multiple of 64.
+  virtual int64_t GdnStateBytes(const GdnShape& shape) const = 0;
+  // Makes `state` that of a sequence with no tokens.
+  virtual void GdnResetState(const GdnShape& shape, std::byte* state) = 0;
+
+  // Causal depthwise convolution (width conv_width, over channels [q | k | v]) and SiLU, from and into the state's convolution tail.
+  // in, out: [rows, conv_channels]; weight: [conv_channels, conv_width] fp32, oldest tap first. out must not overlap in.
+  virtual void GdnConv(Rows in, const float* weight, const GdnShape& shape, std::span<const Piece> pieces, Rows out) = 0;
+  // beta = sigmoid(b) (times 2 if neg_eigval; rounded after each), g = -exp(A_log) * softplus(a + dt_bias) in fp32.
+  // a, b, beta, g: [rows, value_heads]; A_log, dt_bias: [value_heads] fp32.
+  virtual void GdnGates(Rows a, Rows b, const float* a_log, const float* dt_bias, bool neg_eigval, Rows beta, Rows g) = 0;
+  // The chunk program. qkv: [rows, conv_channels], the convolution's output; q and k are l2-normalised inside, q scaled by key_dim^-0.5.
+  // out: [rows, value_width]. Positions of a piece continue where the state stands.
+  virtual void GdnChunk(Rows qkv, Rows beta, Rows g, const GdnShape& shape, std::span<const Piece> pieces, Rows out) = 0;
+  // out = x / sqrt(mean(x^2) + eps) * weight * silu(gate), per head of head_dim columns. weight: [head_dim]. out may be x.
+  virtual void GatedRmsNorm(Rows x, Rows gate, const float* weight, float eps, int64_t head_dim, Rows out) = 0;
+};
+
+// The CPU backend (Highway; best instruction set at run time). `threads` must outlive it.
+std::unique_ptr<Ops> MakeCpuOps(const NumericsProfile& profile, ThreadPool* threads);
+
+}  // namespace lockstep

@@ -1,0 +1,57 @@
+// A model's weights in the backend's layouts, loaded from a Hugging Face directory.
+#pragma once
+
+#include <filesystem>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "kernels/ops.h"
+#include "rollout/model/spec.h"
+
+namespace lockstep {
+
+// 1-d tensors and convolution kernels, always fp32 (a bf16 value is exact in it).
+using FloatVector = std::vector<float>;
+
+struct AttentionWeights {
+  std::unique_ptr<LinearWeight> qkv;  // rows: q [heads * head_dim], k [kv_heads * head_dim], v [kv_heads * head_dim]
+  std::unique_ptr<LinearWeight> o;    // [hidden, heads * head_dim]
+  FloatVector q_norm;                 // [heads * head_dim]
+  FloatVector k_norm;                 // [kv_heads * head_dim]
+};
+
+struct GdnWeights {
+  std::unique_ptr<LinearWeight> qkv_g;  // rows: q [key_width], k [key_width], v [value_width], g (output gate) [value_width]
+  std::unique_ptr<LinearWeight> ab;     // rows: a [value_heads], b [value_heads]
+  std::unique_ptr<LinearWeight> o;      // [hidden, value_width]
+  FloatVector conv;                     // [conv_channels, conv_width], channels [q | k | v], oldest tap first
+  FloatVector a_log;                    // [value_heads]
+  FloatVector dt_bias;                  // [value_heads]
+  FloatVector o_norm;                   // [value_dim]
+};
+
+struct LayerWeights {
+  AttentionWeights attention;  // one of the two is filled, by the layer's mixer
+  GdnWeights gdn;
+  FloatVector mixer_norm;                 // kPre: input_layernorm; kPost: post_attention_layernorm
+  FloatVector mlp_norm;                   // kPre: post_attention_layernorm; kPost: post_feedforward_layernorm
+  std::unique_ptr<LinearWeight> gate_up;  // rows: gate [intermediate], up [intermediate]
+  std::unique_ptr<LinearWeight> down;     // [hidden, intermediate]
+};
+
+struct ModelWeights {
+  std::unique_ptr<EmbeddingTable> embedding;  // [vocab, hidden]
+  std::vector<LayerWeights> layers;
+  FloatVector final_norm;              // [hidden]
+  std::unique_ptr<LinearWeight> head;  // [vocab, hidden]; packed from the embedding when tied
+
+  int64_t bytes() const;
+};
+
+// Loads every tensor the spec names from DIR/model.safetensors or the shards of DIR/model.safetensors.index.json. Errors list missing, unexpected and
+// misshapen tensors by name. Shows progress: a bar on a terminal, log lines elsewhere.
+absl::StatusOr<ModelWeights> LoadModelWeights(const std::filesystem::path& dir, const ModelSpec& spec, Ops& ops);
+
+}  // namespace lockstep
