@@ -1,5 +1,6 @@
-// From one row of logits to one token and its log-probabilities. A pure function of its arguments: the draw is keyed by (seed, prompt hash, sample index,
-// generated position) and depends on nothing else, so a request gives the same tokens in any batch, on any worker.
+// From one row of logits to one token and its log-probabilities. A pure function of its arguments: the draw is keyed by
+// (seed, prompt hash, sample index, generated position) and depends on nothing else, so a request gives the same tokens
+// in any batch, on any worker.
 #pragma once
 
 #include <cstdint>
@@ -15,7 +16,8 @@ namespace lockstep {
 // What the filters need to know of the sequence so far. Counts are kept incrementally by the caller through Append.
 class TokenHistory {
  public:
-  // `prompt`: the tokens before the first generated one. `needs_counts`: whether any penalty is on (otherwise no table is kept).
+  // `prompt`: the tokens before the first generated one. `needs_counts`: whether any penalty is on (otherwise no table
+  // is kept).
   TokenHistory(std::span<const int32_t> prompt, bool needs_counts);
   void Append(int32_t token);
 
@@ -47,7 +49,7 @@ struct DrawKey {
 // A 64-bit hash of token ids; the same on every machine.
 uint64_t PromptHash(std::span<const int32_t> tokens);
 
-// Uniform in (0, 1): Philox4x32-10 of the key. 53 random bits, never 0 or 1.
+// Uniform in (0, 1): Philox4x32-10 of the key. An odd multiple of 2^-53 made of 52 random bits, so never 0 or 1.
 double UniformDraw(const DrawKey& key);
 
 struct TokenLogprob {
@@ -60,7 +62,8 @@ struct RowLogprobs {
   float raw = 0;
   float temperature = 0;
   float processed = 0;
-  // The k most probable under each distribution, descending, ties by lowest id.
+  // The k most probable under each distribution, descending, ties by lowest id; fewer where fewer have a probability
+  // above 0.
   std::vector<TokenLogprob> top_raw, top_temperature, top_processed;
   std::vector<int32_t> kept_token_ids;  // ascending
 };
@@ -70,19 +73,27 @@ struct SampledToken {
   RowLogprobs logprobs;
 };
 
-// Draws a token. `logits`: [vocab], fp32. `scratch` is reused between calls by one thread. A row with no finite logit, a NaN, or with every token masked
-// (allowed_token_ids against bad_words, say) is an error: INTERNAL for non-finite logits, FAILED_PRECONDITION for an empty set.
+// Buffers that one thread reuses between calls; contents mean nothing to callers.
 struct SamplerScratch {
-  std::vector<float> logits;
-  std::vector<int32_t> order;
-  std::vector<float> weights;
+  std::vector<float> scaled;         // logits / T
+  std::vector<float> processed;      // adjusted, divided by T, filtered
+  std::vector<float> weights;        // e^(logit - max) of the row looked at last
+  std::vector<uint64_t> block_mass;  // their sums (row_ops.h)
+  std::vector<uint64_t> keys;        // tokens in rank order (token_key.h)
 };
-absl::StatusOr<SampledToken> SampleRow(std::span<const float> logits, const SamplingParams& params, const LogprobOptions& options,
-                                       const TokenHistory& history, const DrawKey& key, SamplerScratch& scratch);
 
-// The log-probabilities of a given token (teacher forcing): raw and temperature kinds, and their top-k. `processed` needs a draw's filters and history; it is
-// computed too when asked for, by the same code as SampleRow.
-absl::StatusOr<RowLogprobs> ScoreRow(std::span<const float> logits, int32_t token, const SamplingParams& params, const LogprobOptions& options,
-                                     const TokenHistory& history, SamplerScratch& scratch);
+// Draws a token. `logits`: [vocab], fp32; -inf is a probability of 0. `params` are valid (ValidateSamplingParams).
+// INTERNAL for a NaN or +inf, naming the token; FAILED_PRECONDITION where no token is left: every logit is -inf, or
+// every token is masked (allowed_token_ids against bad_words, say).
+absl::StatusOr<SampledToken> SampleRow(std::span<const float> logits, const SamplingParams& params,
+                                       const LogprobOptions& options, const TokenHistory& history, const DrawKey& key,
+                                       SamplerScratch& scratch);
+
+// The log-probabilities of a given token (teacher forcing): raw and temperature kinds, and their top-k. `processed` and
+// `kept_token_ids` need a draw's filters and history; they are computed too when asked for, by the same code as
+// SampleRow. A token that the filters drop has `processed` -inf.
+absl::StatusOr<RowLogprobs> ScoreRow(std::span<const float> logits, int32_t token, const SamplingParams& params,
+                                     const LogprobOptions& options, const TokenHistory& history,
+                                     SamplerScratch& scratch);
 
 }  // namespace lockstep

@@ -89,7 +89,14 @@ void ThreadPool::ParallelFor(int64_t n, int64_t grain, absl::FunctionRef<void(in
   state_->generation.notify_all();
   for (int64_t begin; (begin = state_->next.fetch_add(grain)) < n;) fn(begin, std::min(begin + grain, n), 0);
   // Every worker passes through every generation, so the loop's state is free for the next one only when all have left it.
-  while (state_->running.load(std::memory_order_acquire) != 0) CpuRelax();
+  for (int spin = 0; state_->running.load(std::memory_order_acquire) != 0;) {
+    // Past the usual imbalance of a loop, a worker has lost its core to another process: give it ours.
+    if (++spin < kSpin) {
+      CpuRelax();
+    } else {
+      std::this_thread::yield();
+    }
+  }
   state_->busy.store(false);
 }
 

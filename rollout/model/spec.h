@@ -1,4 +1,5 @@
-// ModelSpec: what a checkpoint's config.json says, as data. A new model is a new way to fill it (and a name map), plus a mixer if its mathematics is new.
+// ModelSpec: what a checkpoint's config.json says, as data. A new model is a new way to fill it (and a name map), plus
+// a mixer if its mathematics is new.
 #pragma once
 
 #include <cstdint>
@@ -19,7 +20,8 @@ enum class NormPlacement : uint8_t {
   kPost,  // x + norm(f(x)): OLMo's attention layers
 };
 
-// Rotary embedding, resolved to what a kernel needs. Formulas: transformers' modeling_rope_utils (default, linear, yarn).
+// Rotary embedding, resolved to what a kernel needs. Formulas: transformers' modeling_rope_utils (default, linear,
+// yarn).
 struct RopeSpec {
   std::vector<float> inv_freq;  // [head_dim / 2]
   float attention_scaling = 1;
@@ -49,8 +51,9 @@ struct ModelSpec {
   int64_t parameter_count() const;
 };
 
-// Parses config.json's text (and generation_config.json's, empty if there is none). A field that would change the output and is not understood, or a
-// value out of range, is INVALID_ARGUMENT naming the field, the value and what would be right. See docs/models.md for the fields.
+// Parses config.json's text (and generation_config.json's, empty if there is none). A field that would change the
+// output and is not understood, or a value out of range, is INVALID_ARGUMENT naming the field, the value and what would
+// be right. See docs/models.md for the fields.
 absl::StatusOr<ModelSpec> ParseModelSpec(std::string_view config_json, std::string_view generation_config_json);
 
 // Reads DIR/config.json and DIR/generation_config.json.

@@ -1,4 +1,5 @@
-// The bytes of every token id, from a Hugging Face tokenizer.json: all the worker needs to match stop strings. Text is otherwise the client's business.
+// The bytes of every token id, from a Hugging Face tokenizer.json: all the worker needs to match stop strings. Text is
+// otherwise the client's business.
 #pragma once
 
 #include <cstdint>
@@ -13,8 +14,8 @@ namespace lockstep {
 
 class TokenBytes {
  public:
-  // Understands BPE vocabularies with a ByteLevel decoder (GPT-2 byte alphabet) or with byte fallback ("<0x0A>", U+2581 for space), and added tokens.
-  // Another decoder is UNIMPLEMENTED and named.
+  // Understands BPE vocabularies with a ByteLevel decoder (GPT-2 byte alphabet) or with byte fallback ("<0x0A>", U+2581
+  // for space), and added tokens. Another decoder is UNIMPLEMENTED and named.
   static absl::StatusOr<TokenBytes> Parse(std::string_view tokenizer_json);
   static absl::StatusOr<TokenBytes> Load(const std::filesystem::path& tokenizer_json);
 

@@ -23,13 +23,14 @@ struct AttentionWeights {
 };
 
 struct GdnWeights {
-  std::unique_ptr<LinearWeight> qkv_g;  // rows: q [key_width], k [key_width], v [value_width], g (output gate) [value_width]
-  std::unique_ptr<LinearWeight> ab;     // rows: a [value_heads], b [value_heads]
-  std::unique_ptr<LinearWeight> o;      // [hidden, value_width]
-  FloatVector conv;                     // [conv_channels, conv_width], channels [q | k | v], oldest tap first
-  FloatVector a_log;                    // [value_heads]
-  FloatVector dt_bias;                  // [value_heads]
-  FloatVector o_norm;                   // [value_dim]
+  std::unique_ptr<LinearWeight>
+      qkv_g;  // rows: q [key_width], k [key_width], v [value_width], g (output gate) [value_width]
+  std::unique_ptr<LinearWeight> ab;  // rows: a [value_heads], b [value_heads]
+  std::unique_ptr<LinearWeight> o;   // [hidden, value_width]
+  FloatVector conv;                  // [conv_channels, conv_width], channels [q | k | v], oldest tap first
+  FloatVector a_log;                 // [value_heads]
+  FloatVector dt_bias;               // [value_heads]
+  FloatVector o_norm;                // [value_dim]
 };
 
 struct LayerWeights {
@@ -50,8 +51,9 @@ struct ModelWeights {
   int64_t bytes() const;
 };
 
-// Loads every tensor the spec names from DIR/model.safetensors or the shards of DIR/model.safetensors.index.json. Errors list missing, unexpected and
-// misshapen tensors by name. Shows progress: a bar on a terminal, log lines elsewhere.
+// Loads every tensor the spec names from DIR/model.safetensors or the shards of DIR/model.safetensors.index.json.
+// Errors list missing, unexpected and misshapen tensors by name. Shows progress: a bar on a terminal, log lines
+// elsewhere.
 absl::StatusOr<ModelWeights> LoadModelWeights(const std::filesystem::path& dir, const ModelSpec& spec, Ops& ops);
 
 }  // namespace lockstep

@@ -49,11 +49,12 @@ struct RequestSpec {
   absl::Time deadline = absl::InfiniteFuture();
   absl::Duration time_budget = absl::InfiniteDuration();
   int32_t priority = 0;  // larger runs first
+  std::string cache_salt;  // requests share computed prefixes only with requests of the same salt
 };
 
 enum class FinishKind : uint8_t { kStop, kLength, kAborted, kScored };
 enum class LengthReason : uint8_t { kMaxTokens, kContext };
-enum class AbortReason : uint8_t { kClient, kCancelled, kDeadline, kTimeBudget, kShutdown, kInternal };
+enum class AbortReason : uint8_t { kClient, kCancelled, kDeadline, kTimeBudget, kShutdown, kInternal, kBufferLimit };
 enum class StopKind : uint8_t { kEos, kTokenId, kTokenSequence, kString };
 
 struct StopMatch {

@@ -1,0 +1,80 @@
+#include "kernels/cpu/embedding.h"
+
+#include <cstring>
+
+#include "kernels/cpu/aligned_buffer.h"
+#include "kernels/cpu/host_matrix.h"
+#include "kernels/cpu/row_grain.h"
+#include "rollout/base/check.h"
+
+namespace lockstep {
+namespace {
+
+class CpuEmbeddingTable final : public EmbeddingTable {
+ public:
+  CpuEmbeddingTable(int64_t vocab, int64_t hidden, DType dtype)
+      : vocab_(vocab), hidden_(hidden), dtype_(dtype), data_(vocab * hidden * DTypeBytes(dtype)) {}
+
+  int64_t vocab() const override { return vocab_; }
+  int64_t hidden() const override { return hidden_; }
+  int64_t bytes() const override { return data_.bytes(); }
+
+  DType dtype() const { return dtype_; }
+  template <class T>
+  T* row(int64_t r) const {
+    return reinterpret_cast<T*>(data_.data()) + r * hidden_;
+  }
+
+ private:
+  const int64_t vocab_;
+  const int64_t hidden_;
+  const DType dtype_;  // kBF16 or kF32
+  const AlignedBuffer data_;
+};
+
+}  // namespace
+
+std::unique_ptr<EmbeddingTable> CpuPackEmbedding(const CpuContext& ctx, const HostMatrix& table) {
+  LOCKSTEP_CHECK(table.data != nullptr && table.rows > 0 && table.cols > 0, "PackEmbedding: empty table [{}, {}]",
+                 table.rows, table.cols);
+  auto packed = std::make_unique<CpuEmbeddingTable>(table.rows, table.cols, ctx.profile.weights);
+  ctx.threads.ParallelFor(table.rows, RowGrain(table.cols), [&](int64_t begin, int64_t end, int thread) {
+    float* values = ctx.scratch.Floats(thread, table.cols);
+    for (int64_t r = begin; r < end; ++r) {
+      ReadRow(table, r, 0, table.cols, values);
+      if (packed->dtype() == DType::kF32) {
+        std::memcpy(packed->row<float>(r), values, table.cols * sizeof(float));
+      } else {
+        uint16_t* to = packed->row<uint16_t>(r);
+        for (int64_t i = 0; i < table.cols; ++i) to[i] = F32ToBf16(values[i]);
+      }
+    }
+  });
+  return packed;
+}
+
+void CpuEmbed(const CpuContext& ctx, std::span<const int32_t> tokens, const EmbeddingTable& table, Rows out) {
+  const auto& packed = static_cast<const CpuEmbeddingTable&>(table);
+  LOCKSTEP_CHECK(out.rows == static_cast<int64_t>(tokens.size()) && out.width == packed.hidden(),
+                 "Embed: {} tokens, table [{}, {}], out [{}, {}]", tokens.size(), packed.vocab(), packed.hidden(),
+                 out.rows, out.width);
+  // bf16 rows are their own rounding; an fp32 table under bf16 activations is rounded here.
+  const bool round = packed.dtype() == DType::kF32 && ctx.profile.activations == DType::kBF16;
+  ctx.threads.ParallelFor(out.rows, RowGrain(out.width), [&](int64_t begin, int64_t end, int) {
+    for (int64_t r = begin; r < end; ++r) {
+      const int64_t token = tokens[r];
+      LOCKSTEP_CHECK(token >= 0 && token < packed.vocab(), "Embed: token {} of row {}, vocabulary {}", token, r,
+                     packed.vocab());
+      float* to = out.row(r);
+      if (packed.dtype() == DType::kBF16) {
+        const uint16_t* from = packed.row<uint16_t>(token);
+        for (int64_t i = 0; i < out.width; ++i) to[i] = Bf16ToF32(from[i]);
+      } else {
+        const float* from = packed.row<float>(token);
+        for (int64_t i = 0; i < out.width; ++i) to[i] = round ? RoundBf16(from[i]) : from[i];
+      }
+    }
+  });
+}
+
+}  // namespace lockstep

@@ -1,0 +1,149 @@
+#undef HWY_TARGET_INCLUDE
+#define HWY_TARGET_INCLUDE "kernels/cpu/rms_norm.cc"
+// clang-format off
+#include "hwy/foreach_target.h"
+// clang-format on
+
+#include "kernels/cpu/rms_norm.h"
+
+#include <cmath>
+
+#include "hwy/highway.h"
+#include "kernels/cpu/row_grain.h"
+#include "kernels/cpu/simd_util-inl.h"
+#include "rollout/base/check.h"
+
+HWY_BEFORE_NAMESPACE();
+namespace lockstep {
+namespace HWY_NAMESPACE {
+namespace {
+
+// 1 / sqrt(mean(x^2) + eps), in fp32; the sum of squares in Dot16's order.
+HWY_INLINE float InverseRms(const float* x, int64_t width, float eps) {
+  return 1.0f / std::sqrt(Dot16(x, x, width) / static_cast<float>(width) + eps);
+}
+
+// residual = round(residual + x).
+template <bool kBf16>
+void AddRow(const float* x, float* residual, int64_t width) {
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const VF sum = hn::Add(LoadUpTo(residual + i, width - i), LoadUpTo(x + i, width - i));
+    StoreUpTo(RoundIf<kBf16>(sum), residual + i, width - i);
+  }
+}
+
+// out = round((x * inverse) * weight), or with kAdd out = round(out + round((x * inverse) * weight)). out may be x.
+template <bool kBf16, bool kAdd>
+void ScaleRow(const float* x, float inverse, const float* weight, int64_t width, float* out) {
+  const VF scale = hn::Set(DF(), inverse);
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const VF scaled = hn::Mul(LoadUpTo(x + i, width - i), scale);
+    VF y = RoundIf<kBf16>(hn::Mul(LoadUpTo(weight + i, width - i), scaled));
+    if constexpr (kAdd) y = RoundIf<kBf16>(hn::Add(LoadUpTo(out + i, width - i), y));
+    StoreUpTo(y, out + i, width - i);
+  }
+}
+
+template <bool kBf16>
+void NormRows(const Rows& x, const float* weight, float eps, const Rows& out) {
+  for (int64_t r = 0; r < x.rows; ++r) {
+    ScaleRow<kBf16, false>(x.row(r), InverseRms(x.row(r), x.width, eps), weight, x.width, out.row(r));
+  }
+}
+
+template <bool kBf16>
+void AddNormRows(const Rows& x, const Rows& residual, const float* weight, float eps, const Rows& out) {
+  for (int64_t r = 0; r < x.rows; ++r) {
+    float* sum = residual.row(r);
+    AddRow<kBf16>(x.row(r), sum, x.width);
+    ScaleRow<kBf16, false>(sum, InverseRms(sum, x.width, eps), weight, x.width, out.row(r));
+  }
+}
+
+template <bool kBf16>
+void NormAddRows(const Rows& x, const float* weight, float eps, const Rows& residual) {
+  for (int64_t r = 0; r < x.rows; ++r) {
+    ScaleRow<kBf16, true>(x.row(r), InverseRms(x.row(r), x.width, eps), weight, x.width, residual.row(r));
+  }
+}
+
+template <bool kBf16>
+void AddRows(const Rows& x, const Rows& residual) {
+  for (int64_t r = 0; r < x.rows; ++r) AddRow<kBf16>(x.row(r), residual.row(r), x.width);
+}
+
+void RmsNorm(bool bf16, const Rows& x, const float* weight, float eps, const Rows& out) {
+  bf16 ? NormRows<true>(x, weight, eps, out) : NormRows<false>(x, weight, eps, out);
+}
+void AddRmsNorm(bool bf16, const Rows& x, const Rows& residual, const float* weight, float eps, const Rows& out) {
+  bf16 ? AddNormRows<true>(x, residual, weight, eps, out) : AddNormRows<false>(x, residual, weight, eps, out);
+}
+void RmsNormAdd(bool bf16, const Rows& x, const float* weight, float eps, const Rows& residual) {
+  bf16 ? NormAddRows<true>(x, weight, eps, residual) : NormAddRows<false>(x, weight, eps, residual);
+}
+void Add(bool bf16, const Rows& x, const Rows& residual) {
+  bf16 ? AddRows<true>(x, residual) : AddRows<false>(x, residual);
+}
+
+}  // namespace
+// NOLINTNEXTLINE(google-readability-namespace-comments)
+}  // namespace HWY_NAMESPACE
+}  // namespace lockstep
+HWY_AFTER_NAMESPACE();
+
+#if HWY_ONCE
+namespace lockstep {
+namespace {
+
+HWY_EXPORT(RmsNorm);
+HWY_EXPORT(AddRmsNorm);
+HWY_EXPORT(RmsNormAdd);
+HWY_EXPORT(Add);
+
+void CheckSameShape(const char* op, const Rows& a, const Rows& b) {
+  LOCKSTEP_CHECK(a.rows == b.rows && a.width == b.width && a.width > 0, "{}: operands [{}, {}] and [{}, {}]", op,
+                 a.rows, a.width, b.rows, b.width);
+}
+
+bool RoundsToBf16(const CpuContext& ctx) {
+  return ctx.profile.activations == DType::kBF16;
+}
+
+}  // namespace
+
+void CpuRmsNorm(const CpuContext& ctx, Rows x, const float* weight, float eps, Rows out) {
+  CheckSameShape("RmsNorm", x, out);
+  const auto run = HWY_DYNAMIC_DISPATCH(RmsNorm);
+  ctx.threads.ParallelFor(x.rows, RowGrain(x.width), [&](int64_t begin, int64_t end, int) {
+    run(RoundsToBf16(ctx), x.slice(begin, end - begin), weight, eps, out.slice(begin, end - begin));
+  });
+}
+
+void CpuAddRmsNorm(const CpuContext& ctx, Rows x, Rows residual, const float* weight, float eps, Rows out) {
+  CheckSameShape("AddRmsNorm", x, residual);
+  CheckSameShape("AddRmsNorm", x, out);
+  const auto run = HWY_DYNAMIC_DISPATCH(AddRmsNorm);
+  ctx.threads.ParallelFor(x.rows, RowGrain(x.width), [&](int64_t begin, int64_t end, int) {
+    run(RoundsToBf16(ctx), x.slice(begin, end - begin), residual.slice(begin, end - begin), weight, eps,
+        out.slice(begin, end - begin));
+  });
+}
+
+void CpuRmsNormAdd(const CpuContext& ctx, Rows x, const float* weight, float eps, Rows residual) {
+  CheckSameShape("RmsNormAdd", x, residual);
+  const auto run = HWY_DYNAMIC_DISPATCH(RmsNormAdd);
+  ctx.threads.ParallelFor(x.rows, RowGrain(x.width), [&](int64_t begin, int64_t end, int) {
+    run(RoundsToBf16(ctx), x.slice(begin, end - begin), weight, eps, residual.slice(begin, end - begin));
+  });
+}
+
+void CpuAdd(const CpuContext& ctx, Rows x, Rows residual) {
+  CheckSameShape("Add", x, residual);
+  const auto run = HWY_DYNAMIC_DISPATCH(Add);
+  ctx.threads.ParallelFor(x.rows, RowGrain(x.width), [&](int64_t begin, int64_t end, int) {
+    run(RoundsToBf16(ctx), x.slice(begin, end - begin), residual.slice(begin, end - begin));
+  });
+}
+
+}  // namespace lockstep
+#endif  // HWY_ONCE

@@ -1,0 +1,200 @@
+// RmsNorm, its fusions with the residual, and Add: in bits against a scalar program of the same order, and against
+// fp64.
+#include "kernels/cpu/rms_norm.h"
+
+#include <cmath>
+
+#include "kernels/cpu/test_util.h"
+
+namespace lockstep {
+namespace {
+
+using testing::DifferingRows;
+using testing::ForEachTarget;
+using testing::kUnitBf16;
+using testing::kUnitF32;
+using testing::Matrix;
+using testing::TestContext;
+
+const int64_t kWidths[] = {1, 2, 15, 16, 17, 31, 96, 100, 256, 1000, 3840};
+constexpr float kEps = 1e-6f;
+
+// The stated order: 16 lanes by fused multiply-add, a tree of 8, 4, 2, 1; (x * inverse) * weight.
+std::vector<float> NormInOrder(const float* x, const float* weight, int64_t width, bool bf16) {
+  float lanes[16] = {};
+  for (int64_t i = 0; i < width; ++i) lanes[i % 16] = std::fma(x[i], x[i], lanes[i % 16]);
+  for (int half = 8; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  }
+  const float inverse = 1.0f / std::sqrt(lanes[0] / static_cast<float>(width) + kEps);
+  std::vector<float> out(width);
+  for (int64_t i = 0; i < width; ++i) {
+    const float scaled = x[i] * inverse;
+    const float y = weight[i] * scaled;
+    out[i] = bf16 ? RoundBf16(y) : y;
+  }
+  return out;
+}
+
+float Round(float value, bool bf16) {
+  return bf16 ? RoundBf16(value) : value;
+}
+
+class RmsNormTest : public ::testing::TestWithParam<const char*> {};
+
+TEST_P(RmsNormTest, MatchesFp64) {
+  TestContext context(GetParam());
+  for (const int64_t width : kWidths) {
+    Matrix x(3, width);
+    Matrix weight(1, width);
+    Matrix out(3, width);
+    x.Fill(1, context.bf16(), 3.0f);
+    weight.Fill(2, false);
+    CpuRmsNorm(context.get(), x.view(), weight.row(0), kEps, out.view());
+    for (int64_t r = 0; r < 3; ++r) {
+      double squares = 0;
+      for (int64_t i = 0; i < width; ++i) squares += static_cast<double>(x.at(r, i)) * x.at(r, i);
+      const double inverse = 1 / std::sqrt(squares / static_cast<double>(width) + kEps);
+      for (int64_t i = 0; i < width; ++i) {
+        const double exact = x.at(r, i) * inverse * weight.at(0, i);
+        // width / 16 + 4 roundings of a sum of positive terms, of which the root halves the error; then mean, eps,
+        // root, quotient, two products.
+        const double relative = (static_cast<double>(width) / 32 + 8) * kUnitF32 + (context.bf16() ? kUnitBf16 : 0);
+        ASSERT_LE(std::abs(out.at(r, i) - exact), relative * 1.01 * std::abs(exact)) << width << " " << i;
+      }
+    }
+  }
+}
+
+TEST_P(RmsNormTest, SameBitsAsTheStatedOrderOnEveryTargetThreadsAndRowCount) {
+  for (const int64_t width : kWidths) {
+    for (const int threads : {1, 2, 3}) {
+      TestContext context(GetParam(), threads);
+      constexpr int64_t kRows = 40;
+      Matrix x(kRows, width);
+      Matrix weight(1, width);
+      x.Fill(3, context.bf16());
+      weight.Fill(4, false);
+      ForEachTarget([&] {
+        Matrix out(kRows, width);
+        CpuRmsNorm(context.get(), x.view(), weight.row(0), kEps, out.view());
+        EXPECT_EQ(out.TouchedOutside(), 0);
+        for (int64_t r = 0; r < kRows; ++r) {
+          const auto expected = NormInOrder(x.row(r), weight.row(0), width, context.bf16());
+          ASSERT_EQ(std::memcmp(out.row(r), expected.data(), width * sizeof(float)), 0) << width << " row " << r;
+        }
+        Matrix alone(1, width);
+        CpuRmsNorm(context.get(), x.view().slice(kRows - 1, 1), weight.row(0), kEps, alone.view());
+        EXPECT_EQ(DifferingRows(alone, 0, out, kRows - 1, 1), 0);
+      });
+    }
+  }
+}
+
+TEST_P(RmsNormTest, InPlace) {
+  TestContext context(GetParam());
+  Matrix x(5, 100);
+  Matrix weight(1, 100);
+  x.Fill(5, context.bf16());
+  weight.Fill(6, false);
+  Matrix out(5, 100);
+  CpuRmsNorm(context.get(), x.view(), weight.row(0), kEps, out.view());
+  CpuRmsNorm(context.get(), x.view(), weight.row(0), kEps, x.view());
+  EXPECT_EQ(DifferingRows(x, 0, out, 0, 5), 0);
+}
+
+TEST_P(RmsNormTest, AddRmsNormRoundsTheResidualFirst) {
+  TestContext context(GetParam(), 2);
+  for (const int64_t width : kWidths) {
+    Matrix x(9, width);
+    Matrix residual(9, width);
+    Matrix weight(1, width);
+    x.Fill(7, context.bf16());
+    residual.Fill(8, context.bf16(), 10.0f);
+    weight.Fill(9, false);
+    const Matrix before = residual;
+    ForEachTarget([&] {
+      Matrix sum = before;
+      Matrix start = before;
+      Matrix out(9, width);
+      CpuAddRmsNorm(context.get(), x.view(), sum.view(), weight.row(0), kEps, out.view());
+      EXPECT_EQ(out.TouchedOutside() + sum.TouchedOutside(), 0);
+      for (int64_t r = 0; r < 9; ++r) {
+        for (int64_t i = 0; i < width; ++i) {
+          ASSERT_EQ(sum.at(r, i), Round(start.at(r, i) + x.at(r, i), context.bf16()));
+        }
+        const auto expected = NormInOrder(sum.row(r), weight.row(0), width, context.bf16());
+        ASSERT_EQ(std::memcmp(out.row(r), expected.data(), width * sizeof(float)), 0) << width << " row " << r;
+      }
+    });
+  }
+}
+
+TEST_P(RmsNormTest, RmsNormAddRoundsTheNormFirst) {
+  TestContext context(GetParam(), 2);
+  for (const int64_t width : kWidths) {
+    Matrix x(9, width);
+    Matrix residual(9, width);
+    Matrix weight(1, width);
+    x.Fill(10, context.bf16(), 10.0f);
+    residual.Fill(11, context.bf16());
+    weight.Fill(12, false);
+    const Matrix before = residual;
+    ForEachTarget([&] {
+      Matrix sum = before;
+      Matrix start = before;
+      CpuRmsNormAdd(context.get(), x.view(), weight.row(0), kEps, sum.view());
+      EXPECT_EQ(sum.TouchedOutside(), 0);
+      for (int64_t r = 0; r < 9; ++r) {
+        const auto norm = NormInOrder(x.row(r), weight.row(0), width, context.bf16());
+        for (int64_t i = 0; i < width; ++i) {
+          ASSERT_EQ(sum.at(r, i), Round(start.at(r, i) + norm[i], context.bf16())) << width << " " << i;
+        }
+      }
+    });
+  }
+}
+
+TEST_P(RmsNormTest, AddIsOneRounding) {
+  TestContext context(GetParam(), 2);
+  for (const int64_t width : kWidths) {
+    Matrix x(40, width);
+    Matrix residual(40, width);
+    x.Fill(13, context.bf16());
+    residual.Fill(14, context.bf16(), 100.0f);
+    Matrix before = residual;
+    ForEachTarget([&] {
+      Matrix sum = before;
+      CpuAdd(context.get(), x.view(), sum.view());
+      EXPECT_EQ(sum.TouchedOutside(), 0);
+      for (int64_t r = 0; r < 40; ++r) {
+        for (int64_t i = 0; i < width; ++i) {
+          ASSERT_EQ(sum.at(r, i), Round(before.at(r, i) + x.at(r, i), context.bf16()));
+        }
+      }
+    });
+  }
+}
+
+TEST_P(RmsNormTest, AZeroRowIsZeroAndANanRowStaysAlone) {
+  TestContext context(GetParam());
+  Matrix x(3, 20);
+  Matrix weight(1, 20);
+  weight.Fill(1, false);
+  x.Fill(2, true);
+  for (int64_t i = 0; i < 20; ++i) x.row(1)[i] = 0;
+  x.row(0)[3] = std::nanf("");
+  Matrix out(3, 20);
+  CpuRmsNorm(context.get(), x.view(), weight.row(0), kEps, out.view());
+  for (int64_t i = 0; i < 20; ++i) {
+    EXPECT_TRUE(std::isnan(out.at(0, i)));
+    EXPECT_EQ(out.at(1, i), 0.0f);
+    EXPECT_FALSE(std::isnan(out.at(2, i)));
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Profiles, RmsNormTest, ::testing::Values("hf", "fp32"),
+                         [](const auto& param) { return std::string(param.param) == "hf" ? "Bf16" : "Fp32"; });
+
+}  // namespace
+}  // namespace lockstep

@@ -1,0 +1,83 @@
+#include "kernels/numerics.h"
+
+#include <array>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+
+namespace lockstep {
+namespace {
+
+constexpr std::array<NumericsProfile, 3> kProfiles = {{
+    {
+        .name = "hf",
+        .description = "transformers with flash-linear-attention's kernels on a GPU, bf16",
+        .weights = DType::kBF16,
+        .activations = DType::kBF16,
+        .kv = DType::kBF16,
+        .gdn = GdnProgram::kChunkBf16,
+        .conv = ConvCasts::kTwo,
+        .gated_norm = GatedNormCasts::kThree,
+        .attention = AttentionProgram::kTiles128Forward,
+        .attention_p = DType::kBF16,
+        .logits = DType::kBF16,
+        .verified_against = "",
+    },
+    {
+        .name = "hf-torch",
+        .description = "transformers with its PyTorch fallback of the GDN kernels on a CPU, bf16",
+        .weights = DType::kBF16,
+        .activations = DType::kBF16,
+        .kv = DType::kBF16,
+        .gdn = GdnProgram::kChunkFp32,
+        .conv = ConvCasts::kTwo,
+        .gated_norm = GatedNormCasts::kThree,
+        .attention = AttentionProgram::kTiles128Forward,
+        .attention_p = DType::kBF16,
+        .logits = DType::kBF16,
+        .verified_against = "transformers 5.17.0, torch 2.13.0 (CPU): tolerance",
+    },
+    {
+        .name = "fp32",
+        .description = "the same programs with no rounding between operations",
+        .weights = DType::kF32,
+        .activations = DType::kF32,
+        .kv = DType::kF32,
+        .gdn = GdnProgram::kChunkFp32,
+        .conv = ConvCasts::kTwo,
+        .gated_norm = GatedNormCasts::kThree,
+        .attention = AttentionProgram::kTiles128Forward,
+        .attention_p = DType::kF32,
+        .logits = DType::kF32,
+        .verified_against = "transformers 5.17.0, torch 2.13.0 (CPU): tolerance",
+    },
+}};
+
+}  // namespace
+
+std::string_view DTypeName(DType t) {
+  switch (t) {
+    case DType::kF32:
+      return "float32";
+    case DType::kBF16:
+      return "bfloat16";
+    case DType::kF16:
+      return "float16";
+  }
+  return "unknown";
+}
+
+std::span<const NumericsProfile> NumericsProfiles() {
+  return kProfiles;
+}
+
+absl::StatusOr<NumericsProfile> FindNumericsProfile(std::string_view name) {
+  std::string known;
+  for (const NumericsProfile& profile : kProfiles) {
+    if (profile.name == name) return profile;
+    absl::StrAppend(&known, known.empty() ? "" : ", ", std::string(profile.name));
+  }
+  return absl::NotFoundError(absl::StrCat("numerics profile '", std::string(name), "' is not known; known: ", known));
+}
+
+}  // namespace lockstep

@@ -1,0 +1,207 @@
+#include "rollout/scheduler/scheduler.h"
+
+#include <algorithm>
+
+#include "absl/strings/str_cat.h"
+#include "rollout/base/check.h"
+
+namespace lockstep {
+
+Scheduler::Scheduler(const SchedulerConfig& config) : config_(config), pages_(config.pages) {
+  LOCKSTEP_CHECK(config.slots >= 1 && config.page_size >= 1 && config.max_batch_tokens >= 1,
+                 "slots {}, page_size {}, max_batch_tokens {}", config.slots, config.page_size, config.max_batch_tokens);
+  for (int64_t s = config.slots - 1; s >= 0; --s) free_slots_.push_back(static_cast<int32_t>(s));
+  if (config.disturb_seed) disturb_.emplace(*config.disturb_seed);
+}
+
+int64_t Scheduler::PagesFor(int64_t tokens) const {
+  return config_.pages == 0 ? 0 : (tokens + config_.page_size - 1) / config_.page_size;
+}
+
+absl::Status Scheduler::CheckFits(int64_t max_tokens) const {
+  const int64_t pages = PagesFor(max_tokens);
+  if (pages <= pages_.total()) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("a sequence of up to ", max_tokens, " tokens needs ", pages, " KV pages of ",
+                                                   config_.page_size, " tokens; this worker has ", pages_.total(), " (",
+                                                   pages_.total() * config_.page_size, " tokens)"));
+}
+
+Scheduler::Sequence& Scheduler::Get(SequenceId id) {
+  auto it = sequences_.find(id);
+  LOCKSTEP_CHECK(it != sequences_.end(), "unknown sequence {}", id);
+  return *it->second;
+}
+const Scheduler::Sequence& Scheduler::Get(SequenceId id) const { return const_cast<Scheduler*>(this)->Get(id); }
+
+void Scheduler::Add(const NewSequence& sequence) {
+  LOCKSTEP_CHECK(sequence.known >= 1, "sequence {} has no token", sequence.id);
+  auto s = std::make_unique<Sequence>();
+  s->spec = sequence;
+  s->arrival = arrivals_++;
+  s->known = sequence.known;
+  waiting_.insert(RankOf(*s));
+  LOCKSTEP_CHECK(sequences_.emplace(sequence.id, std::move(s)).second, "sequence {} was added twice", sequence.id);
+}
+
+void Scheduler::Remove(SequenceId id) {
+  Sequence& s = Get(id);
+  running_.erase(RankOf(s));
+  waiting_.erase(RankOf(s));
+  Release(s);
+  sequences_.erase(id);
+}
+
+void Scheduler::AppendToken(SequenceId id) {
+  Sequence& s = Get(id);
+  LOCKSTEP_CHECK(s.known == s.computed, "sequence {} sampled with {} of {} tokens computed", id, s.computed, s.known);
+  ++s.known;
+}
+
+int32_t Scheduler::slot(SequenceId id) const { return Get(id).slot; }
+const std::vector<int32_t>& Scheduler::page_table(SequenceId id) const { return Get(id).pages; }
+int64_t Scheduler::computed(SequenceId id) const { return Get(id).computed; }
+bool Scheduler::admitted(SequenceId id) const { return Get(id).slot >= 0; }
+
+void Scheduler::Release(Sequence& s) {
+  for (int32_t page : s.pages) pages_.Drop(page);
+  s.pages.clear();
+  if (s.slot >= 0) free_slots_.push_back(s.slot);
+  s.slot = -1;
+  s.computed = 0;
+}
+
+void Scheduler::Preempt(Sequence& s, StepPlan& plan) {
+  running_.erase(RankOf(s));
+  Release(s);
+  waiting_.insert(RankOf(s));
+  plan.preempted.push_back(s.spec.id);
+  std::erase_if(plan.pieces, [&](const PlannedPiece& p) { return p.id == s.spec.id; });
+}
+
+// Makes room for `tokens` positions, preempting sequences that rank behind `s`. False: there is no room and `s` itself ranks last.
+bool Scheduler::Grow(Sequence& s, int64_t tokens, StepPlan& plan) {
+  int64_t missing = PagesFor(tokens) - static_cast<int64_t>(s.pages.size());
+  while (missing > pages_.free()) {
+    const Rank last = *running_.rbegin();
+    if (last.id == s.spec.id) return false;
+    Preempt(Get(last.id), plan);
+  }
+  for (; missing > 0; --missing) s.pages.push_back(pages_.Take());
+  return true;
+}
+
+// One sample of a group prefills the prompt; the rest wait for it and fork.
+bool Scheduler::WaitsForLeader(const Sequence& s) const {
+  if (s.spec.group == 0 || s.known != s.spec.known) return false;
+  for (const Rank& r : running_) {
+    const Sequence& other = Get(r.id);
+    if (other.spec.group == s.spec.group && other.computed < other.spec.known) return true;
+  }
+  return false;
+}
+
+// Gives a waiting sequence a slot and pages for all it has to compute, if they are free. One page for each running sequence is left over, so that a newcomer
+// does not push out those that are about to grow.
+bool Scheduler::Admit(Sequence& s, StepPlan& plan) {
+  if (free_slots_.empty()) return false;
+  const int64_t pages = PagesFor(s.known + (s.spec.samples ? 1 : 0));
+  const int64_t spare = std::min<int64_t>(running(), pages_.total() - pages);
+  if (config_.pages > 0 && pages + std::max<int64_t>(spare, 0) > pages_.free() && !(running_.empty() && PagesFor(s.known) <= pages_.free())) return false;
+  waiting_.erase(RankOf(s));
+  running_.insert(RankOf(s));
+  s.slot = free_slots_.back();
+  free_slots_.pop_back();
+  plan.reset_slots.push_back(s.slot);
+  return true;
+}
+
+void Scheduler::PlanPiece(Sequence& s, int64_t* budget, StepPlan& plan) {
+  int64_t count = std::min(s.known - s.computed, *budget);
+  if (disturb_ && count > 1 && Chance(50)) count = 1 + static_cast<int64_t>((*disturb_)() % count);
+  if (count <= 0) return;
+  if (!Grow(s, s.computed + count, plan)) {
+    // Nothing ranks behind it and memory is full: it gives up its own pages, so that those before it go on.
+    Preempt(s, plan);
+    return;
+  }
+  *budget -= count;
+  plan.pieces.push_back({s.spec.id, s.computed, count, s.computed + count == s.known});
+}
+
+StepPlan Scheduler::Plan() {
+  StepPlan plan;
+  if (disturb_) Disturb(plan);
+  int64_t budget = config_.max_batch_tokens;
+  // Decode rows first, then the rest of what already holds memory, then newcomers. Each round walks a copy: planning preempts.
+  const auto round = [&](bool decoding) {
+    for (const Rank& r : std::vector<Rank>(running_.begin(), running_.end())) {
+      if (!running_.contains(r)) continue;
+      Sequence& s = Get(r.id);
+      if (s.decoding() != decoding || s.computed == s.known) continue;
+      if (disturb_ && Chance(15)) continue;
+      PlanPiece(s, &budget, plan);
+    }
+  };
+  round(true);
+  round(false);
+  if (plan.preempted.empty() || running_.empty()) {
+    for (const Rank& r : std::vector<Rank>(waiting_.begin(), waiting_.end())) {
+      if (budget <= 0) break;
+      Sequence& s = Get(r.id);
+      if (WaitsForLeader(s)) continue;
+      if (!Admit(s, plan)) break;
+      PlanPiece(s, &budget, plan);
+    }
+  }
+  PlanForks(plan);
+  if (disturb_) std::shuffle(plan.pieces.begin(), plan.pieces.end(), *disturb_);
+  // A slot given to a sequence that was preempted again in the same plan may stand twice, or be unused: clearing it is harmless, and it is cleared before rows run.
+  return plan;
+}
+
+void Scheduler::PlanForks(StepPlan& plan) {
+  for (const PlannedPiece& piece : plan.pieces) {
+    const Sequence& leader = Get(piece.id);
+    if (leader.spec.group == 0 || leader.known != leader.spec.known || !piece.last) continue;
+    const int64_t prompt = leader.spec.known;
+    const bool partial_page = config_.pages > 0 && prompt % config_.page_size != 0;
+    for (const Rank& r : std::vector<Rank>(waiting_.begin(), waiting_.end())) {
+      Sequence& s = Get(r.id);
+      if (s.spec.group != leader.spec.group || s.known != s.spec.known) continue;
+      if (disturb_ && Chance(20)) continue;
+      if (free_slots_.empty() || pages_.free() < (partial_page ? 1 : 0) + (config_.pages > 0 ? running() : 0)) return;
+      waiting_.erase(r);
+      running_.insert(r);
+      s.slot = free_slots_.back();
+      free_slots_.pop_back();
+      Fork fork{leader.spec.id, s.spec.id, leader.slot, s.slot, -1, -1};
+      s.pages = leader.pages;
+      s.pages.resize(PagesFor(prompt));
+      for (size_t i = 0; i + (partial_page ? 1 : 0) < s.pages.size(); ++i) pages_.AddReference(s.pages[i]);
+      if (partial_page) {
+        fork.from_page = s.pages.back();
+        fork.to_page = s.pages.back() = pages_.Take();
+      }
+      plan.forks.push_back(fork);
+    }
+  }
+}
+
+void Scheduler::Apply(const StepPlan& plan) {
+  for (const PlannedPiece& piece : plan.pieces) {
+    Sequence& s = Get(piece.id);
+    LOCKSTEP_CHECK(s.computed == piece.position, "sequence {} stands at {}, the plan at {}", piece.id, s.computed, piece.position);
+    s.computed += piece.count;
+  }
+  for (const Fork& fork : plan.forks) Get(fork.follower).computed = Get(fork.leader).spec.known;
+}
+
+bool Scheduler::Chance(int percent) { return static_cast<int>((*disturb_)() % 100) < percent; }
+
+void Scheduler::Disturb(StepPlan& plan) {
+  for (const Rank& r : std::vector<Rank>(running_.begin(), running_.end())) {
+    if (Chance(1)) Preempt(Get(r.id), plan);
+  }
+}
+
+}  // namespace lockstep

@@ -1,0 +1,137 @@
+// The scheduler: which rows run in the next step. Pure: it sees sequence lengths, pages, slots and budgets; no tensors, no device, no threads, no clock. No result
+// depends on its choices (docs/numerics.md), so it is free to mix, reorder, split, preempt and recompute.
+//
+// A sequence has `known` tokens (prompt and generated so far) and `computed` positions in its state. A step computes rows [computed, computed + count); the row of the last
+// known token yields the next one. So a decoding sequence has known = computed + 1, and a new or preempted one has computed = 0.
+//
+// Use by one thread:  Add / Remove at step boundaries;  plan = Plan();  run it;  Apply(plan);  then AppendToken or Remove for each row that sampled.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <random>
+#include <set>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "rollout/scheduler/page_pool.h"
+
+namespace lockstep {
+
+using SequenceId = uint64_t;
+
+struct SchedulerConfig {
+  int64_t page_size = 64;         // positions in a page
+  int64_t pages = 0;              // 0: no layer has a KV cache, and pages are not counted
+  int64_t slots = 0;              // sequences that can hold a state at once
+  int64_t max_batch_tokens = 512;  // rows of a step: decode rows first, prefill pieces in what is left
+  // For tests of invariance: reorders, cuts pieces short, holds decode rows back and preempts at random. Results must not change.
+  std::optional<uint64_t> disturb_seed;
+};
+
+struct NewSequence {
+  SequenceId id = 0;        // unique for the scheduler's life
+  int64_t known = 0;        // tokens of the prompt (and generated prefix), at least 1
+  int32_t priority = 0;     // larger runs first; among equals, earlier Add runs first
+  bool samples = true;      // false: teacher-forced scoring, done when computed = known
+  uint64_t group = 0;       // samples of one prompt (same `known`); 0: none. One of them prefills, the others fork from it.
+};
+
+struct PlannedPiece {
+  SequenceId id = 0;
+  int64_t position = 0;  // first row's
+  int64_t count = 0;
+  bool last = false;  // covers the last known token: its logits give the next one
+};
+
+// After the rows have run, the follower's state becomes a copy of the leader's: slot to slot, and the page that both would write.
+struct Fork {
+  SequenceId leader = 0;
+  SequenceId follower = 0;
+  int32_t from_slot = 0;
+  int32_t to_slot = 0;
+  int32_t from_page = -1;  // -1: the prompt ends at a page boundary
+  int32_t to_page = -1;
+};
+
+struct StepPlan {
+  std::vector<PlannedPiece> pieces;
+  std::vector<int32_t> reset_slots;      // to be cleared before the rows run: sequences that start at position 0
+  std::vector<Fork> forks;               // to be copied after the rows have run; a follower samples its first token from its leader's row
+  std::vector<SequenceId> preempted;     // lost their state and will be recomputed
+  bool empty() const { return pieces.empty(); }
+};
+
+class Scheduler {
+ public:
+  explicit Scheduler(const SchedulerConfig& config);
+
+  // Whether a sequence of this many tokens in all can ever run; INVALID_ARGUMENT says what it needs and what there is.
+  absl::Status CheckFits(int64_t max_tokens) const;
+
+  void Add(const NewSequence& sequence);
+  void Remove(SequenceId id);
+  StepPlan Plan();
+  // Advances what the plan computed, and forks.
+  void Apply(const StepPlan& plan);
+  // The sequence sampled a token: one more is known.
+  void AppendToken(SequenceId id);
+
+  int32_t slot(SequenceId id) const;
+  const std::vector<int32_t>& page_table(SequenceId id) const;
+  int64_t computed(SequenceId id) const;
+  bool admitted(SequenceId id) const;
+
+  int64_t running() const { return static_cast<int64_t>(running_.size()); }
+  int64_t waiting() const { return static_cast<int64_t>(waiting_.size()); }
+  int64_t pages_used() const { return pages_.used(); }
+  int64_t slots_used() const { return config_.slots - static_cast<int64_t>(free_slots_.size()); }
+  const SchedulerConfig& config() const { return config_; }
+
+ private:
+  struct Sequence {
+    NewSequence spec;
+    uint64_t arrival = 0;
+    int64_t known = 0;
+    int64_t computed = 0;
+    int32_t slot = -1;
+    std::vector<int32_t> pages;
+    bool decoding() const { return computed > 0 && known == computed + 1; }
+  };
+  // Runs first: higher priority, then earlier arrival.
+  struct Rank {
+    int32_t priority;
+    uint64_t arrival;
+    SequenceId id;
+    bool operator<(const Rank& o) const {
+      return priority != o.priority ? priority > o.priority : arrival < o.arrival;
+    }
+  };
+
+  Rank RankOf(const Sequence& s) const { return {s.spec.priority, s.arrival, s.spec.id}; }
+  Sequence& Get(SequenceId id);
+  const Sequence& Get(SequenceId id) const;
+  int64_t PagesFor(int64_t tokens) const;
+  bool Grow(Sequence& s, int64_t tokens, StepPlan& plan);
+  void Release(Sequence& s);
+  void Preempt(Sequence& s, StepPlan& plan);
+  bool Admit(Sequence& s, StepPlan& plan);
+  bool WaitsForLeader(const Sequence& s) const;
+  void PlanPiece(Sequence& s, int64_t* budget, StepPlan& plan);
+  void PlanForks(StepPlan& plan);
+  void Disturb(StepPlan& plan);
+  bool Chance(int percent);
+
+  SchedulerConfig config_;
+  PagePool pages_;
+  std::vector<int32_t> free_slots_;
+  std::map<SequenceId, std::unique_ptr<Sequence>> sequences_;
+  std::set<Rank> running_;
+  std::set<Rank> waiting_;
+  uint64_t arrivals_ = 0;
+  std::optional<std::mt19937_64> disturb_;
+};
+
+}  // namespace lockstep

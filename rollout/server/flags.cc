@@ -1,0 +1,213 @@
+#include "rollout/server/flags.h"
+
+#include <cstdio>
+#include <cstdlib>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "absl/flags/flag.h"
+#include "absl/flags/parse.h"
+#include "absl/flags/reflection.h"
+#include "absl/flags/usage.h"
+#include "absl/flags/usage_config.h"
+#include "absl/strings/numbers.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_split.h"
+#include "rollout/base/check.h"
+#include "rollout/base/status.h"
+#include "rollout/server/info.h"
+
+ABSL_FLAG(std::string, model, "", "Directory of the checkpoint, as Hugging Face lays it out: config.json, *.safetensors, tokenizer.json. Required.");
+ABSL_FLAG(std::string, backend, "cpu", "What computes: cpu, or cuda (in builds that have it).");
+ABSL_FLAG(std::string, numerics, "auto",
+          "Numerics profile: whose casts and order of arithmetic to reproduce. hf-torch: transformers' PyTorch code; hf: transformers with fla's kernels; "
+          "fp32: no rounding below fp32. auto: hf-torch for a bfloat16 checkpoint, else fp32.");
+ABSL_FLAG(std::string, listen, "127.0.0.1:50051", "HOST:PORT of the data plane (lockstep.v1.Rollout). Port 0 picks a free one. There is no authentication: keep to loopback "
+          "or a trusted network.");
+ABSL_FLAG(std::string, control_listen, "127.0.0.1:50052", "HOST:PORT of the control plane (health and reflection). Port 0 picks a free one.");
+
+ABSL_FLAG(int32_t, threads, 0, "Threads that compute. 0: all cores this process may use.");
+ABSL_FLAG(double, memory_gb, 0, "Memory for KV pages and recurrent states, in GB (1e9 bytes). 0: half of what is free once the weights are loaded.");
+ABSL_FLAG(int64_t, page_size, 64, "Tokens per KV page. A multiple of 16.");
+ABSL_FLAG(int64_t, max_batch_tokens, 512, "Tokens one step computes at most, decoding and prefill together. Larger: better throughput; smaller: steadier latency.");
+ABSL_FLAG(int64_t, max_sequences, 64, "Sequences that run at once.");
+
+ABSL_FLAG(int64_t, max_waiting_sequences, 4096, "Sequences accepted but not running; past it requests are RESOURCE_EXHAUSTED.");
+ABSL_FLAG(int64_t, max_prompt_tokens, 0, "Longest prompt of Generate, in tokens. 0: what the model and the memory allow.");
+ABSL_FLAG(int32_t, max_n, 128, "Samples per request.");
+ABSL_FLAG(int64_t, max_request_bytes, 16 << 20, "Largest request message, in bytes.");
+ABSL_FLAG(double, max_buffered_mb, 1024, "Undelivered results of all requests together, in MiB; past it the reader with the most is cut.");
+ABSL_FLAG(double, max_retained_mb, 256, "Results kept for re-attaching, all together, in MiB; past it the oldest are dropped.");
+ABSL_FLAG(double, reattach_seconds, 120, "How long a result is kept for re-attaching after its stream ended.");
+ABSL_FLAG(double, max_version_wait_seconds, 600, "How long a request may wait for min_weight_version.");
+ABSL_FLAG(double, drain_seconds, 30, "After SIGTERM or SIGINT: how long requests in flight may go on. Then they end with what they have. A second signal ends the process at once.");
+
+namespace lockstep {
+namespace {
+
+struct FlagGroup {
+  std::string_view title;
+  std::vector<std::string_view> names;
+};
+
+// The order of --help.
+const std::vector<FlagGroup>& Groups() {
+  static const auto* groups = new std::vector<FlagGroup>{
+      {"What to serve", {"model", "backend", "numerics"}},
+      {"Where", {"listen", "control_listen"}},
+      {"Engine", {"threads", "memory_gb", "page_size", "max_batch_tokens", "max_sequences"}},
+      {"Limits",
+       {"max_waiting_sequences", "max_prompt_tokens", "max_n", "max_request_bytes", "max_buffered_mb", "max_retained_mb", "reattach_seconds",
+        "max_version_wait_seconds"}},
+      {"Shutdown", {"drain_seconds"}},
+  };
+  return *groups;
+}
+
+void PrintWrapped(std::string_view text, size_t indent, size_t width) {
+  size_t column = 0;
+  for (const auto word : absl::StrSplit(absl::string_view(text.data(), text.size()), ' ')) {
+    if (column > 0 && column + 1 + word.size() > width) {
+      std::printf("\n");
+      column = 0;
+    }
+    std::printf("%*s%.*s", column == 0 ? static_cast<int>(indent) : 1, "", static_cast<int>(word.size()), word.data());
+    column += word.size() + 1;
+  }
+  std::printf("\n");
+}
+
+void PrintFlag(const absl::CommandLineFlag& flag) {
+  const std::string name(flag.Name());
+  const std::string value = flag.DefaultValue();
+  std::printf("  --%s%s\n", name.c_str(), value.empty() ? "" : absl::StrCat(" (default: ", value, ")").c_str());
+  PrintWrapped(flag.Help(), 6, 94);
+}
+
+// absl's own --help shows flags by source file, and exits with 1.
+void PrintHelp() {
+  std::printf(
+      "lockstep-worker: serves a checkpoint over gRPC.\n"
+      "Completions come with the log-probabilities that their trainer computes.\n\n"
+      "  lockstep-worker --model DIR [flags]\n\n"
+      "Example:\n"
+      "  lockstep-worker --model tests/data/tiny --listen 127.0.0.1:0 --control_listen 127.0.0.1:0\n\n"
+      "Once it serves, the first line on standard output is\n"
+      "  lockstep-worker ready data=HOST:PORT control=HOST:PORT\n"
+      "The log goes to standard error. Exit status: 0 after a drained shutdown; 1 for errors.\n");
+  const auto all = absl::GetAllFlags();
+  std::vector<std::string_view> shown;
+  for (const FlagGroup& group : Groups()) {
+    std::printf("\n%.*s:\n", static_cast<int>(group.title.size()), group.title.data());
+    for (const std::string_view name : group.names) {
+      const auto found = all.find(absl::string_view(name.data(), name.size()));
+      LOCKSTEP_CHECK(found != all.end(), "--help lists a flag that does not exist: {}", name);
+      PrintFlag(*found->second);
+    }
+  }
+  std::printf("\nOther:\n  --help\n      This text.\n  --version\n      Version, commit and compiler.\n  --flagfile (default: )\n"
+              "      Files with more flags, one a line; separated by commas.\n");
+}
+
+bool HasFlag(int argc, char** argv, std::string_view name) {
+  for (int i = 1; i < argc; ++i) {
+    std::string_view argument = argv[i];
+    if (argument == "--") return false;
+    while (!argument.empty() && argument.front() == '-') argument.remove_prefix(1);
+    if (argv[i][0] == '-' && argument == name) return true;
+  }
+  return false;
+}
+
+template <class T>
+absl::Status CheckFlag(std::string_view name, T value, T low, T high) {
+  // Written so that a NaN fails.
+  if (value >= low && value <= high) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("--", std::string(name), ": value ", value, "; want ", low, " to ", high));
+}
+
+absl::Status CheckAddress(std::string_view name, const std::string& address) {
+  const size_t colon = address.rfind(':');
+  int port = -1;
+  if (address.rfind("unix:", 0) == 0 && address.size() > 5) return absl::OkStatus();
+  if (colon != std::string::npos && colon > 0 && absl::SimpleAtoi(address.substr(colon + 1), &port) && port >= 0 && port <= 65535) {
+    return absl::OkStatus();
+  }
+  return absl::InvalidArgumentError(absl::StrCat("--", std::string(name), ": value \"", address, "\"; want HOST:PORT, port 0 to 65535"));
+}
+
+constexpr double kMaxMb = 1 << 24;
+constexpr double kMaxSeconds = 7 * 24 * 3600;
+
+// MakeWorker checks the values: other programs fill in WorkerOptions too.
+absl::StatusOr<WorkerOptions> ReadWorkerOptions() {
+  WorkerOptions options;
+  options.model_dir = absl::GetFlag(FLAGS_model);
+  if (options.model_dir.empty()) return absl::InvalidArgumentError("--model: not given; want the directory of a checkpoint (see --help)");
+  options.backend = absl::GetFlag(FLAGS_backend);
+  options.numerics = absl::GetFlag(FLAGS_numerics);
+  if (options.numerics == "auto") options.numerics.clear();
+  options.threads = absl::GetFlag(FLAGS_threads);
+  options.memory_gb = absl::GetFlag(FLAGS_memory_gb);
+  options.page_size = absl::GetFlag(FLAGS_page_size);
+  options.max_batch_tokens = absl::GetFlag(FLAGS_max_batch_tokens);
+  options.max_sequences = absl::GetFlag(FLAGS_max_sequences);
+  options.max_waiting_sequences = absl::GetFlag(FLAGS_max_waiting_sequences);
+  return options;
+}
+
+absl::StatusOr<ServerOptions> ReadServerOptions() {
+  ServerOptions options;
+  options.listen = absl::GetFlag(FLAGS_listen);
+  options.control_listen = absl::GetFlag(FLAGS_control_listen);
+  options.backend = absl::GetFlag(FLAGS_backend);
+  LOCKSTEP_RETURN_IF_ERROR(CheckAddress("listen", options.listen));
+  LOCKSTEP_RETURN_IF_ERROR(CheckAddress("control_listen", options.control_listen));
+  ServiceLimits& limits = options.limits;
+  limits.max_prompt_tokens = absl::GetFlag(FLAGS_max_prompt_tokens);
+  limits.max_n = absl::GetFlag(FLAGS_max_n);
+  limits.max_request_bytes = absl::GetFlag(FLAGS_max_request_bytes);
+  limits.max_waiting_sequences = absl::GetFlag(FLAGS_max_waiting_sequences);
+  LOCKSTEP_RETURN_IF_ERROR(CheckFlag<int64_t>("max_prompt_tokens", limits.max_prompt_tokens, 0, int64_t{1} << 32));
+  LOCKSTEP_RETURN_IF_ERROR(CheckFlag("max_n", limits.max_n, 1, 1 << 16));
+  LOCKSTEP_RETURN_IF_ERROR(CheckFlag<int64_t>("max_request_bytes", limits.max_request_bytes, 1024, int64_t{INT32_MAX}));
+  const double buffered = absl::GetFlag(FLAGS_max_buffered_mb);
+  const double retained = absl::GetFlag(FLAGS_max_retained_mb);
+  const double reattach = absl::GetFlag(FLAGS_reattach_seconds);
+  const double version_wait = absl::GetFlag(FLAGS_max_version_wait_seconds);
+  LOCKSTEP_RETURN_IF_ERROR(CheckFlag("max_buffered_mb", buffered, 0.001, kMaxMb));
+  LOCKSTEP_RETURN_IF_ERROR(CheckFlag("max_retained_mb", retained, 0.0, kMaxMb));
+  LOCKSTEP_RETURN_IF_ERROR(CheckFlag("reattach_seconds", reattach, 0.0, kMaxSeconds));
+  LOCKSTEP_RETURN_IF_ERROR(CheckFlag("max_version_wait_seconds", version_wait, 0.0, kMaxSeconds));
+  limits.max_buffered_bytes = static_cast<int64_t>(buffered * (1 << 20));
+  limits.max_retained_bytes = static_cast<int64_t>(retained * (1 << 20));
+  limits.reattach = absl::Seconds(reattach);
+  limits.max_version_wait = absl::Seconds(version_wait);
+  return options;
+}
+
+}  // namespace
+
+absl::StatusOr<WorkerFlags> ParseWorkerFlags(int argc, char** argv) {
+  absl::SetProgramUsageMessage("lockstep-worker --model DIR [flags]; see --help");
+  if (HasFlag(argc, argv, "help")) {
+    PrintHelp();
+    std::exit(0);
+  }
+  if (HasFlag(argc, argv, "version")) {
+    std::printf("%s\n", VersionLine().c_str());
+    std::exit(0);
+  }
+  const std::vector<char*> rest = absl::ParseCommandLine(argc, argv);
+  if (rest.size() > 1) return absl::InvalidArgumentError(absl::StrCat("unexpected argument \"", rest[1], "\"; want flags only (see --help)"));
+  WorkerFlags flags;
+  LOCKSTEP_ASSIGN_OR_RETURN(flags.worker, ReadWorkerOptions());
+  LOCKSTEP_ASSIGN_OR_RETURN(flags.server, ReadServerOptions());
+  const double drain = absl::GetFlag(FLAGS_drain_seconds);
+  LOCKSTEP_RETURN_IF_ERROR(CheckFlag("drain_seconds", drain, 0.0, kMaxSeconds));
+  flags.drain = absl::Seconds(drain);
+  return flags;
+}
+
+}  // namespace lockstep

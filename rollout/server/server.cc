@@ -1,0 +1,109 @@
+#include "rollout/server/server.h"
+
+#include <grpcpp/ext/proto_server_reflection_plugin.h>
+#include <grpcpp/health_check_service_interface.h>
+
+#include <chrono>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "rollout/base/status.h"
+
+namespace lockstep {
+namespace {
+
+constexpr char kServiceName[] = "lockstep.v1.Rollout";
+
+// "HOST:PORT" with the port that was bound. Addresses without a port (unix:...) stay as they are.
+std::string WithPort(const std::string& address, int port) {
+  const size_t colon = address.rfind(':');
+  if (address.rfind("unix:", 0) == 0 || colon == std::string::npos) return address;
+  return absl::StrCat(address.substr(0, colon), ":", port);
+}
+
+void Configure(grpc::ServerBuilder& builder, const std::string& address, int* port) {
+  builder.AddListeningPort(address, grpc::InsecureServerCredentials(), port);
+  // Two workers on one port would each get some of the calls.
+  builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
+  // A dead peer is noticed within a minute, however long its stream is silent; clients may ping as often as every 10 s.
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIME_MS, 30'000);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_TIMEOUT_MS, 20'000);
+  builder.AddChannelArgument(GRPC_ARG_HTTP2_MIN_RECV_PING_INTERVAL_WITHOUT_DATA_MS, 10'000);
+  builder.AddChannelArgument(GRPC_ARG_KEEPALIVE_PERMIT_WITHOUT_CALLS, 1);
+  // For reflection, the only synchronous service.
+  builder.SetSyncServerOption(grpc::ServerBuilder::NUM_CQS, 1);
+  builder.SetSyncServerOption(grpc::ServerBuilder::MIN_POLLERS, 1);
+  builder.SetSyncServerOption(grpc::ServerBuilder::MAX_POLLERS, 2);
+}
+
+absl::Status ListenError(const std::string& flag, const std::string& address) {
+  return absl::UnavailableError(absl::StrCat("--", flag, ": cannot listen on \"", address, "\"; want HOST:PORT with a free port, or port 0 to pick one"));
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<RolloutServer>> RolloutServer::Start(ServingModel model, const ServerOptions& options) {
+  std::unique_ptr<RolloutServer> server(new RolloutServer(std::move(model), options));
+  LOCKSTEP_RETURN_IF_ERROR(server->Listen(options));
+  return server;
+}
+
+RolloutServer::RolloutServer(ServingModel model, const ServerOptions& options) : model_(std::move(model)), tasks_(std::make_unique<TaskThread>()) {
+  const ServiceLimits& limits = options.limits;
+  registry_ = std::make_unique<RequestRegistry>(model_.worker.get(),
+                                                RegistryOptions{.max_buffered_bytes = limits.max_buffered_bytes,
+                                                                .max_retained_bytes = limits.max_retained_bytes,
+                                                                .reattach = limits.reattach},
+                                                tasks_.get());
+  starter_ = std::make_unique<RequestStarter>(model_.worker.get(), registry_.get(), tasks_.get(), limits.max_version_wait,
+                                              limits.max_waiting_sequences);
+  service_ = std::make_unique<RolloutService>(&model_, limits, options.backend, registry_.get(), starter_.get());
+}
+
+absl::Status RolloutServer::Listen(const ServerOptions& options) {
+  grpc::EnableDefaultHealthCheckService(true);
+  grpc::reflection::InitProtoReflectionServerBuilderPlugin();
+
+  int data_port = 0;
+  grpc::ServerBuilder data;
+  Configure(data, options.listen, &data_port);
+  data.SetMaxReceiveMessageSize(static_cast<int>(options.limits.max_request_bytes));
+  data.RegisterService(service_.get());
+  data_server_ = data.BuildAndStart();
+  if (data_server_ == nullptr || data_port == 0) return ListenError("listen", options.listen);
+
+  int control_port = 0;
+  grpc::ServerBuilder control;
+  Configure(control, options.control_listen, &control_port);
+  control_server_ = control.BuildAndStart();
+  if (control_server_ == nullptr || control_port == 0) return ListenError("control_listen", options.control_listen);
+
+  data_server_->GetHealthCheckService()->SetServingStatus(kServiceName, true);
+  data_address_ = WithPort(options.listen, data_port);
+  control_address_ = WithPort(options.control_listen, control_port);
+  return absl::OkStatus();
+}
+
+void RolloutServer::Drain(absl::Time deadline, absl::Duration delivery) {
+  // SetServingStatus(false) sets every service's, "" included.
+  data_server_->GetHealthCheckService()->SetServingStatus(false);
+  control_server_->GetHealthCheckService()->SetServingStatus(false);
+  starter_->Drain();
+  model_.worker->Drain(deadline);
+  // Returns as soon as every call has ended. Readers that are behind have what is left of the time, and `delivery` at least.
+  data_server_->Shutdown(absl::ToChronoTime(std::max(deadline, absl::Now() + delivery)));
+  control_server_->Shutdown(std::chrono::system_clock::now());
+}
+
+RolloutServer::~RolloutServer() {
+  if (data_server_ != nullptr) data_server_->Shutdown(std::chrono::system_clock::now());
+  if (control_server_ != nullptr) control_server_->Shutdown(std::chrono::system_clock::now());
+  data_server_.reset();
+  control_server_.reset();
+  tasks_->Stop();
+  // The worker holds requests, which count their bytes in the registry.
+  model_.worker.reset();
+}
+
+}  // namespace lockstep

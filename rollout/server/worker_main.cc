@@ -1,0 +1,98 @@
+#include "rollout/server/worker_main.h"
+
+#include <signal.h>
+
+#include <atomic>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <string>
+#include <thread>
+#include <utility>
+
+#include "absl/strings/match.h"
+#include "absl/synchronization/notification.h"
+#include "absl/time/clock.h"
+#include "rollout/base/check.h"
+#include "rollout/server/flags.h"
+#include "rollout/server/server.h"
+#include "spdlog/sinks/stdout_color_sinks.h"
+#include "spdlog/spdlog.h"
+
+namespace lockstep {
+namespace {
+
+// After a drain every stream's client gets at least this long to read what it was waiting for.
+constexpr absl::Duration kDelivery = absl::Seconds(2);
+
+// Takes SIGTERM and SIGINT on a thread of its own: they are blocked in every other (threads inherit the mask). Before the worker serves there is nothing to
+// drain and a signal ends the process; then the first one asks for the drain and the second ends the process.
+class TerminationSignals {
+ public:
+  TerminationSignals() {
+    sigset_t signals;
+    sigemptyset(&signals);
+    sigaddset(&signals, SIGTERM);
+    sigaddset(&signals, SIGINT);
+    LOCKSTEP_CHECK(pthread_sigmask(SIG_BLOCK, &signals, nullptr) == 0, "cannot block signals");
+    // Detached, with its own share of the state: it waits until the process ends.
+    std::thread([signals, state = state_] {
+      while (true) {
+        int signal = 0;
+        LOCKSTEP_CHECK(sigwait(&signals, &signal) == 0, "cannot wait for signals");
+        if (!state->serving || state->requested.HasBeenNotified()) std::_Exit(128 + signal);
+        state->requested.Notify();
+      }
+    }).detach();
+  }
+
+  void SetServing() { state_->serving = true; }
+  void WaitUntilRequested() { state_->requested.WaitForNotification(); }
+
+ private:
+  struct State {
+    std::atomic<bool> serving{false};
+    absl::Notification requested;
+  };
+  std::shared_ptr<State> state_ = std::make_shared<State>();
+};
+
+int Fail(const absl::Status& status) {
+  spdlog::error("{}", std::string(status.message()));
+  return 1;
+}
+
+bool IsLoopback(const std::string& address) {
+  return absl::StartsWith(address, "127.") || absl::StartsWith(address, "localhost:") || absl::StartsWith(address, "[::1]:") ||
+         absl::StartsWith(address, "unix:");
+}
+
+}  // namespace
+
+int WorkerMain(int argc, char** argv, absl::FunctionRef<absl::StatusOr<ServingModel>(const WorkerOptions&)> make_worker) {
+  // Standard output is for the ready line.
+  spdlog::set_default_logger(spdlog::stderr_color_mt("lockstep-worker"));
+  const auto flags = ParseWorkerFlags(argc, argv);
+  if (!flags.ok()) return Fail(flags.status());
+
+  TerminationSignals signals;
+  auto model = make_worker(flags->worker);
+  if (!model.ok()) return Fail(model.status());
+  auto server = RolloutServer::Start(*std::move(model), flags->server);
+  if (!server.ok()) return Fail(server.status());
+  for (const std::string& address : {(*server)->data_address(), (*server)->control_address()}) {
+    if (!IsLoopback(address)) spdlog::warn("listening on {} without authentication or encryption: whoever can reach it can use it", address);
+  }
+  signals.SetServing();
+  std::printf("lockstep-worker ready data=%s control=%s\n", (*server)->data_address().c_str(), (*server)->control_address().c_str());
+  std::fflush(stdout);
+
+  signals.WaitUntilRequested();
+  spdlog::info("draining for at most {} s; a second signal ends the process at once", absl::ToDoubleSeconds(flags->drain));
+  (*server)->Drain(absl::Now() + flags->drain, kDelivery);
+  server->reset();
+  spdlog::info("drained");
+  return 0;
+}
+
+}  // namespace lockstep

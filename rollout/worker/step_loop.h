@@ -1,0 +1,78 @@
+// One worker's requests, from submission to last token: turns requests into sequences, plans with the scheduler, runs the engine, matches stops and hands
+// results to sinks. Single-threaded and synchronous; Worker drives it from its thread, tools and tests drive it directly.
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <optional>
+#include <string>
+#include <unordered_map>
+#include <vector>
+
+#include "absl/status/status.h"
+#include "absl/time/time.h"
+#include "rollout/engine/engine.h"
+#include "rollout/model/tokenizer.h"
+#include "rollout/scheduler/scheduler.h"
+#include "rollout/worker/request.h"
+#include "rollout/worker/stop.h"
+
+namespace lockstep {
+
+class StepLoop {
+ public:
+  // `token_bytes` may be null: then requests with stop strings must not be submitted. All must outlive it.
+  StepLoop(Engine& engine, const SchedulerConfig& config, const TokenBytes* token_bytes);
+  ~StepLoop();
+
+  // The request's id is not in flight, and the spec passed validation and CheckFits.
+  void Submit(RequestSpec spec, std::shared_ptr<RequestSink> sink, absl::Time now);
+  absl::Status CheckFits(const RequestSpec& spec) const;
+  bool Contains(const std::string& request_id) const { return requests_.contains(request_id); }
+
+  // Ends a sample (or all), keeping what was delivered. Unknown ids are ignored.
+  void Abort(const std::string& request_id, std::optional<int32_t> sample, AbortReason reason, absl::Time now);
+  void AbortAll(AbortReason reason, absl::Time now);
+  // Ends requests whose deadline or time budget has passed. Returns the next such time.
+  absl::Time Expire(absl::Time now);
+
+  // Runs one step. False: no request is in flight.
+  bool Step();
+
+  bool idle() const { return requests_.empty(); }
+  int64_t waiting_sequences() const { return scheduler_.waiting(); }
+  WorkerLoad Load() const;
+
+ private:
+  struct Request;
+  struct Sequence;
+
+  void PlanPromptLogprobs(Sequence& sequence, int64_t piece_index, const PlannedPiece& piece);
+  void PlanSample(Sequence& sequence, int64_t piece_index, const PlannedPiece& piece);
+  void OnSampled(Sequence& sequence, absl::StatusOr<SampledToken> sampled, absl::Time now);
+  void Finish(Sequence& sequence, SampleResult result, absl::Time now);
+  void FinishAborted(Sequence& sequence, AbortReason reason, std::string message, absl::Time now);
+  Sequence& Get(SequenceId id) { return *sequences_.at(id); }
+
+  Engine& engine_;
+  Scheduler scheduler_;
+  const TokenBytes* token_bytes_;
+  std::unordered_map<std::string, std::unique_ptr<Request>> requests_;
+  std::unordered_map<SequenceId, std::unique_ptr<Sequence>> sequences_;
+  std::multimap<absl::Time, std::string> expiries_;
+  SequenceId next_id_ = 1;
+  WorkerLoad totals_;
+
+  // The step in preparation; members to keep their memory from step to step.
+  struct TaskOwner {
+    SequenceId sequence;
+    bool forced;
+  };
+  std::vector<EnginePiece> pieces_;
+  std::vector<RowTask> tasks_;
+  std::vector<TaskOwner> owners_;  // by task
+  std::vector<StateCopy> copies_;
+};
+
+}  // namespace lockstep

@@ -1,0 +1,95 @@
+#include "rollout/worker/worker.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "rollout/base/status.h"
+
+namespace lockstep {
+
+Worker::Worker(std::unique_ptr<StepLoop> loop, int64_t max_waiting, std::shared_ptr<void> owned)
+    : owned_(std::move(owned)), loop_(std::move(loop)), max_waiting_(max_waiting) {
+  load_ = loop_->Load();
+  thread_ = std::thread([this] { Run(); });
+}
+
+Worker::~Worker() {
+  {
+    absl::MutexLock lock(&mutex_);
+    stop_ = true;
+  }
+  thread_.join();
+}
+
+absl::Status Worker::Submit(RequestSpec spec, std::shared_ptr<RequestSink> sink) {
+  LOCKSTEP_RETURN_IF_ERROR(loop_->CheckFits(spec));
+  absl::MutexLock lock(&mutex_);
+  if (draining_ || stop_) return absl::UnavailableError("this worker is draining and takes no new requests; send it to another");
+  const int64_t samples = std::max(spec.n, 1);
+  const int64_t waiting = load_.waiting_sequences + submitting_;
+  if (waiting + samples > max_waiting_) {
+    return absl::ResourceExhaustedError(absl::StrCat("the queue holds ", waiting, " waiting samples and takes at most ", max_waiting_, "; this request has ",
+                                                     samples));
+  }
+  submitting_ += samples;
+  commands_.push_back([this, samples, spec = std::move(spec), sink = std::move(sink)](absl::Time now) mutable {
+    loop_->Submit(std::move(spec), std::move(sink), now);
+    absl::MutexLock inner(&mutex_);
+    submitting_ -= samples;
+    load_.waiting_sequences += samples;
+  });
+  return absl::OkStatus();
+}
+
+void Worker::Abort(const std::string& request_id, std::optional<int32_t> sample, AbortReason reason) {
+  absl::MutexLock lock(&mutex_);
+  commands_.push_back([this, request_id, sample, reason](absl::Time now) { loop_->Abort(request_id, sample, reason, now); });
+}
+
+WorkerLoad Worker::Load() const {
+  absl::MutexLock lock(&mutex_);
+  WorkerLoad load = load_;
+  load.waiting_sequences += submitting_;
+  return load;
+}
+
+void Worker::Drain(absl::Time deadline) {
+  absl::MutexLock lock(&mutex_);
+  draining_ = true;
+  const auto done = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return idle_ && commands_.empty(); };
+  if (mutex_.AwaitWithDeadline(absl::Condition(&done), deadline)) return;
+  commands_.push_back([this](absl::Time now) { loop_->AbortAll(AbortReason::kShutdown, now); });
+  mutex_.Await(absl::Condition(&done));
+}
+
+void Worker::Run() {
+  absl::Time next_expiry = absl::InfiniteFuture();
+  for (;;) {
+    std::deque<Command> commands;
+    bool stop;
+    {
+      absl::MutexLock lock(&mutex_);
+      if (loop_->idle()) {
+        const auto wake = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return HasWork(); };
+        mutex_.AwaitWithDeadline(absl::Condition(&wake), next_expiry);
+      }
+      commands.swap(commands_);
+      stop = stop_;
+      // Commands in hand count as work: a drain must not see an idle worker between the queue and the loop.
+      if (!commands.empty()) idle_ = false;
+    }
+    for (Command& command : commands) command(absl::Now());
+    if (stop) loop_->AbortAll(AbortReason::kShutdown, absl::Now());
+    next_expiry = loop_->Expire(absl::Now());
+    loop_->Step();
+    {
+      absl::MutexLock lock(&mutex_);
+      load_ = loop_->Load();
+      idle_ = loop_->idle();
+    }
+    if (stop) return;
+  }
+}
+
+}  // namespace lockstep

@@ -1,0 +1,52 @@
+// The worker: one thread that owns the step loop, and a queue of commands for it. Everything a client or the control plane wants takes effect at a step boundary.
+#pragma once
+
+#include <cstdint>
+#include <deque>
+#include <memory>
+#include <optional>
+#include <string>
+#include <thread>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/functional/any_invocable.h"
+#include "absl/synchronization/mutex.h"
+#include "rollout/worker/request.h"
+#include "rollout/worker/step_loop.h"
+
+namespace lockstep {
+
+class Worker : public WorkerInterface {
+ public:
+  // `max_waiting`: sequences (samples) accepted but not running; past it Submit is RESOURCE_EXHAUSTED. `owned` lives until the thread has ended: whatever the
+  // loop stands on.
+  Worker(std::unique_ptr<StepLoop> loop, int64_t max_waiting, std::shared_ptr<void> owned);
+  // Aborts what is in flight (kShutdown) and joins the thread.
+  ~Worker() override;
+
+  absl::Status Submit(RequestSpec spec, std::shared_ptr<RequestSink> sink) override;
+  void Abort(const std::string& request_id, std::optional<int32_t> sample, AbortReason reason) override;
+  WorkerLoad Load() const override;
+  WeightVersion weight_version() const override { return {}; }
+  void Drain(absl::Time deadline) override;
+
+ private:
+  using Command = absl::AnyInvocable<void(absl::Time now)>;
+  void Run();
+  bool HasWork() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return !commands_.empty() || stop_; }
+
+  std::shared_ptr<void> owned_;
+  std::unique_ptr<StepLoop> loop_;  // the thread's alone, but for CheckFits, which reads constants
+  const int64_t max_waiting_;
+
+  mutable absl::Mutex mutex_;
+  std::deque<Command> commands_ ABSL_GUARDED_BY(mutex_);
+  int64_t submitting_ ABSL_GUARDED_BY(mutex_) = 0;  // sequences in commands not yet applied
+  WorkerLoad load_ ABSL_GUARDED_BY(mutex_);         // as of the last step boundary
+  bool idle_ ABSL_GUARDED_BY(mutex_) = true;        // nothing in flight, as of the last step boundary
+  bool draining_ ABSL_GUARDED_BY(mutex_) = false;
+  bool stop_ ABSL_GUARDED_BY(mutex_) = false;
+  std::thread thread_;
+};
+
+}  // namespace lockstep
