@@ -1,11 +1,13 @@
-// One row of one head, over tiles of 128 or 64 keys counted from position 0, in the program's order; keys out of sight take no part at all:
+// One row of one head, over tiles of 128 or 64 keys counted from position 0, in the program's order; keys out of sight
+// take no part at all:
 //
 //   s_j = scale * (chain over d of q_d k_jd);   m' = max(m, max of the tile's s);   c = e^(m - m')
 //   p_j = e^(s_j - m');   l = fma(l, c, sum of the tile's p)        (sum: lane j % 16 adds ascending j, then a tree)
 //   o = c o, then the chain over the tile's visible keys, ascending, of bf16(p_j) v_j;   at the end o / l
 //
-// Grid: (kv head, piece, block of rows), the kv head outermost so that one head's keys and values stay in cache over a piece's blocks. The heads of
-// a group and the rows of a block share every load of K and V. Traffic of a decode row: its sequence's K and V once.
+// Grid: (kv head, piece, block of rows), the kv head outermost so that one head's keys and values stay in cache over a
+// piece's blocks. The heads of a group and the rows of a block share every load of K and V. Traffic of a decode row:
+// its sequence's K and V once.
 #include "kernels/cpu/attention.h"
 
 #include <algorithm>
@@ -29,7 +31,8 @@ namespace lockstep {
 
 constexpr int64_t kMaxTile = 128;
 
-// A block of consecutive positions of one sequence, for the query heads of one kv head: row r * group + h of the block is head h of position r.
+// A block of consecutive positions of one sequence, for the query heads of one kv head: row r * group + h of the block
+// is head h of position r.
 struct AttentionBlock {
   const KvPageLayout& layout;
   const AttentionShape& shape;
@@ -50,7 +53,11 @@ struct AttentionScratch {
     return RoundUp(rows * head_dim) + rows * kMaxTile + rows * value_pitch + 2 * RoundUp(rows);
   }
   AttentionScratch(float* base, int64_t rows, int64_t head_dim, int64_t value_pitch)
-      : q(base), p(q + RoundUp(rows * head_dim)), o(p + rows * kMaxTile), max(o + rows * value_pitch), sum(max + RoundUp(rows)) {}
+      : q(base),
+        p(q + RoundUp(rows * head_dim)),
+        o(p + rows * kMaxTile),
+        max(o + rows * value_pitch),
+        sum(max + RoundUp(rows)) {}
 
   float* q;    // [rows, head_dim]
   float* p;    // [rows, 128]: scores, then numerators
@@ -85,9 +92,11 @@ HWY_INLINE float MaxLane(VF v) {
   return *std::max_element(lanes, lanes + kLanes);
 }
 
-// Scores of one row's tile into numerators, and its m, l and o brought to the new maximum. p: [128], lanes of keys tile_begin + i.
+// Scores of one row's tile into numerators, and its m, l and o brought to the new maximum. p: [128], lanes of keys
+// tile_begin + i.
 template <bool kRoundP>
-void SoftmaxTile(Visible keys, int64_t tile_begin, float scale, float* p, float* o, int64_t value_pitch, float* max, float* sum) {
+void SoftmaxTile(Visible keys, int64_t tile_begin, float scale, float* p, float* o, int64_t value_pitch, float* max,
+                 float* sum) {
   const DF df;
   const VF factor = hn::Set(df, scale);
   const VF minus_inf = hn::Set(df, -std::numeric_limits<float>::infinity());
@@ -125,7 +134,8 @@ void SoftmaxTile(Visible keys, int64_t tile_begin, float scale, float* p, float*
 
 // o[r] += the chain over keys [begin, end) of p[r][key] * v[key], page by page.
 template <class T>
-void AddValues(const AttentionBlock& b, int64_t rows, int64_t begin, int64_t end, int64_t tile_begin, const float* p, float* o) {
+void AddValues(const AttentionBlock& b, int64_t rows, int64_t begin, int64_t end, int64_t tile_begin, const float* p,
+               float* o) {
   const int64_t vp = b.layout.value_pitch;
   while (begin < end) {
     const int64_t in_page = begin % b.layout.page_size;
@@ -139,7 +149,8 @@ void AddValues(const AttentionBlock& b, int64_t rows, int64_t begin, int64_t end
 
 // One tile for the block's positions [first, last), all of which see some of it.
 template <class T, bool kRoundP>
-void Tile(const AttentionBlock& b, const AttentionScratch& s, int64_t first, int64_t last, int64_t tile_begin, int64_t tile_end) {
+void Tile(const AttentionBlock& b, const AttentionScratch& s, int64_t first, int64_t last, int64_t tile_begin,
+          int64_t tile_end) {
   const int64_t group = b.shape.heads / b.shape.kv_heads;
   const int64_t dim = b.shape.head_dim;
   const int64_t vp = b.layout.value_pitch;
@@ -166,11 +177,13 @@ void Tile(const AttentionBlock& b, const AttentionScratch& s, int64_t first, int
       SoftmaxTile<kRoundP>(keys, tile_begin, b.shape.scale, s.p + h * kMaxTile, s.o + h * vp, vp, s.max + h, s.sum + h);
     }
   }
-  // The chain of each row ascends: keys only it sees before the shared ones, the shared ones for all rows at once, the rest.
+  // The chain of each row ascends: keys only it sees before the shared ones, the shared ones for all rows at once, the
+  // rest.
   const bool shared = shared_begin < shared_end;
   for (int64_t r = first; r < last; ++r) {
     const Visible keys = VisibleKeys(b, r, tile_begin, tile_end);
-    AddValues<T>(b, group, keys.begin, shared ? shared_begin : keys.end, tile_begin, s.p + r * group * kMaxTile, s.o + r * group * vp);
+    AddValues<T>(b, group, keys.begin, shared ? shared_begin : keys.end, tile_begin, s.p + r * group * kMaxTile,
+                 s.o + r * group * vp);
   }
   if (!shared) return;
   AddValues<T>(b, rows, shared_begin, shared_end, tile_begin, s.p + row * kMaxTile, s.o + row * vp);
@@ -188,7 +201,8 @@ void Block(const AttentionBlock& b) {
   const int64_t vp = b.layout.value_pitch;
   const int64_t rows = b.q.rows * group;
   const AttentionScratch s(b.scratch, rows, dim, vp);
-  for (int64_t r = 0; r < b.q.rows; ++r) std::copy_n(b.q.row(r) + b.kv_head * group * dim, group * dim, s.q + r * group * dim);
+  for (int64_t r = 0; r < b.q.rows; ++r)
+    std::copy_n(b.q.row(r) + b.kv_head * group * dim, group * dim, s.q + r * group * dim);
   std::fill_n(s.o, rows * vp, 0.0f);
   std::fill_n(s.max, rows, -std::numeric_limits<float>::infinity());
   std::fill_n(s.sum, rows, 0.0f);
@@ -242,9 +256,11 @@ HWY_AFTER_NAMESPACE();
 namespace lockstep {
 HWY_EXPORT(AttentionBlockImpl);
 
-void CpuAttention(const CpuContext& ctx, Rows q, const AttentionShape& shape, std::span<const Piece> pieces, const KvLayer& kv, Rows out) {
+void CpuAttention(const CpuContext& ctx, Rows q, const AttentionShape& shape, std::span<const Piece> pieces,
+                  const KvLayer& kv, Rows out) {
   const int64_t width = shape.heads * shape.head_dim;
-  LOCKSTEP_CHECK(q.width == width && out.width == width, "q has {} columns and out {}, want {}", q.width, out.width, width);
+  LOCKSTEP_CHECK(q.width == width && out.width == width, "q has {} columns and out {}, want {}", q.width, out.width,
+                 width);
   LOCKSTEP_CHECK(q.rows == out.rows, "q has {} rows, out {}", q.rows, out.rows);
   const KvPageLayout layout(ctx.profile, shape, kv.page_size);
   const int64_t group = shape.heads / shape.kv_heads;
@@ -260,7 +276,8 @@ void CpuAttention(const CpuContext& ctx, Rows q, const AttentionShape& shape, st
   for (const Piece& piece : pieces) {
     LOCKSTEP_CHECK(piece.row_begin >= 0 && piece.row_begin + piece.row_count <= q.rows, "piece ends at row {} of {}",
                    piece.row_begin + piece.row_count, q.rows);
-    for (int64_t row = 0; row < piece.row_count; row += block_rows) items.push_back({&piece, row, std::min(block_rows, piece.row_count - row)});
+    for (int64_t row = 0; row < piece.row_count; row += block_rows)
+      items.push_back({&piece, row, std::min(block_rows, piece.row_count - row)});
   }
   const int64_t per_head = static_cast<int64_t>(items.size());
   const int64_t scratch = AttentionScratch::Floats(block_rows * group, shape.head_dim, layout.value_pitch);

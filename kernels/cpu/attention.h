@@ -8,6 +8,7 @@
 
 namespace lockstep {
 
-void CpuAttention(const CpuContext& ctx, Rows q, const AttentionShape& shape, std::span<const Piece> pieces, const KvLayer& kv, Rows out);
+void CpuAttention(const CpuContext& ctx, Rows q, const AttentionShape& shape, std::span<const Piece> pieces,
+                  const KvLayer& kv, Rows out);
 
 }  // namespace lockstep

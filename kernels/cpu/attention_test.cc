@@ -81,23 +81,26 @@ class Pages {
   std::vector<std::vector<int32_t>> tables_;
 };
 
-std::vector<Matrix> RunAttention(const NumericsProfile& profile, const AttentionShape& shape, const std::vector<int64_t>& lengths,
-                                 SequenceInputs& inputs, const Schedule& schedule, int64_t page_size, int threads) {
+std::vector<Matrix> RunAttention(const NumericsProfile& profile, const AttentionShape& shape,
+                                 const std::vector<int64_t>& lengths, SequenceInputs& inputs, const Schedule& schedule,
+                                 int64_t page_size, int threads) {
   ThreadPool pool(threads);
   ThreadScratch scratch(threads);
   const CpuContext ctx = {profile, pool, scratch};
   Pages pages(ctx, shape, page_size, lengths);
-  return RunSchedule(schedule, lengths, inputs, shape.heads * shape.head_dim,
-                     [&](std::vector<Piece>& pieces, const std::vector<int64_t>& sequences, std::vector<Matrix>& in, Matrix& out) {
-                       for (size_t p = 0; p < pieces.size(); ++p) pieces[p].page_table = pages.table(sequences[p]);
-                       CpuWriteKv(ctx, in[1].view(), in[2].view(), shape, pieces, pages.layer());
-                       CpuAttention(ctx, in[0].view(), shape, pieces, pages.layer(), out.view());
-                     });
+  return RunSchedule(
+      schedule, lengths, inputs, shape.heads * shape.head_dim,
+      [&](std::vector<Piece>& pieces, const std::vector<int64_t>& sequences, std::vector<Matrix>& in, Matrix& out) {
+        for (size_t p = 0; p < pieces.size(); ++p) pieces[p].page_table = pages.table(sequences[p]);
+        CpuWriteKv(ctx, in[1].view(), in[2].view(), shape, pieces, pages.layer());
+        CpuAttention(ctx, in[0].view(), shape, pieces, pages.layer(), out.view());
+      });
 }
 
-// Softmax attention in fp64, against bounds of its own arithmetic. A score's chain errs by head_dim * 2^-24 * sum |q k| * scale, plus its rounding and
-// exp's, and that is the relative error d of every p; o is a mean of v with weights p / l, so it moves by at most 2 d max |v|. Its own chain and the
-// rescaling at each tile add (keys + 3 tiles) * 2^-24 * max |v|. bf16: p rounded (2^-8 max |v|), and the output (2^-8 |o|).
+// Softmax attention in fp64, against bounds of its own arithmetic. A score's chain errs by head_dim * 2^-24 * sum |q k|
+// * scale, plus its rounding and exp's, and that is the relative error d of every p; o is a mean of v with weights p /
+// l, so it moves by at most 2 d max |v|. Its own chain and the rescaling at each tile add (keys + 3 tiles) * 2^-24 *
+// max |v|. bf16: p rounded (2^-8 max |v|), and the output (2^-8 |o|).
 void ExpectNearFp64(const AttentionShape& shape, bool bf16, SequenceInputs& inputs, size_t sequence, Matrix& got) {
   const int64_t group = shape.heads / shape.kv_heads;
   const int64_t dim = shape.head_dim;
@@ -135,7 +138,8 @@ void ExpectNearFp64(const AttentionShape& shape, bool bf16, SequenceInputs& inpu
         double bound = largest * (2 * d_relative + (keys + 3 * (keys / 64 + 2)) * testing::kUnitF32);
         if (bf16) bound += testing::kUnitBf16 * (largest + std::abs(want));
         const double error = std::abs(got.at(t, h * dim + c) - want);
-        ASSERT_TRUE(error <= bound) << "row " << t << " head " << h << " column " << c << ": " << got.at(t, h * dim + c) << ", want " << want;
+        ASSERT_TRUE(error <= bound) << "row " << t << " head " << h << " column " << c << ": " << got.at(t, h * dim + c)
+                                    << ", want " << want;
       }
     }
   }
@@ -147,14 +151,10 @@ struct Case {
 };
 
 const Case kCases[] = {
-    {Shape(4, 4, 128), "heads4_dim128"},
-    {Shape(6, 2, 64), "groups_of_3_dim64"},
-    {Shape(8, 1, 16), "groups_of_8_dim16"},
-    {Shape(2, 1, 24), "groups_of_2_dim24"},
-    {Shape(2, 2, 32, 1), "window1"},
-    {Shape(2, 1, 32, 5), "window5"},
-    {Shape(2, 2, 40, 64), "window64"},
-    {Shape(4, 2, 32, 100), "window100"},
+    {Shape(4, 4, 128), "heads4_dim128"},    {Shape(6, 2, 64), "groups_of_3_dim64"},
+    {Shape(8, 1, 16), "groups_of_8_dim16"}, {Shape(2, 1, 24), "groups_of_2_dim24"},
+    {Shape(2, 2, 32, 1), "window1"},        {Shape(2, 1, 32, 5), "window5"},
+    {Shape(2, 2, 40, 64), "window64"},      {Shape(4, 2, 32, 100), "window100"},
 };
 
 const std::vector<int64_t> kLengths = {1, 15, 16, 17, 63, 64, 65, 128, 300};
@@ -190,7 +190,8 @@ TEST_P(AttentionTest, NeitherScheduleNorPageSizeShowsInTheBits) {
       uint32_t seed = 0;
       for (const int64_t page_size : {16, 32, 48, 64, 128, 256}) {
         ++seed;
-        check("random pieces", RandomSchedule(kLengths, seed % 2 == 0 ? 10 : 120, seed), page_size, 1 + static_cast<int>(seed % 3));
+        check("random pieces", RandomSchedule(kLengths, seed % 2 == 0 ? 10 : 120, seed), page_size,
+              1 + static_cast<int>(seed % 3));
       }
     }
   }
@@ -212,7 +213,8 @@ TEST_P(AttentionTest, NoInstructionSetShowsInTheBits) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Shapes, AttentionTest, ::testing::ValuesIn(kCases), [](const auto& param_info) { return std::string(param_info.param.name); });
+INSTANTIATE_TEST_SUITE_P(Shapes, AttentionTest, ::testing::ValuesIn(kCases),
+                         [](const auto& param_info) { return std::string(param_info.param.name); });
 
 // Scores from -300 to 300: most numerators vanish, and the maximum moves from tile to tile.
 TEST(AttentionEdges, LargeScores) {
@@ -237,7 +239,8 @@ TEST(AttentionEdges, ThousandTokens) {
     SequenceInputs inputs = MakeInputs(shape, lengths, true, 9);
     std::vector<Matrix> whole = RunAttention(profile, shape, lengths, inputs, WholeSchedule(lengths), 16, 2);
     ExpectNearFp64(shape, true, inputs, 0, whole[0]);
-    std::vector<Matrix> pieces = RunAttention(profile, shape, lengths, inputs, RandomSchedule(lengths, 200, 10), 128, 1);
+    std::vector<Matrix> pieces =
+        RunAttention(profile, shape, lengths, inputs, RandomSchedule(lengths, 200, 10), 128, 1);
     EXPECT_EQ(DifferingRows(whole, pieces), 0);
   }
 }
@@ -247,8 +250,10 @@ TEST(AttentionEdges, ProgramsDifferInBits) {
   const AttentionShape shape = Shape(2, 2, 64);
   const std::vector<int64_t> lengths = {300};
   SequenceInputs inputs = MakeInputs(shape, lengths, false, 11);
-  std::vector<Matrix> forward = RunAttention(ProfileWith("fp32", kPrograms[0]), shape, lengths, inputs, WholeSchedule(lengths), 64, 1);
-  std::vector<Matrix> backward = RunAttention(ProfileWith("fp32", kPrograms[1]), shape, lengths, inputs, WholeSchedule(lengths), 64, 1);
+  std::vector<Matrix> forward =
+      RunAttention(ProfileWith("fp32", kPrograms[0]), shape, lengths, inputs, WholeSchedule(lengths), 64, 1);
+  std::vector<Matrix> backward =
+      RunAttention(ProfileWith("fp32", kPrograms[1]), shape, lengths, inputs, WholeSchedule(lengths), 64, 1);
   EXPECT_GT(DifferingRows(forward, backward), 100);
   // One tile of 64 keys is the same thing in both.
   EXPECT_EQ(DifferingRows(forward[0], 0, backward[0], 0, 64), 0);

@@ -30,19 +30,23 @@ void Head(const float* x, const float* gate, const float* weight, float eps, int
   const VF factor = hn::Set(df, 1.0f / std::sqrt(mean + eps));
   int64_t i = 0;
   for (; i + static_cast<int64_t>(kLanes) <= count; i += kLanes) {
-    const VF y = GatedNorm<kBf16, kEach>(hn::LoadU(df, x + i), hn::LoadU(df, gate + i), hn::LoadU(df, weight + i), factor);
+    const VF y =
+        GatedNorm<kBf16, kEach>(hn::LoadU(df, x + i), hn::LoadU(df, gate + i), hn::LoadU(df, weight + i), factor);
     hn::StoreU(y, df, out + i);
   }
   if (const int64_t left = count - i; left > 0) {
-    const VF y = GatedNorm<kBf16, kEach>(LoadFirst(x + i, left), LoadFirst(gate + i, left), LoadFirst(weight + i, left), factor);
+    const VF y =
+        GatedNorm<kBf16, kEach>(LoadFirst(x + i, left), LoadFirst(gate + i, left), LoadFirst(weight + i, left), factor);
     StoreFirst(y, out + i, left);
   }
 }
 
-void GatedRmsNormRowsImpl(Rows x, Rows gate, const float* weight, float eps, int64_t head_dim, bool bf16, bool each, Rows out) {
+void GatedRmsNormRowsImpl(Rows x, Rows gate, const float* weight, float eps, int64_t head_dim, bool bf16, bool each,
+                          Rows out) {
   const auto head = !bf16 ? Head<false, false> : (each ? Head<true, true> : Head<true, false>);
   for (int64_t r = 0; r < x.rows; ++r) {
-    for (int64_t c = 0; c < x.width; c += head_dim) head(x.row(r) + c, gate.row(r) + c, weight, eps, head_dim, out.row(r) + c);
+    for (int64_t c = 0; c < x.width; c += head_dim)
+      head(x.row(r) + c, gate.row(r) + c, weight, eps, head_dim, out.row(r) + c);
   }
 }
 
@@ -56,10 +60,13 @@ HWY_AFTER_NAMESPACE();
 namespace lockstep {
 HWY_EXPORT(GatedRmsNormRowsImpl);
 
-void CpuGatedRmsNorm(const CpuContext& ctx, Rows x, Rows gate, const float* weight, float eps, int64_t head_dim, Rows out) {
-  LOCKSTEP_CHECK(head_dim > 0 && x.width % head_dim == 0, "width {} is not a multiple of head_dim {}", x.width, head_dim);
+void CpuGatedRmsNorm(const CpuContext& ctx, Rows x, Rows gate, const float* weight, float eps, int64_t head_dim,
+                     Rows out) {
+  LOCKSTEP_CHECK(head_dim > 0 && x.width % head_dim == 0, "width {} is not a multiple of head_dim {}", x.width,
+                 head_dim);
   LOCKSTEP_CHECK(gate.width == x.width && out.width == x.width && gate.rows == x.rows && out.rows == x.rows,
-                 "x is [{}, {}], gate [{}, {}], out [{}, {}]", x.rows, x.width, gate.rows, gate.width, out.rows, out.width);
+                 "x is [{}, {}], gate [{}, {}], out [{}, {}]", x.rows, x.width, gate.rows, gate.width, out.rows,
+                 out.width);
   const bool bf16 = ctx.profile.activations == DType::kBF16;
   const bool each = ctx.profile.gated_norm == GatedNormCasts::kThree;
   ctx.threads.ParallelFor(x.rows, 1, [&](int64_t begin, int64_t end, int) {

@@ -6,6 +6,7 @@
 
 namespace lockstep {
 
-void CpuGatedRmsNorm(const CpuContext& ctx, Rows x, Rows gate, const float* weight, float eps, int64_t head_dim, Rows out);
+void CpuGatedRmsNorm(const CpuContext& ctx, Rows x, Rows gate, const float* weight, float eps, int64_t head_dim,
+                     Rows out);
 
 }  // namespace lockstep

@@ -21,8 +21,8 @@ NumericsProfile ProfileWith(const char* name, GatedNormCasts casts) {
   return profile;
 }
 
-// Relative to the result: the mean of n squares within (n / 16 + 6) * 2^-24, halved by the square root; then some ten operations. In bf16 2^-8 for each
-// rounding: three, or one.
+// Relative to the result: the mean of n squares within (n / 16 + 6) * 2^-24, halved by the square root; then some ten
+// operations. In bf16 2^-8 for each rounding: three, or one.
 TEST(GatedRmsNorm, MatchesFp64) {
   for (const char* name : {"fp32", "hf"}) {
     for (const GatedNormCasts casts : {GatedNormCasts::kThree, GatedNormCasts::kOne}) {
@@ -46,10 +46,12 @@ TEST(GatedRmsNorm, MatchesFp64) {
             double sum = 0.0;
             for (int64_t d = 0; d < dim; ++d) sum += std::pow(x.at(r, c / dim * dim + d), 2);
             const double z = gate.at(r, c);
-            const double want = x.at(r, c) / std::sqrt(sum / static_cast<double>(dim) + kEps) * weight.row(0)[c % dim] * z / (1.0 + std::exp(-z));
+            const double want = x.at(r, c) / std::sqrt(sum / static_cast<double>(dim) + kEps) * weight.row(0)[c % dim] *
+                                z / (1.0 + std::exp(-z));
             double bound = (static_cast<double>(dim) / 32 + 3 + 10) * testing::kUnitF32;
             if (bf16) bound += (casts == GatedNormCasts::kThree ? 3 : 1) * testing::kUnitBf16 * 1.02;
-            EXPECT_TRUE(std::abs(out.at(r, c) - want) <= bound * std::abs(want) + 1e-37) << out.at(r, c) << ", want " << want;
+            EXPECT_TRUE(std::abs(out.at(r, c) - want) <= bound * std::abs(want) + 1e-37)
+                << out.at(r, c) << ", want " << want;
             rounded += out.at(r, c) == RoundBf16(out.at(r, c));
           }
         }
@@ -76,7 +78,8 @@ TEST(GatedRmsNorm, NoBatchOrInstructionSetShowsInTheBits) {
       TestContext single(name);
       Matrix rows(60, 400);
       for (int64_t r = 0; r < 60; ++r) {
-        CpuGatedRmsNorm(single.get(), x.view().slice(r, 1), gate.view().slice(r, 1), weight.row(0), kEps, 200, rows.view().slice(r, 1));
+        CpuGatedRmsNorm(single.get(), x.view().slice(r, 1), gate.view().slice(r, 1), weight.row(0), kEps, 200,
+                        rows.view().slice(r, 1));
       }
       EXPECT_EQ(DifferingRows(all, 0, rows, 0, 60), 0);
     });

@@ -1,5 +1,5 @@
-// The chunk program of Gated DeltaNet on the CPU. Decode computes row t of the same program as prefill: there is one program per GdnProgram, over
-// blocks of 1 to 16 rows, and a block's size does not show in its rows' bits.
+// The chunk program of Gated DeltaNet on the CPU. Decode computes row t of the same program as prefill: there is one
+// program per GdnProgram, over blocks of 1 to 16 rows, and a block's size does not show in its rows' bits.
 #pragma once
 
 #include <span>
@@ -11,9 +11,11 @@
 namespace lockstep {
 
 // Every piece's position must be the number of tokens its state has seen.
-void CpuGdnChunk(const CpuContext& ctx, Rows qkv, Rows beta, Rows g, const GdnShape& shape, std::span<const Piece> pieces, Rows out);
+void CpuGdnChunk(const CpuContext& ctx, Rows qkv, Rows beta, Rows g, const GdnShape& shape,
+                 std::span<const Piece> pieces, Rows out);
 
-// Rows of one key head (with its value heads) of one sequence that a program takes at once: at most kGdnBlock, within one chunk.
+// Rows of one key head (with its value heads) of one sequence that a program takes at once: at most kGdnBlock, within
+// one chunk.
 constexpr int64_t kGdnBlock = 16;
 
 struct GdnBlock {

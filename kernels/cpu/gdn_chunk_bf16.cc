@@ -1,11 +1,11 @@
-// kChunkBf16: the chunk program with flash-linear-attention's casts (docs/numerics.md has the table), fp32 fma chains where the GPU has tensor cores.
-// G is the chunk's running sum of g, times log2(e); bf16(.) rounds:
+// kChunkBf16: the chunk program with flash-linear-attention's casts (docs/numerics.md has the table), fp32 fma chains
+// where the GPU has tensor cores. G is the chunk's running sum of g, times log2(e); bf16(.) rounds:
 //
 //   A_tj = (k_t . k_j) 2^(G_t - G_j) beta_t;   T_t = e_t - sum_{j<t} A_tj T_j      (rows of (I + A)^-1, fp32)
-//   u_t  = bf16(sum_{j<=t} bf16(T_tj) bf16(beta_j v_j));   w_t = bf16(sum_{j<=t} bf16(T_tj) bf16(bf16(beta_j k_j) 2^G_j))
-//   v'_t = u_t - w_t bf16(S)
-//   o_t  = bf16(fma(scale, (q_t bf16(S)) 2^G_t, scale * sum_{j<=t} bf16((q_t . k_j) 2^(G_t - G_j)) bf16(v'_j)))
-//   S'   = 2^G_63 S + sum_j k_j bf16(v'_j 2^(G_63 - G_j))                          (v' unrounded here)
+//   u_t  = bf16(sum_{j<=t} bf16(T_tj) bf16(beta_j v_j));   w_t = bf16(sum_{j<=t} bf16(T_tj) bf16(bf16(beta_j k_j)
+//   2^G_j)) v'_t = u_t - w_t bf16(S) o_t  = bf16(fma(scale, (q_t bf16(S)) 2^G_t, scale * sum_{j<=t} bf16((q_t . k_j)
+//   2^(G_t - G_j)) bf16(v'_j))) S'   = 2^G_63 S + sum_j k_j bf16(v'_j 2^(G_63 - G_j))                          (v'
+//   unrounded here)
 //
 // A decode row reads the bf16 image of S (36.9 KB at 96 x 192) and about 1.4 KB per open row.
 #include <algorithm>
@@ -28,7 +28,8 @@ namespace lockstep {
 namespace HWY_NAMESPACE {
 namespace {
 
-// 2^x, x <= 128: x = n + r, |r| <= 1/2, 2^r = e^(r ln 2) by a polynomial of degree 7 (truncation below 2^-27), scaled in two normal factors.
+// 2^x, x <= 128: x = n + r, |r| <= 1/2, 2^r = e^(r ln 2) by a polynomial of degree 7 (truncation below 2^-27), scaled
+// in two normal factors.
 VF Exp2(VF x) {
   const DF df;
   const DI di;
@@ -52,14 +53,14 @@ VF Exp2(VF x) {
 }
 
 struct Bf16Scratch {
-  float* kqw;       // [3 rows, key_pitch]: k, q, w of the block (k . and q . share a product over keys, q and w one over S)
-  float* dots;      // [2 rows, 64]: k_t . k_j, q_t . k_j
-  float* a;         // [rows, 64]: -A
-  float* p;         // [rows, 64]
-  float* t;         // [rows, 64]: bf16(T)
-  float* u;         // [rows, d_v]
-  float* x;         // [2 rows, d_v]: q S, then w S
-  float* pv;        // [rows, d_v]
+  float* kqw;   // [3 rows, key_pitch]: k, q, w of the block (k . and q . share a product over keys, q and w one over S)
+  float* dots;  // [2 rows, 64]: k_t . k_j, q_t . k_j
+  float* a;     // [rows, 64]: -A
+  float* p;     // [rows, 64]
+  float* t;     // [rows, 64]: bf16(T)
+  float* u;     // [rows, d_v]
+  float* x;     // [2 rows, d_v]: q S, then w S
+  float* pv;    // [rows, d_v]
   float* key_rows;  // [d_k, 64]: the chunk's keys, at its end
 };
 
@@ -79,7 +80,8 @@ Bf16Scratch Carve(const GdnBlock& block) {
 
 // What the state keeps of a value head.
 struct ValueHead {
-  ValueHead(const GdnBlock& b, int64_t h) : ValueHead(b.layout, b.slot + b.layout.value_heads + h * b.layout.value_head_bytes) {}
+  ValueHead(const GdnBlock& b, int64_t h)
+      : ValueHead(b.layout, b.slot + b.layout.value_heads + h * b.layout.value_head_bytes) {}
   ValueHead(const GdnStateLayout& l, std::byte* head)
       : state(reinterpret_cast<float*>(head + l.state)),
         decay(reinterpret_cast<float*>(head + l.decay)),
@@ -100,7 +102,9 @@ struct ValueHead {
   uint16_t* new_values_bf16;  // [64, d_v]
 };
 
-VF Log2Decay(VF running_sum) { return hn::Mul(running_sum, hn::Set(DF(), 0x1.715476p+0f)); }
+VF Log2Decay(VF running_sum) {
+  return hn::Mul(running_sum, hn::Set(DF(), 0x1.715476p+0f));
+}
 
 void KeysAndDots(const GdnBlock& b, const Bf16Scratch& s, uint16_t* panels) {
   const DF df;
@@ -154,7 +158,8 @@ void StartRows(const GdnBlock& b, const Bf16Scratch& s, int64_t value_head, cons
     const float* v = b.qkv.row(i) + 2 * b.shape.key_width() + value_head * dv;
     for (int64_t c = 0; c < vp; c += kLanes) {
       const int64_t left = dv - c;
-      const VF value = left >= static_cast<int64_t>(kLanes) ? hn::LoadU(df, v + c) : LoadFirst(v + c, left > 0 ? left : 0);
+      const VF value =
+          left >= static_cast<int64_t>(kLanes) ? hn::LoadU(df, v + c) : LoadFirst(v + c, left > 0 ? left : 0);
       StoreBf16(RoundBf16(hn::Mul(value, beta)), head.beta_values + t * vp + c);
     }
   }
@@ -236,7 +241,8 @@ void CloseChunk(const GdnBlock& b, const Bf16Scratch& s, const ValueHead& head) 
   if (b.first_chunk) {
     std::fill_n(head.state, dk * vp, 0.0f);
   } else {
-    for (int64_t i = 0; i < dk * vp; i += kLanes) hn::Store(hn::Mul(whole, hn::Load(df, head.state + i)), df, head.state + i);
+    for (int64_t i = 0; i < dk * vp; i += kLanes)
+      hn::Store(hn::Mul(whole, hn::Load(df, head.state + i)), df, head.state + i);
   }
   MatMul<Start::kOutput>(dk, vp, kGdnChunk, s.key_rows, kGdnChunk, head.new_values, vp, head.state, vp);
   for (int64_t i = 0; i < dk * vp; i += kLanes) StoreBf16(RoundBf16(hn::Load(df, head.state + i)), head.image + i);
@@ -276,10 +282,13 @@ namespace lockstep {
 HWY_EXPORT(GdnChunkBf16BlockImpl);
 
 int64_t GdnChunkBf16Scratch(const GdnStateLayout& layout, const GdnShape& shape) {
-  return 3 * kGdnBlock * layout.key_pitch + 5 * kGdnBlock * kGdnChunk + 4 * kGdnBlock * layout.value_pitch + shape.key_dim * kGdnChunk;
+  return 3 * kGdnBlock * layout.key_pitch + 5 * kGdnBlock * kGdnChunk + 4 * kGdnBlock * layout.value_pitch +
+         shape.key_dim * kGdnChunk;
 }
 
-void GdnChunkBf16Block(const GdnBlock& block) { HWY_DYNAMIC_DISPATCH(GdnChunkBf16BlockImpl)(block); }
+void GdnChunkBf16Block(const GdnBlock& block) {
+  HWY_DYNAMIC_DISPATCH(GdnChunkBf16BlockImpl)(block);
+}
 
 }  // namespace lockstep
 #endif  // HWY_ONCE

@@ -1,12 +1,12 @@
-// kChunkFp32: the chunk program as transformers' torch_chunk_gated_delta_rule defines it, fp32 between its inputs and its output, row by row:
+// kChunkFp32: the chunk program as transformers' torch_chunk_gated_delta_rule defines it, fp32 between its inputs and
+// its output, row by row:
 //
 //   A_tj = beta_t (k_t . k_j) e^(G_t - G_j), P_tj = (q_t . k_j) e^(G_t - G_j)
-//   v'_t = beta_t v_t - beta_t e^G_t (k_t S) - sum_{j<t} A_tj v'_j        (the triangular solve, one row at a time: no inverse is kept)
-//   o_t  = e^G_t (q_t S) + sum_{j<=t} P_tj v'_j
-//   S'   = e^G_63 S + sum_j k_j (e^(G_63 - G_j) v'_j)
+//   v'_t = beta_t v_t - beta_t e^G_t (k_t S) - sum_{j<t} A_tj v'_j        (the triangular solve, one row at a time: no
+//   inverse is kept) o_t  = e^G_t (q_t S) + sum_{j<=t} P_tj v'_j S'   = e^G_63 S + sum_j k_j (e^(G_63 - G_j) v'_j)
 //
-// All sums are fma chains over ascending j or d_k. A decode row reads S, 4 d_k (t + 1) bytes of keys and 4 d_v t of v' (at 96 x 192: 73.7 KB + 1.2 KB
-// per open row); S is written once in 64 rows.
+// All sums are fma chains over ascending j or d_k. A decode row reads S, 4 d_k (t + 1) bytes of keys and 4 d_v t of v'
+// (at 96 x 192: 73.7 KB + 1.2 KB per open row); S is written once in 64 rows.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
@@ -46,7 +46,8 @@ Fp32Scratch Carve(const GdnBlock& block) {
   return s;
 }
 
-// Normalised k and q into scratch, k into the chunk's panels as well; then both against all keys up to the block's last.
+// Normalised k and q into scratch, k into the chunk's panels as well; then both against all keys up to the block's
+// last.
 void KeysAndDots(const GdnBlock& b, const Fp32Scratch& s, float* panels) {
   const int64_t dk = b.shape.key_dim;
   const DF df;
@@ -94,7 +95,8 @@ void StartRows(const GdnBlock& b, const Fp32Scratch& s, int64_t value_head, floa
     float* qs = s.x + (b.rows + i) * vp;
     for (int64_t c = 0; c < vp; c += kLanes) {
       const int64_t left = dv - c;
-      const VF value = left >= static_cast<int64_t>(kLanes) ? hn::LoadU(df, v + c) : LoadFirst(v + c, left > 0 ? left : 0);
+      const VF value =
+          left >= static_cast<int64_t>(kLanes) ? hn::LoadU(df, v + c) : LoadFirst(v + c, left > 0 ? left : 0);
       hn::Store(hn::MulAdd(minus_beta_decay, hn::Load(df, ks + c), hn::Mul(beta_v, value)), df, row + c);
       hn::Store(hn::Mul(from_start, hn::Load(df, qs + c)), df, qs + c);
     }
@@ -108,10 +110,12 @@ void CloseChunk(const GdnBlock& b, const Fp32Scratch& s, const float* decay, flo
   const int64_t dk = b.shape.key_dim;
   const VF last = hn::Set(df, decay[kGdnChunk - 1]);
   HWY_ALIGN float factor[kGdnChunk];
-  for (int64_t j = 0; j < kGdnChunk; j += kLanes) hn::Store(Exp(hn::Sub(last, hn::Load(df, decay + j))), df, factor + j);
+  for (int64_t j = 0; j < kGdnChunk; j += kLanes)
+    hn::Store(Exp(hn::Sub(last, hn::Load(df, decay + j))), df, factor + j);
   for (int64_t j = 0; j < kGdnChunk; ++j) {
     const VF f = hn::Set(df, factor[j]);
-    for (int64_t c = 0; c < vp; c += kLanes) hn::Store(hn::Mul(f, hn::Load(df, new_values + j * vp + c)), df, new_values + j * vp + c);
+    for (int64_t c = 0; c < vp; c += kLanes)
+      hn::Store(hn::Mul(f, hn::Load(df, new_values + j * vp + c)), df, new_values + j * vp + c);
   }
   if (b.first_chunk) {
     MatMul<Start::kZero>(dk, vp, kGdnChunk, s.key_rows, kGdnChunk, new_values, vp, state, vp);
@@ -175,10 +179,13 @@ namespace lockstep {
 HWY_EXPORT(GdnChunkFp32BlockImpl);
 
 int64_t GdnChunkFp32Scratch(const GdnStateLayout& layout, const GdnShape& shape) {
-  return 2 * kGdnBlock * layout.key_pitch + 4 * kGdnBlock * kGdnChunk + 2 * kGdnBlock * layout.value_pitch + shape.key_dim * kGdnChunk;
+  return 2 * kGdnBlock * layout.key_pitch + 4 * kGdnBlock * kGdnChunk + 2 * kGdnBlock * layout.value_pitch +
+         shape.key_dim * kGdnChunk;
 }
 
-void GdnChunkFp32Block(const GdnBlock& block) { HWY_DYNAMIC_DISPATCH(GdnChunkFp32BlockImpl)(block); }
+void GdnChunkFp32Block(const GdnBlock& block) {
+  HWY_DYNAMIC_DISPATCH(GdnChunkFp32BlockImpl)(block);
+}
 
 }  // namespace lockstep
 #endif  // HWY_ONCE

@@ -27,7 +27,8 @@ using testing::WholeSchedule;
 // Operands: qkv, beta, g.
 enum class Gates { kUsual, kNoDecay, kHardDecay };
 
-SequenceInputs MakeInputs(const GdnShape& shape, const std::vector<int64_t>& lengths, bool bf16, uint32_t seed, Gates gates = Gates::kUsual) {
+SequenceInputs MakeInputs(const GdnShape& shape, const std::vector<int64_t>& lengths, bool bf16, uint32_t seed,
+                          Gates gates = Gates::kUsual) {
   std::mt19937 rng(seed);
   std::uniform_real_distribution<float> uniform(0.0f, 1.0f);
   SequenceInputs inputs(3);
@@ -40,7 +41,9 @@ SequenceInputs MakeInputs(const GdnShape& shape, const std::vector<int64_t>& len
       for (int64_t h = 0; h < shape.value_heads; ++h) {
         const float b = 2.0f * uniform(rng);
         beta.row(r)[h] = gates == Gates::kNoDecay ? 2.0f : (bf16 ? RoundBf16(b) : b);
-        g.row(r)[h] = gates == Gates::kNoDecay ? 0.0f : (gates == Gates::kHardDecay && r % 3 == 1 ? -50.0f : -0.3f * uniform(rng));
+        g.row(r)[h] = gates == Gates::kNoDecay
+                          ? 0.0f
+                          : (gates == Gates::kHardDecay && r % 3 == 1 ? -50.0f : -0.3f * uniform(rng));
       }
       // Now and then a key of zeros, whose norm is 0.
       if (r % 37 == 5) std::fill_n(qkv.row(r) + shape.key_width(), shape.key_width(), 0.0f);
@@ -77,23 +80,25 @@ class Slots {
   std::vector<AlignedBuffer> buffers_;
 };
 
-std::vector<Matrix> RunChunk(const std::string& profile, const GdnShape& shape, const std::vector<int64_t>& lengths, SequenceInputs& inputs,
-                             const Schedule& schedule, int threads, bool move_slots = false) {
+std::vector<Matrix> RunChunk(const std::string& profile, const GdnShape& shape, const std::vector<int64_t>& lengths,
+                             SequenceInputs& inputs, const Schedule& schedule, int threads, bool move_slots = false) {
   TestContext context(profile, threads);
   Slots slots(context.get(), shape, lengths.size());
-  return RunSchedule(schedule, lengths, inputs, shape.value_width(),
-                     [&](std::vector<Piece>& pieces, const std::vector<int64_t>& sequences, std::vector<Matrix>& in, Matrix& out) {
-                       for (size_t p = 0; p < pieces.size(); ++p) {
-                         if (move_slots) slots.Move(sequences[p]);
-                         pieces[p].gdn_state = slots[sequences[p]];
-                       }
-                       CpuGdnChunk(context.get(), in[0].view(), in[1].view(), in[2].view(), shape, pieces, out.view());
-                     });
+  return RunSchedule(
+      schedule, lengths, inputs, shape.value_width(),
+      [&](std::vector<Piece>& pieces, const std::vector<int64_t>& sequences, std::vector<Matrix>& in, Matrix& out) {
+        for (size_t p = 0; p < pieces.size(); ++p) {
+          if (move_slots) slots.Move(sequences[p]);
+          pieces[p].gdn_state = slots[sequences[p]];
+        }
+        CpuGdnChunk(context.get(), in[0].view(), in[1].view(), in[2].view(), shape, pieces, out.view());
+      });
 }
 
-// One sequence by the plain recurrence in fp64: S = e^g S; delta = beta (v - k S); S += k delta; o = q S. `magnitude` gets, per row and head, the
-// largest sum of |terms| that any output or v' of the rows so far was made of.
-Matrix Recurrence(const GdnShape& shape, Matrix& qkv, Matrix& beta, Matrix& g, std::vector<std::vector<double>>* magnitude) {
+// One sequence by the plain recurrence in fp64: S = e^g S; delta = beta (v - k S); S += k delta; o = q S. `magnitude`
+// gets, per row and head, the largest sum of |terms| that any output or v' of the rows so far was made of.
+Matrix Recurrence(const GdnShape& shape, Matrix& qkv, Matrix& beta, Matrix& g,
+                  std::vector<std::vector<double>>* magnitude) {
   const int64_t dk = shape.key_dim;
   const int64_t dv = shape.value_dim;
   Matrix out(qkv.rows(), shape.value_width());
@@ -141,18 +146,22 @@ Matrix Recurrence(const GdnShape& shape, Matrix& qkv, Matrix& beta, Matrix& g, s
   return out;
 }
 
-// A chain of n products has an error below n * 2^-24 times the sum of its terms' magnitudes. A row goes through chains over d_k (k S, q S) and over
-// at most 64 rows (the solve, the output), and what earlier rows got wrong passes on through I - beta k k^T, whose norm is at most 1: four such
-// chains, on the largest sum of magnitudes so far. In bf16 the output's own rounding, 2^-8 of it, comes on top.
-void ExpectNearRecurrence(const GdnShape& shape, Matrix& got, Matrix& want, const std::vector<std::vector<double>>& magnitude, bool bf16) {
+// A chain of n products has an error below n * 2^-24 times the sum of its terms' magnitudes. A row goes through chains
+// over d_k (k S, q S) and over at most 64 rows (the solve, the output), and what earlier rows got wrong passes on
+// through I - beta k k^T, whose norm is at most 1: four such chains, on the largest sum of magnitudes so far. In bf16
+// the output's own rounding, 2^-8 of it, comes on top.
+void ExpectNearRecurrence(const GdnShape& shape, Matrix& got, Matrix& want,
+                          const std::vector<std::vector<double>>& magnitude, bool bf16) {
   double worst = 0.0;
   for (int64_t t = 0; t < got.rows(); ++t) {
     for (int64_t c = 0; c < shape.value_width(); ++c) {
-      const double bound = std::ldexp(4.0 * static_cast<double>(shape.key_dim + kGdnChunk), -24) * magnitude[t][c / shape.value_dim] +
-                           (bf16 ? std::ldexp(std::abs(want.row(t)[c]), -8) : 0.0) + 1e-12;
+      const double bound =
+          std::ldexp(4.0 * static_cast<double>(shape.key_dim + kGdnChunk), -24) * magnitude[t][c / shape.value_dim] +
+          (bf16 ? std::ldexp(std::abs(want.row(t)[c]), -8) : 0.0) + 1e-12;
       const double error = std::abs(static_cast<double>(got.row(t)[c]) - want.row(t)[c]);
       // Not EXPECT_LE: a NaN must fail.
-      ASSERT_TRUE(error <= bound) << "row " << t << " column " << c << ": " << got.row(t)[c] << ", want " << want.row(t)[c] << " within " << bound;
+      ASSERT_TRUE(error <= bound) << "row " << t << " column " << c << ": " << got.row(t)[c] << ", want "
+                                  << want.row(t)[c] << " within " << bound;
       worst = std::max(worst, error / bound);
     }
   }
@@ -191,7 +200,8 @@ TEST_P(GdnChunkTest, Fp32ProgramIsTheRecurrence) {
   }
 }
 
-// With no decay and beta = 2 every transition is a reflection: nothing is ever forgotten, errors included. With g = -50 the state dies between rows.
+// With no decay and beta = 2 every transition is a reflection: nothing is ever forgotten, errors included. With g = -50
+// the state dies between rows.
 TEST_P(GdnChunkTest, ExtremeGates) {
   const GdnShape& shape = GetParam().shape;
   const std::vector<int64_t> lengths = {200};
@@ -204,8 +214,9 @@ TEST_P(GdnChunkTest, ExtremeGates) {
   }
 }
 
-// The bf16 program rounds q and k, T, both products into u and w, u, w, v', the state's image, P and the output: ten roundings, each of a relative
-// error spread over [-2^-8, 2^-8], which is 2^-8 / sqrt(3) in the mean square at most. They are independent, so of the norm: sqrt(10) times that.
+// The bf16 program rounds q and k, T, both products into u and w, u, w, v', the state's image, P and the output: ten
+// roundings, each of a relative error spread over [-2^-8, 2^-8], which is 2^-8 / sqrt(3) in the mean square at most.
+// They are independent, so of the norm: sqrt(10) times that.
 TEST_P(GdnChunkTest, Bf16ProgramIsNearTheRecurrence) {
   const GdnShape& shape = GetParam().shape;
   SequenceInputs inputs = MakeInputs(shape, kLengths, /*bf16=*/true, 4);
@@ -238,7 +249,8 @@ TEST_P(GdnChunkTest, NoScheduleShowsInTheBits) {
     check("token by token", TokenSchedule(kLengths), 1, false);
     check("token by token, slots moved", TokenSchedule(kLengths), 2, true);
     check("whole, two threads", WholeSchedule(kLengths), 2, false);
-    for (uint32_t seed = 0; seed < 4; ++seed) check("random pieces", RandomSchedule(kLengths, seed % 2 == 0 ? 20 : 150, seed), 3, seed == 1);
+    for (uint32_t seed = 0; seed < 4; ++seed)
+      check("random pieces", RandomSchedule(kLengths, seed % 2 == 0 ? 20 : 150, seed), 3, seed == 1);
   }
 }
 
@@ -257,7 +269,8 @@ TEST_P(GdnChunkTest, NoInstructionSetShowsInTheBits) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Shapes, GdnChunkTest, ::testing::ValuesIn(kShapes), [](const auto& param_info) { return std::string(param_info.param.name); });
+INSTANTIATE_TEST_SUITE_P(Shapes, GdnChunkTest, ::testing::ValuesIn(kShapes),
+                         [](const auto& param_info) { return std::string(param_info.param.name); });
 
 TEST(GdnChunkLong, ThousandTokens) {
   const GdnShape shape = {.key_heads = 1, .value_heads = 1, .key_dim = 96, .value_dim = 192};
@@ -271,7 +284,8 @@ TEST(GdnChunkLong, ThousandTokens) {
   EXPECT_EQ(DifferingRows(whole, pieces), 0);
 }
 
-// A slot copied in the middle of a chunk and run twice, with different rows after the fork: each half goes on as if it were alone.
+// A slot copied in the middle of a chunk and run twice, with different rows after the fork: each half goes on as if it
+// were alone.
 TEST(GdnChunkFork, CopiedSlotGoesOnIdentically) {
   const GdnShape shape = {.key_heads = 1, .value_heads = 2, .key_dim = 32, .value_dim = 64};
   const std::vector<int64_t> lengths = {100, 100};
@@ -288,8 +302,8 @@ TEST(GdnChunkFork, CopiedSlotGoesOnIdentically) {
     std::vector<Matrix> out = {Matrix(100, shape.value_width()), Matrix(100, shape.value_width())};
     const auto run = [&](int64_t sequence, int64_t begin, int64_t count) {
       const Piece piece = {.row_begin = begin, .row_count = count, .position = begin, .gdn_state = slots[sequence]};
-      CpuGdnChunk(context.get(), inputs[0][sequence].view(), inputs[1][sequence].view(), inputs[2][sequence].view(), shape, {&piece, 1},
-                  out[sequence].view());
+      CpuGdnChunk(context.get(), inputs[0][sequence].view(), inputs[1][sequence].view(), inputs[2][sequence].view(),
+                  shape, {&piece, 1}, out[sequence].view());
     };
     run(0, 0, kFork);
     std::memcpy(slots[1], slots[0], slots.bytes());
@@ -313,7 +327,8 @@ TEST(GdnChunkState, ResetForgets) {
       CpuGdnResetState(context.get(), shape, slots[0]);
       Matrix out(lengths[sequence], shape.value_width());
       const Piece piece = {.row_begin = 0, .row_count = lengths[sequence], .position = 0, .gdn_state = slots[0]};
-      CpuGdnChunk(context.get(), inputs[0][sequence].view(), inputs[1][sequence].view(), inputs[2][sequence].view(), shape, {&piece, 1}, out.view());
+      CpuGdnChunk(context.get(), inputs[0][sequence].view(), inputs[1][sequence].view(), inputs[2][sequence].view(),
+                  shape, {&piece, 1}, out.view());
       EXPECT_EQ(DifferingRows(out, 0, want[sequence], 0, lengths[sequence]), 0) << profile;
     }
   }
@@ -338,7 +353,8 @@ TEST(GdnChunkDeathTest, PieceMustContinueItsState) {
   Slots slots(context.get(), shape, 1);
   Matrix out(4, 16);
   const Piece piece = {.row_begin = 0, .row_count = 2, .position = 2, .gdn_state = slots[0]};
-  EXPECT_DEATH(CpuGdnChunk(context.get(), inputs[0][0].view(), inputs[1][0].view(), inputs[2][0].view(), shape, {&piece, 1}, out.view()),
+  EXPECT_DEATH(CpuGdnChunk(context.get(), inputs[0][0].view(), inputs[1][0].view(), inputs[2][0].view(), shape,
+                           {&piece, 1}, out.view()),
                "piece at position 2, its state has seen 0 tokens");
 }
 

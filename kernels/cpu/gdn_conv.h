@@ -1,5 +1,5 @@
-// Causal depthwise convolution over channels [q | k | v] and SiLU; history before the sequence's start is zero. The last conv_width - 1 input rows
-// stay in the sequence's state, in the activation dtype.
+// Causal depthwise convolution over channels [q | k | v] and SiLU; history before the sequence's start is zero. The
+// last conv_width - 1 input rows stay in the sequence's state, in the activation dtype.
 #pragma once
 
 #include <span>
@@ -9,6 +9,7 @@
 
 namespace lockstep {
 
-void CpuGdnConv(const CpuContext& ctx, Rows in, const float* weight, const GdnShape& shape, std::span<const Piece> pieces, Rows out);
+void CpuGdnConv(const CpuContext& ctx, Rows in, const float* weight, const GdnShape& shape,
+                std::span<const Piece> pieces, Rows out);
 
 }  // namespace lockstep

@@ -43,8 +43,8 @@ NumericsProfile ProfileWith(const std::string& name, ConvCasts casts) {
   return profile;
 }
 
-std::vector<Matrix> RunConv(const NumericsProfile& profile, const GdnShape& shape, const std::vector<int64_t>& lengths, SequenceInputs& inputs,
-                            Matrix& weight, const Schedule& schedule, int threads) {
+std::vector<Matrix> RunConv(const NumericsProfile& profile, const GdnShape& shape, const std::vector<int64_t>& lengths,
+                            SequenceInputs& inputs, Matrix& weight, const Schedule& schedule, int threads) {
   ThreadPool pool(threads);
   ThreadScratch scratch(threads);
   const CpuContext ctx = {profile, pool, scratch};
@@ -55,11 +55,12 @@ std::vector<Matrix> RunConv(const NumericsProfile& profile, const GdnShape& shap
     std::memset(slots[i].data(), 0xFF, bytes);
     CpuGdnResetState(ctx, shape, slots[i].data());
   }
-  return RunSchedule(schedule, lengths, inputs, shape.conv_channels(),
-                     [&](std::vector<Piece>& pieces, const std::vector<int64_t>& sequences, std::vector<Matrix>& in, Matrix& out) {
-                       for (size_t p = 0; p < pieces.size(); ++p) pieces[p].gdn_state = slots[sequences[p]].data();
-                       CpuGdnConv(ctx, in[0].view(), weight.row(0), shape, pieces, out.view());
-                     });
+  return RunSchedule(
+      schedule, lengths, inputs, shape.conv_channels(),
+      [&](std::vector<Piece>& pieces, const std::vector<int64_t>& sequences, std::vector<Matrix>& in, Matrix& out) {
+        for (size_t p = 0; p < pieces.size(); ++p) pieces[p].gdn_state = slots[sequences[p]].data();
+        CpuGdnConv(ctx, in[0].view(), weight.row(0), shape, pieces, out.view());
+      });
 }
 
 SequenceInputs MakeInputs(const GdnShape& shape, bool bf16, uint32_t seed) {
@@ -70,8 +71,9 @@ SequenceInputs MakeInputs(const GdnShape& shape, bool bf16, uint32_t seed) {
 
 class GdnConvTest : public ::testing::TestWithParam<Case> {};
 
-// fp32: width products and sums, each within 2^-24 of the sum of magnitudes m; SiLU's slope is at most 1.1, its own arithmetic (exp, add, divide)
-// within 4 * 2^-24 of its value. bf16: 2^-8 of the sum more where it is rounded first, and 2^-8 of the result.
+// fp32: width products and sums, each within 2^-24 of the sum of magnitudes m; SiLU's slope is at most 1.1, its own
+// arithmetic (exp, add, divide) within 4 * 2^-24 of its value. bf16: 2^-8 of the sum more where it is rounded first,
+// and 2^-8 of the result.
 TEST_P(GdnConvTest, MatchesFp64) {
   const GdnShape& shape = GetParam().shape;
   for (const char* name : {"fp32", "hf-torch"}) {
@@ -89,15 +91,21 @@ TEST_P(GdnConvTest, MatchesFp64) {
             double magnitude = 0.0;
             for (int64_t tap = 0; tap < shape.conv_width; ++tap) {
               const int64_t from = t - (shape.conv_width - 1) + tap;
-              const double term = from < 0 ? 0.0 : static_cast<double>(inputs[0][i].at(from, c)) * weight.row(0)[c * shape.conv_width + tap];
+              const double term =
+                  from < 0 ? 0.0
+                           : static_cast<double>(inputs[0][i].at(from, c)) * weight.row(0)[c * shape.conv_width + tap];
               sum += term;
               magnitude += std::abs(term);
             }
             const double want = sum / (1.0 + std::exp(-sum));
-            double bound = 1.1 * static_cast<double>(shape.conv_width) * testing::kUnitF32 * magnitude + 4 * testing::kUnitF32 * std::abs(want);
-            if (bf16) bound += testing::kUnitBf16 * (std::abs(want) + (casts == ConvCasts::kTwo ? 1.1 * std::abs(sum) : 0.0)) * 1.01;
+            double bound = 1.1 * static_cast<double>(shape.conv_width) * testing::kUnitF32 * magnitude +
+                           4 * testing::kUnitF32 * std::abs(want);
+            if (bf16)
+              bound +=
+                  testing::kUnitBf16 * (std::abs(want) + (casts == ConvCasts::kTwo ? 1.1 * std::abs(sum) : 0.0)) * 1.01;
             const double error = std::abs(out[i].at(t, c) - want);
-            ASSERT_TRUE(error <= bound + 1e-30) << name << " row " << t << " channel " << c << ": " << out[i].at(t, c) << ", want " << want;
+            ASSERT_TRUE(error <= bound + 1e-30)
+                << name << " row " << t << " channel " << c << ": " << out[i].at(t, c) << ", want " << want;
             if (bf16) {
               ASSERT_EQ(out[i].at(t, c), RoundBf16(out[i].at(t, c)));
             }
@@ -114,8 +122,10 @@ TEST(GdnConvCasts, RoundsWhereTheProfileSays) {
   Matrix weight(1, shape.conv_channels());
   weight.Fill(5, true);
   SequenceInputs inputs = MakeInputs(shape, true, 6);
-  std::vector<Matrix> two = RunConv(ProfileWith("hf", ConvCasts::kTwo), shape, kLengths, inputs, weight, WholeSchedule(kLengths), 1);
-  std::vector<Matrix> one = RunConv(ProfileWith("hf", ConvCasts::kOne), shape, kLengths, inputs, weight, WholeSchedule(kLengths), 1);
+  std::vector<Matrix> two =
+      RunConv(ProfileWith("hf", ConvCasts::kTwo), shape, kLengths, inputs, weight, WholeSchedule(kLengths), 1);
+  std::vector<Matrix> one =
+      RunConv(ProfileWith("hf", ConvCasts::kOne), shape, kLengths, inputs, weight, WholeSchedule(kLengths), 1);
   int64_t differing = 0;
   int64_t two_nearest = 0;
   int64_t one_nearest = 0;
@@ -157,7 +167,8 @@ TEST_P(GdnConvTest, NoScheduleShowsInTheBits) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Shapes, GdnConvTest, ::testing::ValuesIn(kCases), [](const auto& param_info) { return std::string(param_info.param.name); });
+INSTANTIATE_TEST_SUITE_P(Shapes, GdnConvTest, ::testing::ValuesIn(kCases),
+                         [](const auto& param_info) { return std::string(param_info.param.name); });
 
 }  // namespace
 }  // namespace lockstep

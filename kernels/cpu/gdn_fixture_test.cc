@@ -1,5 +1,5 @@
-// The bf16 chunk program against a GPU's own output (tests/data/gdn_fixture). The casts are the same; the GPU's tensor cores truncate inside a sum and
-// round toward zero, so bits agree only mostly.
+// The bf16 chunk program against a GPU's own output (tests/data/gdn_fixture). The casts are the same; the GPU's tensor
+// cores truncate inside a sum and round toward zero, so bits agree only mostly.
 #include <cmath>
 #include <fstream>
 #include <string>
@@ -71,8 +71,9 @@ testing::Matrix RunFixture(const std::string& profile) {
   return out;
 }
 
-// Where the sum before a rounding differs in its last fp32 bits, the rounding flips rarely; each flip (of q, k, T, u, w, v', P) moves later rows by
-// less than a bf16 step. So most elements are equal, and the error of the norm stays below half of one bf16 rounding, 2^-9.
+// Where the sum before a rounding differs in its last fp32 bits, the rounding flips rarely; each flip (of q, k, T, u,
+// w, v', P) moves later rows by less than a bf16 step. So most elements are equal, and the error of the norm stays
+// below half of one bf16 rounding, 2^-9.
 TEST(GdnFixture, Bf16ProgramFollowsTheGpu) {
   testing::Matrix out = RunFixture("hf");
   const Agreement agreement = Compare(out, ReadArray<uint16_t>("o.bf16", kRows * 192));
@@ -82,7 +83,8 @@ TEST(GdnFixture, Bf16ProgramFollowsTheGpu) {
   EXPECT_GT(agreement.equal_share, 0.85);
 }
 
-// The test above can fail: the fp32 program, whose casts are not the GPU's, is near too, but equal in far fewer elements.
+// The test above can fail: the fp32 program, whose casts are not the GPU's, is near too, but equal in far fewer
+// elements.
 TEST(GdnFixture, Fp32ProgramDoesNot) {
   testing::Matrix out = RunFixture("hf-torch");
   const Agreement agreement = Compare(out, ReadArray<uint16_t>("o.bf16", kRows * 192));

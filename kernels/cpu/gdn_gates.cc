@@ -15,7 +15,8 @@ namespace lockstep {
 namespace HWY_NAMESPACE {
 namespace {
 
-// ln(1 + z) for 0 <= z <= 1: 2 atanh(s), s = z / (2 + z) <= 1/3. The series stops after s^15; what is left out is below 2^-29 of the result.
+// ln(1 + z) for 0 <= z <= 1: 2 atanh(s), s = z / (2 + z) <= 1/3. The series stops after s^15; what is left out is below
+// 2^-29 of the result.
 VF Log1p(VF z) {
   const DF df;
   const VF s = hn::Div(z, hn::Add(hn::Set(df, 2.0f), z));
@@ -46,10 +47,13 @@ VF Beta(VF b, bool neg_eigval) {
   return neg_eigval ? RoundIf<kBf16>(hn::Add(beta, beta)) : beta;
 }
 
-VF Decay(VF a, VF a_log, VF dt_bias) { return hn::Mul(hn::Neg(Exp(a_log)), Softplus(hn::Add(a, dt_bias))); }
+VF Decay(VF a, VF a_log, VF dt_bias) {
+  return hn::Mul(hn::Neg(Exp(a_log)), Softplus(hn::Add(a, dt_bias)));
+}
 
 template <bool kBf16>
-void GatesRow(const float* a, const float* b, const float* a_log, const float* dt_bias, bool neg_eigval, int64_t heads, float* beta, float* g) {
+void GatesRow(const float* a, const float* b, const float* a_log, const float* dt_bias, bool neg_eigval, int64_t heads,
+              float* beta, float* g) {
   const DF df;
   int64_t h = 0;
   for (; h + static_cast<int64_t>(kLanes) <= heads; h += kLanes) {
@@ -62,9 +66,11 @@ void GatesRow(const float* a, const float* b, const float* a_log, const float* d
   }
 }
 
-void GdnGatesRowsImpl(Rows a, Rows b, const float* a_log, const float* dt_bias, bool neg_eigval, bool bf16, Rows beta, Rows g) {
+void GdnGatesRowsImpl(Rows a, Rows b, const float* a_log, const float* dt_bias, bool neg_eigval, bool bf16, Rows beta,
+                      Rows g) {
   for (int64_t r = 0; r < a.rows; ++r) {
-    (bf16 ? GatesRow<true> : GatesRow<false>)(a.row(r), b.row(r), a_log, dt_bias, neg_eigval, a.width, beta.row(r), g.row(r));
+    (bf16 ? GatesRow<true> : GatesRow<false>)(a.row(r), b.row(r), a_log, dt_bias, neg_eigval, a.width, beta.row(r),
+                                              g.row(r));
   }
 }
 
@@ -78,11 +84,12 @@ HWY_AFTER_NAMESPACE();
 namespace lockstep {
 HWY_EXPORT(GdnGatesRowsImpl);
 
-void CpuGdnGates(const CpuContext& ctx, Rows a, Rows b, const float* a_log, const float* dt_bias, bool neg_eigval, Rows beta, Rows g) {
-  LOCKSTEP_CHECK(b.width == a.width && beta.width == a.width && g.width == a.width, "widths of a {}, b {}, beta {}, g {} differ", a.width, b.width,
-                 beta.width, g.width);
-  LOCKSTEP_CHECK(b.rows == a.rows && beta.rows == a.rows && g.rows == a.rows, "rows of a {}, b {}, beta {}, g {} differ", a.rows, b.rows, beta.rows,
-                 g.rows);
+void CpuGdnGates(const CpuContext& ctx, Rows a, Rows b, const float* a_log, const float* dt_bias, bool neg_eigval,
+                 Rows beta, Rows g) {
+  LOCKSTEP_CHECK(b.width == a.width && beta.width == a.width && g.width == a.width,
+                 "widths of a {}, b {}, beta {}, g {} differ", a.width, b.width, beta.width, g.width);
+  LOCKSTEP_CHECK(b.rows == a.rows && beta.rows == a.rows && g.rows == a.rows,
+                 "rows of a {}, b {}, beta {}, g {} differ", a.rows, b.rows, beta.rows, g.rows);
   const bool bf16 = ctx.profile.activations == DType::kBF16;
   constexpr int64_t kGrain = 64;  // rows: some tens of microseconds
   ctx.threads.ParallelFor(a.rows, kGrain, [&](int64_t begin, int64_t end, int) {

@@ -1,4 +1,5 @@
-// What both chunk programs share: normalised q and k of a block, decay factors, and products against a lower triangle. Compiled once per target.
+// What both chunk programs share: normalised q and k of a block, decay factors, and products against a lower triangle.
+// Compiled once per target.
 #if defined(LOCKSTEP_KERNELS_CPU_GDN_ROWS_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef LOCKSTEP_KERNELS_CPU_GDN_ROWS_INL_H_
 #undef LOCKSTEP_KERNELS_CPU_GDN_ROWS_INL_H_
@@ -23,7 +24,9 @@ namespace hn = hwy::HWY_NAMESPACE;
 inline constexpr float kL2NormEps = 1e-6f;
 
 // x / sqrt(sum x^2 + eps), as one factor times x.
-HWY_INLINE float InverseNorm(const float* x, int64_t count) { return 1.0f / std::sqrt(Dot16(x, x, count) + kL2NormEps); }
+HWY_INLINE float InverseNorm(const float* x, int64_t count) {
+  return 1.0f / std::sqrt(Dot16(x, x, count) + kL2NormEps);
+}
 
 // to[i] = fn(from[i]) by vectors, with nothing read or written past `count`.
 template <class Fn>
@@ -34,17 +37,22 @@ HWY_INLINE void MapRow(const float* from, float* to, int64_t count, Fn fn) {
   if (i < count) StoreFirst(fn(LoadFirst(from + i, count - i)), to + i, count - i);
 }
 
-HWY_INLINE float FirstLane(VF v) { return hn::GetLane(v); }
+HWY_INLINE float FirstLane(VF v) {
+  return hn::GetLane(v);
+}
 
-// c[i] += the chain over rows j in [0, depth_of_prefix + i + diagonal) of a[i][j] * b[j], for a block's rows i. Rows of b below `prefix` are finished
-// before the block; the block's own come one by one, so that no row is multiplied that the output row may not see.
+// c[i] += the chain over rows j in [0, depth_of_prefix + i + diagonal) of a[i][j] * b[j], for a block's rows i. Rows of
+// b below `prefix` are finished before the block; the block's own come one by one, so that no row is multiplied that
+// the output row may not see.
 template <class B>
-HWY_INLINE void LowerTriangle(int64_t rows, int64_t prefix, bool diagonal, int64_t columns, const float* a, const B* b, int64_t ldb, float* c,
-                              int64_t ldc) {
+HWY_INLINE void LowerTriangle(int64_t rows, int64_t prefix, bool diagonal, int64_t columns, const float* a, const B* b,
+                              int64_t ldb, float* c, int64_t ldc) {
   if (prefix > 0) MatMul<Start::kOutput>(rows, columns, prefix, a, kGdnChunk, b, ldb, c, ldc);
   for (int64_t i = 0; i < rows; ++i) {
     const int64_t depth = i + (diagonal ? 1 : 0);
-    if (depth > 0) MatMul<Start::kOutput>(1, columns, depth, a + i * kGdnChunk + prefix, kGdnChunk, b + prefix * ldb, ldb, c + i * ldc, ldc);
+    if (depth > 0)
+      MatMul<Start::kOutput>(1, columns, depth, a + i * kGdnChunk + prefix, kGdnChunk, b + prefix * ldb, ldb,
+                             c + i * ldc, ldc);
   }
 }
 

@@ -7,7 +7,9 @@ namespace {
 
 constexpr int64_t kAlignment = 64;
 
-int64_t RoundUp(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+int64_t RoundUp(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
 
 // Hands out 64-byte aligned parts one after another.
 class Parts {
@@ -28,8 +30,8 @@ class Parts {
 GdnStateLayout::GdnStateLayout(const NumericsProfile& profile, const GdnShape& shape) {
   LOCKSTEP_CHECK(shape.key_heads > 0 && shape.value_heads > 0 && shape.value_heads % shape.key_heads == 0,
                  "value heads must be a multiple of key heads: {} of {}", shape.value_heads, shape.key_heads);
-  LOCKSTEP_CHECK(shape.key_dim > 0 && shape.value_dim > 0 && shape.conv_width > 0, "key_dim {}, value_dim {}, conv_width {}", shape.key_dim,
-                 shape.value_dim, shape.conv_width);
+  LOCKSTEP_CHECK(shape.key_dim > 0 && shape.value_dim > 0 && shape.conv_width > 0,
+                 "key_dim {}, value_dim {}, conv_width {}", shape.key_dim, shape.value_dim, shape.conv_width);
   const bool bf16 = profile.gdn == GdnProgram::kChunkBf16;
   key_pitch = RoundUp(shape.key_dim, 16);
   value_pitch = RoundUp(shape.value_dim, 16);
@@ -55,9 +57,12 @@ GdnStateLayout::GdnStateLayout(const NumericsProfile& profile, const GdnShape& s
   bytes = slot.end();
 }
 
-int64_t CpuGdnStateBytes(const CpuContext& ctx, const GdnShape& shape) { return GdnStateLayout(ctx.profile, shape).bytes; }
+int64_t CpuGdnStateBytes(const CpuContext& ctx, const GdnShape& shape) {
+  return GdnStateLayout(ctx.profile, shape).bytes;
+}
 
 void CpuGdnResetState(const CpuContext&, const GdnShape&, std::byte* state) {
-  reinterpret_cast<GdnStateHeader*>(state)->tokens = 0; }
+  reinterpret_cast<GdnStateHeader*>(state)->tokens = 0;
+}
 
 }  // namespace lockstep

@@ -1,16 +1,20 @@
-// One sequence's state of one Gated DeltaNet layer on the CPU: plain bytes in a slot, so that copying the slot copies the sequence.
+// One sequence's state of one Gated DeltaNet layer on the CPU: plain bytes in a slot, so that copying the slot copies
+// the sequence.
 //
 //   header                    tokens seen
-//   convolution tail          [conv_width - 1][channels], the input rows at positions p, p - 1, ... in slot p % (conv_width - 1)
-//   per key head              keys of the open chunk, l2-normalised: 4 panels [d_k][16], key j in panel j / 16, lane j % 16
-//   per value head            S [d_k][d_v] fp32 at the last chunk boundary, G [64], and what the program keeps of the open chunk's rows:
+//   convolution tail          [conv_width - 1][channels], the input rows at positions p, p - 1, ... in slot p %
+//   (conv_width - 1) per key head              keys of the open chunk, l2-normalised: 4 panels [d_k][16], key j in
+//   panel j / 16, lane j % 16 per value head            S [d_k][d_v] fp32 at the last chunk boundary, G [64], and what
+//   the program keeps of the open chunk's rows:
 //     kChunkFp32                v' [64][d_v] fp32
-//     kChunkBf16                bf16 image of S; T [64][64] fp32; bf16(beta v), bf16(v') [64][d_v]; bf16(bf16(beta k) exp2 G) [64][d_k];
+//     kChunkBf16                bf16 image of S; T [64][64] fp32; bf16(beta v), bf16(v') [64][d_v]; bf16(bf16(beta k)
+//     exp2 G) [64][d_k];
 //                               v' [64][d_v] fp32
 //
-// d_v (and d_k where it is a row) is padded to a multiple of 16. Every part begins at a multiple of 64 bytes. At d_k, d_v = 96, 192 a key head
-// takes 24,576 bytes (kChunkBf16: 12,288) and a value head 123,136 (kChunkBf16: 237,824).
-// Nothing is read before it is written: S not before the first boundary, a row of the open chunk not before its token. So a reset is the header.
+// d_v (and d_k where it is a row) is padded to a multiple of 16. Every part begins at a multiple of 64 bytes. At d_k,
+// d_v = 96, 192 a key head takes 24,576 bytes (kChunkBf16: 12,288) and a value head 123,136 (kChunkBf16: 237,824).
+// Nothing is read before it is written: S not before the first boundary, a row of the open chunk not before its token.
+// So a reset is the header.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
-// cos and sin of a row's angles are computed once for all heads, in fp64 lanes and rounded to fp32: correctly rounded but for cases too rare to
-// meet, at any position, and the same bits on every machine (a C library's sinf is not).
+// cos and sin of a row's angles are computed once for all heads, in fp64 lanes and rounded to fp32: correctly rounded
+// but for cases too rare to meet, at any position, and the same bits on every machine (a C library's sinf is not).
 #include "kernels/cpu/rope.h"
 
 #include <cstdint>
@@ -22,7 +22,8 @@ using DHalf = hn::Rebind<float, DD>;
 using VD = hn::Vec<DD>;
 inline constexpr int64_t kDoubles = static_cast<int64_t>(kLanes) / 2;
 
-// x = n pi/2 + r, |r| <= pi/4: pi/2 as two doubles, each product inside a fused multiply-add, so r is good to 2^-52 of itself for every fp32 x below 2^31.
+// x = n pi/2 + r, |r| <= pi/4: pi/2 as two doubles, each product inside a fused multiply-add, so r is good to 2^-52 of
+// itself for every fp32 x below 2^31.
 void SinCos(VD x, VD* sin, VD* cos) {
   const DD dd;
   const VD n = hn::Round(hn::Mul(x, hn::Set(dd, 0x1.45f306dc9c883p-1)));
@@ -102,7 +103,8 @@ void RotateRow(float* x, int64_t heads, int64_t half, const float* cos, const fl
 }
 
 // table: scratch for cos and sin, 2 * (half rounded up to 16) floats.
-void RopeRowsImpl(Rows x, const int64_t* positions, const float* inv_freq, float attention_scaling, int64_t half, bool bf16, float* table) {
+void RopeRowsImpl(Rows x, const int64_t* positions, const float* inv_freq, float attention_scaling, int64_t half,
+                  bool bf16, float* table) {
   const int64_t pitch = (half + 15) / 16 * 16;
   for (int64_t r = 0; r < x.rows; ++r) {
     Angles(static_cast<float>(positions[r]), inv_freq, half, attention_scaling, table, table + pitch);
@@ -120,12 +122,15 @@ HWY_AFTER_NAMESPACE();
 namespace lockstep {
 HWY_EXPORT(RopeRowsImpl);
 
-void CpuRope(const CpuContext& ctx, Rows x, std::span<const int64_t> positions, std::span<const float> inv_freq, float attention_scaling,
-             int64_t head_dim) {
-  LOCKSTEP_CHECK(head_dim > 0 && head_dim % 2 == 0 && x.width % head_dim == 0, "width {} and head_dim {} (even) do not fit", x.width, head_dim);
-  LOCKSTEP_CHECK(static_cast<int64_t>(positions.size()) == x.rows, "{} positions for {} rows", positions.size(), x.rows);
+void CpuRope(const CpuContext& ctx, Rows x, std::span<const int64_t> positions, std::span<const float> inv_freq,
+             float attention_scaling, int64_t head_dim) {
+  LOCKSTEP_CHECK(head_dim > 0 && head_dim % 2 == 0 && x.width % head_dim == 0,
+                 "width {} and head_dim {} (even) do not fit", x.width, head_dim);
+  LOCKSTEP_CHECK(static_cast<int64_t>(positions.size()) == x.rows, "{} positions for {} rows", positions.size(),
+                 x.rows);
   const int64_t half = head_dim / 2;
-  LOCKSTEP_CHECK(static_cast<int64_t>(inv_freq.size()) == half, "{} inverse frequencies for head_dim {}", inv_freq.size(), head_dim);
+  LOCKSTEP_CHECK(static_cast<int64_t>(inv_freq.size()) == half, "{} inverse frequencies for head_dim {}",
+                 inv_freq.size(), head_dim);
   const bool bf16 = ctx.profile.activations == DType::kBF16;
   ctx.threads.ParallelFor(x.rows, 4, [&](int64_t begin, int64_t end, int thread) {
     float* table = ctx.scratch.Floats(thread, 2 * (half + 16));

@@ -9,7 +9,7 @@
 
 namespace lockstep {
 
-void CpuRope(const CpuContext& ctx, Rows x, std::span<const int64_t> positions, std::span<const float> inv_freq, float attention_scaling,
-             int64_t head_dim);
+void CpuRope(const CpuContext& ctx, Rows x, std::span<const int64_t> positions, std::span<const float> inv_freq,
+             float attention_scaling, int64_t head_dim);
 
 }  // namespace lockstep

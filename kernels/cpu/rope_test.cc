@@ -17,14 +17,17 @@ using testing::TestContext;
 std::vector<float> InverseFrequencies(int64_t head_dim) {
   std::vector<float> frequencies;
   for (int64_t i = 0; i < head_dim; i += 2) {
-    frequencies.push_back(static_cast<float>(std::pow(500000.0, -static_cast<double>(i) / static_cast<double>(head_dim))));
+    frequencies.push_back(
+        static_cast<float>(std::pow(500000.0, -static_cast<double>(i) / static_cast<double>(head_dim))));
   }
   return frequencies;
 }
 
-const std::vector<int64_t> kPositions = {0, 1, 2, 3, 7, 63, 64, 1000, 4095, 65535, 355, 710, 103993, 999999, 1000000, 16777215};
+const std::vector<int64_t> kPositions = {0,    1,     2,   3,   7,      63,     64,      1000,
+                                         4095, 65535, 355, 710, 103993, 999999, 1000000, 16777215};
 
-// The angle is an fp32 product, so it is taken as such; its cos and sin come correctly rounded, two products and a sum follow: 3 * 2^-24 of
+// The angle is an fp32 product, so it is taken as such; its cos and sin come correctly rounded, two products and a sum
+// follow: 3 * 2^-24 of
 // (|x1| + |x2|) * scaling, and half a bf16 step of the result where it is rounded.
 TEST(Rope, MatchesFp64) {
   for (const char* profile : {"fp32", "hf"}) {
@@ -48,7 +51,8 @@ TEST(Rope, MatchesFp64) {
           const double want = (self * std::cos(angle) + other * std::sin(angle)) * kScaling;
           double bound = 3 * testing::kUnitF32 * (std::abs(self) + std::abs(other)) * kScaling;
           if (context.bf16()) bound += testing::kUnitBf16 * std::abs(want);
-          EXPECT_TRUE(std::abs(x.at(r, c) - want) <= bound) << "position " << kPositions[r] << " column " << c << ": " << x.at(r, c) << ", want " << want;
+          EXPECT_TRUE(std::abs(x.at(r, c) - want) <= bound)
+              << "position " << kPositions[r] << " column " << c << ": " << x.at(r, c) << ", want " << want;
         }
       }
     }
@@ -88,7 +92,8 @@ TEST(Rope, NoBatchOrInstructionSetShowsInTheBits) {
     ForEachTarget([&] {
       TestContext single(profile);
       Matrix x = input;
-      for (int64_t r = 0; r < rows; ++r) CpuRope(single.get(), x.view().slice(r, 1), {&kPositions[r], 1}, frequencies, 1.0f, 40);
+      for (int64_t r = 0; r < rows; ++r)
+        CpuRope(single.get(), x.view().slice(r, 1), {&kPositions[r], 1}, frequencies, 1.0f, 40);
       EXPECT_EQ(DifferingRows(all, 0, x, 0, rows), 0);
     });
   }

@@ -1,6 +1,7 @@
-// Small matrix products whose every output is one chain of fused multiply-adds over ascending k, started from zero or from what the output holds.
-// Lanes run over outputs, so neither the vector width nor the register tile nor a chain cut in two calls shows in the bits. Operands are fp32 words
-// or bf16 bits (uint16_t). Include after hwy/foreach_target.h and simd_util-inl.h's requirements; compiled once per target.
+// Small matrix products whose every output is one chain of fused multiply-adds over ascending k, started from zero or
+// from what the output holds. Lanes run over outputs, so neither the vector width nor the register tile nor a chain cut
+// in two calls shows in the bits. Operands are fp32 words or bf16 bits (uint16_t). Include after hwy/foreach_target.h
+// and simd_util-inl.h's requirements; compiled once per target.
 #if defined(LOCKSTEP_KERNELS_CPU_ROW_MATRIX_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef LOCKSTEP_KERNELS_CPU_ROW_MATRIX_INL_H_
 #undef LOCKSTEP_KERNELS_CPU_ROW_MATRIX_INL_H_
@@ -25,7 +26,9 @@ namespace hn = hwy::HWY_NAMESPACE;
 // Accumulators a register tile may hold: AVX2 has 16 vector registers, AVX-512 and NEON 32.
 inline constexpr int kAccumulators = HWY_TARGET == HWY_AVX2 ? 12 : 24;
 
-HWY_INLINE VF LoadWide(const float* from) { return hn::LoadU(DF(), from); }
+HWY_INLINE VF LoadWide(const float* from) {
+  return hn::LoadU(DF(), from);
+}
 HWY_INLINE VF LoadWide(const uint16_t* from) {
   const DU du;
   const hn::Rebind<uint16_t, DF> d16;
@@ -42,8 +45,8 @@ HWY_INLINE void StoreBf16(VF v, uint16_t* to) {
 enum class Start { kZero, kOutput };
 
 template <int kRows, int kVectors, Start kStart, class B>
-HWY_INLINE void MatMulTile(int64_t depth, const float* HWY_RESTRICT a, int64_t lda, const B* HWY_RESTRICT b, int64_t ldb, float* HWY_RESTRICT c,
-                           int64_t ldc) {
+HWY_INLINE void MatMulTile(int64_t depth, const float* HWY_RESTRICT a, int64_t lda, const B* HWY_RESTRICT b,
+                           int64_t ldb, float* HWY_RESTRICT c, int64_t ldc) {
   const DF df;
   VF sum[kRows][kVectors];
 #pragma GCC unroll 16
@@ -54,6 +57,7 @@ HWY_INLINE void MatMulTile(int64_t depth, const float* HWY_RESTRICT a, int64_t l
     }
   }
   for (int64_t k = 0; k < depth; ++k) {
+    // One or two rows against a matrix wait for memory (a decode row and its state), and run better 8 rows of it ahead.
     if constexpr (kRows <= 2 && kVectors > 4) {
       const B* ahead = b + 8 * ldb;
 #pragma GCC unroll 16
@@ -77,27 +81,31 @@ HWY_INLINE void MatMulTile(int64_t depth, const float* HWY_RESTRICT a, int64_t l
   }
 }
 
-// Column panels outside, groups of kRows inside: a panel of b stays in the first-level cache while the rows pass over it.
+// Column panels outside, groups of kRows inside: a panel of b stays in the first-level cache while the rows pass over
+// it.
 template <int kRows, int kVectors, Start kStart, class B>
-HWY_INLINE void MatMulPanels(int64_t groups, int64_t columns, int64_t depth, const float* a, int64_t lda, const B* b, int64_t ldb, float* c,
-                             int64_t ldc) {
+HWY_INLINE void MatMulPanels(int64_t groups, int64_t columns, int64_t depth, const float* a, int64_t lda, const B* b,
+                             int64_t ldb, float* c, int64_t ldc) {
   constexpr int64_t kWidth = kVectors * static_cast<int64_t>(kLanes);
   int64_t column = 0;
   for (; column + kWidth <= columns; column += kWidth) {
     for (int64_t g = 0; g < groups; ++g) {
-      MatMulTile<kRows, kVectors, kStart>(depth, a + g * kRows * lda, lda, b + column, ldb, c + g * kRows * ldc + column, ldc);
+      MatMulTile<kRows, kVectors, kStart>(depth, a + g * kRows * lda, lda, b + column, ldb,
+                                          c + g * kRows * ldc + column, ldc);
     }
   }
   if constexpr (kVectors > 1) {
     if (column < columns) {
-      MatMulPanels<kRows, (kVectors > 4 ? 4 : kVectors / 2), kStart>(groups, columns - column, depth, a, lda, b + column, ldb, c + column, ldc);
+      MatMulPanels<kRows, (kVectors > 4 ? 4 : kVectors / 2), kStart>(groups, columns - column, depth, a, lda,
+                                                                     b + column, ldb, c + column, ldc);
     }
   }
 }
 
 // c[r][n] = (or +=) the chain over k < depth of a[r][k] * b[k][n]. c: [rows, columns], columns a multiple of 16.
 template <Start kStart, class B>
-HWY_INLINE void MatMul(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const B* b, int64_t ldb, float* c, int64_t ldc) {
+HWY_INLINE void MatMul(int64_t rows, int64_t columns, int64_t depth, const float* a, int64_t lda, const B* b,
+                       int64_t ldb, float* c, int64_t ldc) {
   if constexpr (kAccumulators == 24) {
     if (const int64_t groups = rows / 8; groups > 0) {
       MatMulPanels<8, 3, kStart>(groups, columns, depth, a, lda, b, ldb, c, ldc);
@@ -122,7 +130,8 @@ HWY_INLINE void MatMul(int64_t rows, int64_t columns, int64_t depth, const float
 }
 
 template <int kRows, int kPanels, class B>
-HWY_INLINE void DotPanelsTile(int64_t depth, const float* HWY_RESTRICT a, int64_t lda, const B* const* panels, float* HWY_RESTRICT c, int64_t ldc) {
+HWY_INLINE void DotPanelsTile(int64_t depth, const float* HWY_RESTRICT a, int64_t lda, const B* const* panels,
+                              float* HWY_RESTRICT c, int64_t ldc) {
   const DF df;
   constexpr int kParts = static_cast<int>(F32x16::kParts);
   const B* panel[kPanels];
@@ -135,14 +144,14 @@ HWY_INLINE void DotPanelsTile(int64_t depth, const float* HWY_RESTRICT a, int64_
     for (int v = 0; v < kPanels * kParts; ++v) sum[r][v] = hn::Zero(df);
   }
   for (int64_t k = 0; k < depth; ++k) {
-    VF keys[kPanels * kParts];
-#pragma GCC unroll 32
-    for (int v = 0; v < kPanels * kParts; ++v) keys[v] = LoadWide(panel[v / kParts] + k * 16 + v % kParts * kLanes);
+    VF factor[kRows];
 #pragma GCC unroll 16
-    for (int r = 0; r < kRows; ++r) {
-      const VF factor = hn::Set(df, a[r * lda + k]);
+    for (int r = 0; r < kRows; ++r) factor[r] = hn::Set(df, a[r * lda + k]);
 #pragma GCC unroll 32
-      for (int v = 0; v < kPanels * kParts; ++v) sum[r][v] = hn::MulAdd(factor, keys[v], sum[r][v]);
+    for (int v = 0; v < kPanels * kParts; ++v) {
+      const VF keys = LoadWide(panel[v / kParts] + k * 16 + v % kParts * kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) sum[r][v] = hn::MulAdd(factor[r], keys, sum[r][v]);
     }
   }
 #pragma GCC unroll 16
@@ -153,7 +162,8 @@ HWY_INLINE void DotPanelsTile(int64_t depth, const float* HWY_RESTRICT a, int64_
 }
 
 template <int kRows, int kPanels, class B>
-HWY_INLINE void DotPanelsRows(int64_t count, int64_t depth, const float* a, int64_t lda, const B* const* panels, float* c, int64_t ldc) {
+HWY_INLINE void DotPanelsRows(int64_t count, int64_t depth, const float* a, int64_t lda, const B* const* panels,
+                              float* c, int64_t ldc) {
   int64_t p = 0;
   for (; p + kPanels <= count; p += kPanels) DotPanelsTile<kRows, kPanels>(depth, a, lda, panels + p, c + p * 16, ldc);
   if constexpr (kPanels > 1) {
@@ -161,13 +171,14 @@ HWY_INLINE void DotPanelsRows(int64_t count, int64_t depth, const float* a, int6
   }
 }
 
-// Dot products with 16 keys at a time: panel p holds keys 16p..16p+15 as [depth][16], and c[r][16p + lane] = the chain over k of
-// a[r][k] * panels[p][k][lane]. Lanes of keys that do not exist hold whatever the panel held; they touch no other lane.
-// Only the first `count` panels are looked at.
+// Dot products with 16 keys at a time: panel p holds keys 16p..16p+15 as [depth][16], and c[r][16p + lane] = the chain
+// over k of a[r][k] * panels[p][k][lane]. Lanes of keys that do not exist hold whatever the panel held; they touch no
+// other lane. Only the first `count` panels are looked at.
 template <class B, size_t kMaxPanels>
-HWY_INLINE void DotPanels(int64_t rows, int64_t count, int64_t depth, const float* a, int64_t lda, const B* const (&panels)[kMaxPanels], float* c,
-                          int64_t ldc) {
-  // Panels beside each other: enough chains to hide the multiply-add's latency, as many as the registers hold, a power of two.
+HWY_INLINE void DotPanels(int64_t rows, int64_t count, int64_t depth, const float* a, int64_t lda,
+                          const B* const (&panels)[kMaxPanels], float* c, int64_t ldc) {
+  // Panels beside each other: enough chains to hide the multiply-add's latency, as many as the registers hold, a power
+  // of two.
   constexpr int kParts = static_cast<int>(F32x16::kParts);
   constexpr int kMax = static_cast<int>(kMaxPanels);
   constexpr int kOne = std::min(kMax, 8 / kParts);

@@ -1,5 +1,6 @@
-// For tests of operations with a sequence behind them: schedules that cut sequences into pieces, and a runner that lays the pieces of a step into one
-// batch. A schedule must never show in the bits, so a test runs the same sequences through several and compares words.
+// For tests of operations with a sequence behind them: schedules that cut sequences into pieces, and a runner that lays
+// the pieces of a step into one batch. A schedule must never show in the bits, so a test runs the same sequences
+// through several and compares words.
 #pragma once
 
 #include <algorithm>
@@ -51,18 +52,21 @@ inline Schedule RandomSchedule(const std::vector<int64_t>& lengths, int64_t most
 }
 
 // At most one token of a sequence in a step: decoding from the first token on.
-inline Schedule TokenSchedule(const std::vector<int64_t>& lengths) { return RandomSchedule(lengths, 1, 7); }
+inline Schedule TokenSchedule(const std::vector<int64_t>& lengths) {
+  return RandomSchedule(lengths, 1, 7);
+}
 
 // By operand, then by sequence.
 using SequenceInputs = std::vector<std::vector<Matrix>>;
 
-// Gets a step's pieces (row range and position filled in), the sequence of each, and the batch of each operand; fills `out`.
-using RunStep =
-    std::function<void(std::vector<Piece>& pieces, const std::vector<int64_t>& sequences, std::vector<Matrix>& inputs, Matrix& out)>;
+// Gets a step's pieces (row range and position filled in), the sequence of each, and the batch of each operand; fills
+// `out`.
+using RunStep = std::function<void(std::vector<Piece>& pieces, const std::vector<int64_t>& sequences,
+                                   std::vector<Matrix>& inputs, Matrix& out)>;
 
 // Outputs by sequence. A batch also has rows that no piece owns: poison going in, and poison they must stay.
-inline std::vector<Matrix> RunSchedule(const Schedule& schedule, const std::vector<int64_t>& lengths, SequenceInputs& inputs, int64_t out_width,
-                                       const RunStep& run) {
+inline std::vector<Matrix> RunSchedule(const Schedule& schedule, const std::vector<int64_t>& lengths,
+                                       SequenceInputs& inputs, int64_t out_width, const RunStep& run) {
   std::vector<Matrix> results;
   for (const int64_t length : lengths) results.emplace_back(length, out_width);
   std::vector<int64_t> done(lengths.size(), 0);

@@ -265,6 +265,31 @@ TEST(SafetensorsFile, MapsFindsAndDrops) {
   EXPECT_EQ(std::memcmp(file->Data(*small), "xyz", 3), 0);
 }
 
+// Resident pages of mapped files, in bytes: the third field of statm.
+int64_t ResidentFileBytes() {
+  std::ifstream statm("/proc/self/statm");
+  int64_t size = 0, resident = 0, shared = 0;
+  statm >> size >> resident >> shared;
+  return shared * ::sysconf(_SC_PAGESIZE);
+}
+
+TEST(SafetensorsFile, DropGivesThePagesBack) {
+  constexpr int64_t kBytes = 32 << 20;
+  TempDir dir;
+  const auto path = dir.path() / "model.safetensors";
+  WriteFile(path, SafetensorsBytes({{"t", {"U8", {kBytes}, std::string(kBytes, 'x')}}}));
+  const auto file = SafetensorsFile::Open(path);
+  ASSERT_TRUE(file.ok()) << file.status();
+  const TensorEntry* tensor = file->Find("t");
+  const std::byte* data = file->Data(*tensor);
+  const int64_t before = ResidentFileBytes();
+  EXPECT_EQ(std::count(data, data + kBytes, std::byte{'x'}), kBytes);
+  const int64_t read = ResidentFileBytes();
+  EXPECT_GT(read - before, kBytes * 9 / 10);
+  file->Drop(*tensor);
+  EXPECT_LT(ResidentFileBytes() - before, kBytes / 10);
+}
+
 TEST(SafetensorsFile, WhatIsNotAFileIsRefused) {
   TempDir dir;
   EXPECT_EQ(SafetensorsFile::Open(dir.path() / "absent").status().code(), absl::StatusCode::kNotFound);

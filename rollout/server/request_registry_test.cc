@@ -111,10 +111,10 @@ TEST_F(RequestRegistryTest, CancelledRequestsAreAbortedAndForgotten) {
 
 TEST_F(RequestRegistryTest, CutsTheLargestUntilTheBudgetHolds) {
   std::map<std::string, std::shared_ptr<RequestState>> states;
-  for (const auto& [id, tokens] : std::map<std::string, int64_t>{{"small", 100}, {"large", 700}, {"middle", 400}}) {
-    states[id] = Start(id);
-    Tokens(*states[id], 0, tokens);
-  }
+  for (const char* id : {"small", "large", "middle"}) states[id] = Start(id);
+  Tokens(*states["small"], 0, 100);
+  Tokens(*states["large"], 0, 700);
+  Tokens(*states["middle"], 0, 400);
   registry_.Reclaim();
   EXPECT_EQ(registry_.buffered_bytes(), 500 * kTokenBytes);
   ASSERT_EQ(worker_.aborts.size(), 1);

@@ -31,10 +31,7 @@ class IdleReader final : public Reader {
 };
 
 RequestInfo Info(int32_t n = 1) {
-  RequestInfo info;
-  info.request_id = "r";
-  info.worker_id = "r#0";
-  info.n = n;
+  RequestInfo info{.request_id = "r", .worker_id = "r#0", .n = n};
   info.layout = {.raw = true, .temperature = false, .processed = false, .top_k = 0, .kept = false, .vocab_size = 100};
   info.prompt_layout = info.layout;
   return info;
@@ -143,7 +140,7 @@ TEST_F(RequestStateTest, SamplesTakeTurns) {
   for (int i = 0; i < 3; ++i) {
     ASSERT_EQ(Step(), Next::kPiece);
     order.push_back(piece_.sample);
-    Tokens(i == 0 ? 1 : i, 1, 0);  // the first sample always has more
+    Tokens(i + 1, 1, 0);  // the first sample always has more
   }
   EXPECT_THAT(order, ElementsAre(0, 1, 2));
 }

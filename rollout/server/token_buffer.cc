@@ -22,10 +22,9 @@ int64_t RowMemoryBytes(const LogprobLayout& layout) {
 
 int64_t MaxWireBytes(const LogprobLayout& layout, int64_t kept) {
   const int64_t id = IdWireBytes(layout.vocab_size);
-  // A missing top-k entry is id -1, which protobuf encodes in 10 bytes; only PROCESSED has them.
-  const int64_t top_id = layout.processed ? 10 : id;
+  constexpr int64_t kTopId = 10;  // a missing entry is id -1, which protobuf encodes in 10 bytes
   const int64_t count = layout.kept ? 5 : 0;
-  return id + layout.kinds() * (4 + (top_id + 4) * int64_t{layout.top_k}) + count + kept * id;
+  return id + layout.kinds() * (4 + (kTopId + 4) * int64_t{layout.top_k}) + count + kept * id;
 }
 
 void TokenBuffer::Append(std::span<const int32_t> tokens, std::span<const RowLogprobs> rows) {
