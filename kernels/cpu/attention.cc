@@ -2,8 +2,10 @@
 // take no part at all:
 //
 //   s_j = scale * (chain over d of q_d k_jd);   m' = max(m, max of the tile's s);   c = e^(m - m')
-//   p_j = e^(s_j - m');   l = fma(l, c, sum of the tile's p)        (sum: lane j % 16 adds ascending j, then a tree)
-//   o = c o, then the chain over the tile's visible keys, ascending, of bf16(p_j) v_j;   at the end o / l
+//   p_j = e^(s_j - m');   l = fma(l, c, sum of the tile's p)        sum: lane j % 16 adds ascending j, then a tree
+//   o = c o, then the chain over the tile's visible keys, ascending, of round(p_j) v_j
+//
+// and at the end round(o / l).
 //
 // Grid: (kv head, piece, block of rows), the kv head outermost so that one head's keys and values stay in cache over a
 // piece's blocks. The heads of a group and the rows of a block share every load of K and V. Traffic of a decode row:

@@ -1,11 +1,14 @@
 // kChunkBf16: the chunk program with flash-linear-attention's casts (docs/numerics.md has the table), fp32 fma chains
 // where the GPU has tensor cores. G is the chunk's running sum of g, times log2(e); bf16(.) rounds:
 //
-//   A_tj = (k_t . k_j) 2^(G_t - G_j) beta_t;   T_t = e_t - sum_{j<t} A_tj T_j      (rows of (I + A)^-1, fp32)
-//   u_t  = bf16(sum_{j<=t} bf16(T_tj) bf16(beta_j v_j));   w_t = bf16(sum_{j<=t} bf16(T_tj) bf16(bf16(beta_j k_j)
-//   2^G_j)) v'_t = u_t - w_t bf16(S) o_t  = bf16(fma(scale, (q_t bf16(S)) 2^G_t, scale * sum_{j<=t} bf16((q_t . k_j)
-//   2^(G_t - G_j)) bf16(v'_j))) S'   = 2^G_63 S + sum_j k_j bf16(v'_j 2^(G_63 - G_j))                          (v'
-//   unrounded here)
+//   A_tj = (k_t . k_j) 2^(G_t - G_j) beta_t
+//   T_t  = e_t - sum_{j<t} A_tj T_j                                    rows of (I + A)^-1, fp32
+//   u_t  = bf16(sum_{j<=t} bf16(T_tj) bf16(beta_j v_j))
+//   w_t  = bf16(sum_{j<=t} bf16(T_tj) bf16(bf16(beta_j k_j) 2^G_j))
+//   v'_t = u_t - w_t bf16(S)
+//   P_tj = bf16((q_t . k_j) 2^(G_t - G_j))
+//   o_t  = bf16(fma(scale, (q_t bf16(S)) 2^G_t, scale * sum_{j<=t} P_tj bf16(v'_j)))
+//   S'   = 2^G_63 S + sum_j k_j bf16(v'_j 2^(G_63 - G_j))              v' unrounded here
 //
 // A decode row reads the bf16 image of S (36.9 KB at 96 x 192) and about 1.4 KB per open row.
 #include <algorithm>

@@ -1,12 +1,14 @@
 // kChunkFp32: the chunk program as transformers' torch_chunk_gated_delta_rule defines it, fp32 between its inputs and
 // its output, row by row:
 //
-//   A_tj = beta_t (k_t . k_j) e^(G_t - G_j), P_tj = (q_t . k_j) e^(G_t - G_j)
-//   v'_t = beta_t v_t - beta_t e^G_t (k_t S) - sum_{j<t} A_tj v'_j        (the triangular solve, one row at a time: no
-//   inverse is kept) o_t  = e^G_t (q_t S) + sum_{j<=t} P_tj v'_j S'   = e^G_63 S + sum_j k_j (e^(G_63 - G_j) v'_j)
+//   A_tj = beta_t (k_t . k_j) e^(G_t - G_j);   P_tj = (q_t . k_j) e^(G_t - G_j)
+//   v'_t = beta_t v_t - beta_t e^G_t (k_t S) - sum_{j<t} A_tj v'_j
+//   o_t  = e^G_t (q_t S) + sum_{j<=t} P_tj v'_j
+//   S'   = e^G_63 S + sum_j k_j (e^(G_63 - G_j) v'_j)
 //
-// All sums are fma chains over ascending j or d_k. A decode row reads S, 4 d_k (t + 1) bytes of keys and 4 d_v t of v'
-// (at 96 x 192: 73.7 KB + 1.2 KB per open row); S is written once in 64 rows.
+// v' is the triangular solve one row at a time, so no inverse is kept. All sums are fma chains over ascending j or d_k.
+// A decode row reads S, 4 d_k (t + 1) bytes of keys and 4 d_v t of v' (at 96 x 192: 73.7 KB + 1.2 KB per open row);
+// S is written once in 64 rows.
 #include <algorithm>
 #include <cmath>
 #include <cstdint>

@@ -51,7 +51,7 @@ HWY_INLINE VF ConvolveVector(const GdnConvBlock& b, const float* const* x, int64
   const DF df;
   VF sum = hn::Mul(load(x[0] + c), hn::Load(df, b.weight + c));
   const int taps = kTaps > 0 ? kTaps : static_cast<int>(b.width);
-#pragma GCC unroll 4
+  HWY_UNROLL(4)
   for (int tap = 1; tap < taps; ++tap)
     sum = hn::MulAdd(load(x[tap] + c), hn::Load(df, b.weight + tap * kConvChannels + c), sum);
   return RoundIf<kBf16>(Silu(RoundIf<kRoundSum>(sum)));

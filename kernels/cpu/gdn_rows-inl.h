@@ -41,7 +41,7 @@ HWY_INLINE float FirstLane(VF v) {
   return hn::GetLane(v);
 }
 
-// c[i] += the chain over rows j in [0, depth_of_prefix + i + diagonal) of a[i][j] * b[j], for a block's rows i. Rows of
+// c[i] += the chain over rows j in [0, prefix + i + diagonal) of a[i][j] * b[j], for a block's rows i. Rows of
 // b below `prefix` are finished before the block; the block's own come one by one, so that no row is multiplied that
 // the output row may not see.
 template <class B>

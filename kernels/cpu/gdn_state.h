@@ -1,15 +1,12 @@
 // One sequence's state of one Gated DeltaNet layer on the CPU: plain bytes in a slot, so that copying the slot copies
 // the sequence.
 //
-//   header                    tokens seen
-//   convolution tail          [conv_width - 1][channels], the input rows at positions p, p - 1, ... in slot p %
-//   (conv_width - 1) per key head              keys of the open chunk, l2-normalised: 4 panels [d_k][16], key j in
-//   panel j / 16, lane j % 16 per value head            S [d_k][d_v] fp32 at the last chunk boundary, G [64], and what
-//   the program keeps of the open chunk's rows:
-//     kChunkFp32                v' [64][d_v] fp32
-//     kChunkBf16                bf16 image of S; T [64][64] fp32; bf16(beta v), bf16(v') [64][d_v]; bf16(bf16(beta k)
-//     exp2 G) [64][d_k];
-//                               v' [64][d_v] fp32
+//   header             tokens seen
+//   convolution tail   [conv_width - 1][channels], the last input rows; position p in row p % (conv_width - 1)
+//   per key head       keys of the open chunk, l2-normalised: 4 panels [d_k][16], key j in panel j / 16, lane j % 16
+//   per value head     S [d_k][d_v] fp32 at the last chunk boundary, G [64], v' of the open chunk [64][d_v] fp32, and
+//     for kChunkBf16   bf16 image of S; T [64][64] fp32; bf16(beta v) and bf16(v') [64][d_v];
+//                      bf16(bf16(beta k) 2^G) [64][d_k]
 //
 // d_v (and d_k where it is a row) is padded to a multiple of 16. Every part begins at a multiple of 64 bytes. At d_k,
 // d_v = 96, 192 a key head takes 24,576 bytes (kChunkBf16: 12,288) and a value head 123,136 (kChunkBf16: 237,824).

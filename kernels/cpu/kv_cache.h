@@ -1,6 +1,8 @@
 // The CPU's KV page. Per kv head, one after another, each at a multiple of 64 bytes:
-//   keys    [page_size / 16][head_dim][16]: panels of 16 keys, so that 16 scores are one vector and their chain runs
-//   over head_dim values  [page_size][head_dim rounded up to 16], the padding zero
+//
+//   keys     [page_size / 16][head_dim][16]: panels of 16 keys, so that 16 scores are one vector, chained over head_dim
+//   values   [page_size][head_dim rounded up to 16], the padding zero
+//
 // in profile.kv: fp32 words or bf16 bits. Positions not yet written hold anything; nothing reads them into a result.
 #pragma once
 

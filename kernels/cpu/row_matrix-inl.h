@@ -1,7 +1,7 @@
 // Small matrix products whose every output is one chain of fused multiply-adds over ascending k, started from zero or
 // from what the output holds. Lanes run over outputs, so neither the vector width nor the register tile nor a chain cut
-// in two calls shows in the bits. Operands are fp32 words or bf16 bits (uint16_t). Include after hwy/foreach_target.h
-// and simd_util-inl.h's requirements; compiled once per target.
+// in two calls shows in the bits. Operands are fp32 words or bf16 bits (uint16_t). Compiled once
+// per target.
 #if defined(LOCKSTEP_KERNELS_CPU_ROW_MATRIX_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef LOCKSTEP_KERNELS_CPU_ROW_MATRIX_INL_H_
 #undef LOCKSTEP_KERNELS_CPU_ROW_MATRIX_INL_H_
@@ -49,9 +49,9 @@ HWY_INLINE void MatMulTile(int64_t depth, const float* HWY_RESTRICT a, int64_t l
                            int64_t ldb, float* HWY_RESTRICT c, int64_t ldc) {
   const DF df;
   VF sum[kRows][kVectors];
-#pragma GCC unroll 16
+  HWY_UNROLL(16)
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 16
+    HWY_UNROLL(16)
     for (int v = 0; v < kVectors; ++v) {
       sum[r][v] = kStart == Start::kZero ? hn::Zero(df) : hn::LoadU(df, c + r * ldc + v * kLanes);
     }
@@ -60,23 +60,23 @@ HWY_INLINE void MatMulTile(int64_t depth, const float* HWY_RESTRICT a, int64_t l
     // One or two rows against a matrix wait for memory (a decode row and its state), and run better 8 rows of it ahead.
     if constexpr (kRows <= 2 && kVectors > 4) {
       const B* ahead = b + 8 * ldb;
-#pragma GCC unroll 16
+      HWY_UNROLL(16)
       for (size_t i = 0; i < kVectors * kLanes; i += 64 / sizeof(B)) hwy::Prefetch(ahead + i);
     }
     VF row[kVectors];
-#pragma GCC unroll 16
+    HWY_UNROLL(16)
     for (int v = 0; v < kVectors; ++v) row[v] = LoadWide(b + v * kLanes);
-#pragma GCC unroll 16
+    HWY_UNROLL(16)
     for (int r = 0; r < kRows; ++r) {
       const VF factor = hn::Set(df, a[r * lda + k]);
-#pragma GCC unroll 16
+      HWY_UNROLL(16)
       for (int v = 0; v < kVectors; ++v) sum[r][v] = hn::MulAdd(factor, row[v], sum[r][v]);
     }
     b += ldb;
   }
-#pragma GCC unroll 16
+  HWY_UNROLL(16)
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 16
+    HWY_UNROLL(16)
     for (int v = 0; v < kVectors; ++v) hn::StoreU(sum[r][v], df, c + r * ldc + v * kLanes);
   }
 }
@@ -136,27 +136,27 @@ HWY_INLINE void DotPanelsTile(int64_t depth, const float* HWY_RESTRICT a, int64_
   constexpr int kParts = static_cast<int>(F32x16::kParts);
   const B* panel[kPanels];
   VF sum[kRows][kPanels * kParts];
-#pragma GCC unroll 16
+  HWY_UNROLL(16)
   for (int p = 0; p < kPanels; ++p) panel[p] = panels[p];
-#pragma GCC unroll 16
+  HWY_UNROLL(16)
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 32
+    HWY_UNROLL(32)
     for (int v = 0; v < kPanels * kParts; ++v) sum[r][v] = hn::Zero(df);
   }
   for (int64_t k = 0; k < depth; ++k) {
     VF factor[kRows];
-#pragma GCC unroll 16
+    HWY_UNROLL(16)
     for (int r = 0; r < kRows; ++r) factor[r] = hn::Set(df, a[r * lda + k]);
-#pragma GCC unroll 32
+    HWY_UNROLL(32)
     for (int v = 0; v < kPanels * kParts; ++v) {
       const VF keys = LoadWide(panel[v / kParts] + k * 16 + v % kParts * kLanes);
-#pragma GCC unroll 16
+      HWY_UNROLL(16)
       for (int r = 0; r < kRows; ++r) sum[r][v] = hn::MulAdd(factor[r], keys, sum[r][v]);
     }
   }
-#pragma GCC unroll 16
+  HWY_UNROLL(16)
   for (int r = 0; r < kRows; ++r) {
-#pragma GCC unroll 32
+    HWY_UNROLL(32)
     for (int v = 0; v < kPanels * kParts; ++v) hn::StoreU(sum[r][v], df, c + r * ldc + v * kLanes);
   }
 }

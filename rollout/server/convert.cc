@@ -9,8 +9,8 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "rollout/base/status.h"
-#include "rollout/server/unknown_fields.h"
 #include "rollout/server/token_buffer.h"
+#include "rollout/server/unknown_fields.h"
 
 namespace lockstep {
 namespace {
@@ -34,13 +34,16 @@ absl::Status CheckCount(std::string_view field, int64_t count, int64_t limit) {
 absl::Status CheckTokens(std::string_view field, const TokenField& ids, int64_t vocab_size) {
   for (int i = 0; i < ids.size(); ++i) {
     if (ids[i] < 0 || ids[i] >= vocab_size) {
-      return BadValue(absl::StrCat(std::string(field), "[", i, "]"), ids[i], absl::StrCat("a token id, 0 to ", vocab_size - 1));
+      return BadValue(absl::StrCat(std::string(field), "[", i, "]"), ids[i],
+                      absl::StrCat("a token id, 0 to ", vocab_size - 1));
     }
   }
   return absl::OkStatus();
 }
 
-std::vector<int32_t> ToVector(const TokenField& ids) { return {ids.begin(), ids.end()}; }
+std::vector<int32_t> ToVector(const TokenField& ids) {
+  return {ids.begin(), ids.end()};
+}
 
 // Rendered as a C string, cut short: what a client sent may be long or unprintable.
 std::string Quote(const std::string& value) {
@@ -51,7 +54,8 @@ std::string Quote(const std::string& value) {
 absl::Status CheckRequestId(const std::string& id) {
   constexpr std::string_view kWant = "1 to 128 characters of A-Z a-z 0-9 . _ : / -";
   const auto allowed = [](char c) {
-    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || std::string_view("._:/-").find(c) != std::string_view::npos;
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') ||
+           std::string_view("._:/-").find(c) != std::string_view::npos;
   };
   if (id.size() > kMaxRequestIdBytes || !std::all_of(id.begin(), id.end(), allowed)) {
     return Bad("request_id", absl::StrCat("value ", Quote(id), " of ", id.size(), " bytes"), kWant);
@@ -93,13 +97,15 @@ absl::Status ConvertCommon(const Request& request, const DrawnDefaults& drawn, C
 
 absl::Status ConvertPrompt(const TokenField& ids, int64_t limit, const RequestContext& context, RequestSpec& spec) {
   if (ids.empty()) return Bad("prompt_token_ids", "empty", "at least 1 token");
-  if (ids.size() > limit) return Bad("prompt_token_ids", absl::StrCat(ids.size(), " tokens"), absl::StrCat("at most ", limit));
+  if (ids.size() > limit)
+    return Bad("prompt_token_ids", absl::StrCat(ids.size(), " tokens"), absl::StrCat("at most ", limit));
   LOCKSTEP_RETURN_IF_ERROR(CheckTokens("prompt_token_ids", ids, context.vocab_size));
   spec.prompt = ToVector(ids);
   return absl::OkStatus();
 }
 
-absl::StatusOr<PromptLogprobRange> ConvertRange(std::string_view field, const v1::PositionRange& range, int64_t prompt_tokens) {
+absl::StatusOr<PromptLogprobRange> ConvertRange(std::string_view field, const v1::PositionRange& range,
+                                                int64_t prompt_tokens) {
   const std::string name(field);
   const int64_t begin = range.has_begin() ? range.begin() : 1;
   const int64_t end = range.has_end() ? range.end() : prompt_tokens;
@@ -107,7 +113,8 @@ absl::StatusOr<PromptLogprobRange> ConvertRange(std::string_view field, const v1
     return BadValue(absl::StrCat(name, ".end"), end, absl::StrCat("1 to the number of prompt tokens, ", prompt_tokens));
   }
   if (begin < 1 || begin > end) {
-    return BadValue(absl::StrCat(name, ".begin"), begin, absl::StrCat("1 (position 0 has no log-probability) to the end, ", end));
+    return BadValue(absl::StrCat(name, ".begin"), begin,
+                    absl::StrCat("1 (position 0 has no log-probability) to the end, ", end));
   }
   return PromptLogprobRange{.begin = begin, .end = end};
 }
@@ -143,7 +150,8 @@ LogprobLayout MakeLayout(const LogprobOptions& options, int64_t vocab_size, bool
           .vocab_size = vocab_size};
 }
 
-absl::Status ConvertGenerateLogprobs(const v1::GenerateRequest& request, const RequestContext& context, ConvertedRequest& out) {
+absl::Status ConvertGenerateLogprobs(const v1::GenerateRequest& request, const RequestContext& context,
+                                     ConvertedRequest& out) {
   LogprobOptions& options = out.spec.logprobs;
   LOCKSTEP_RETURN_IF_ERROR(ConvertLogprobOptions(request.logprobs(), options));
   out.info.layout = MakeLayout(options, context.vocab_size, /*prompt=*/false);
@@ -155,17 +163,18 @@ absl::Status ConvertGenerateLogprobs(const v1::GenerateRequest& request, const R
   }
   if (!request.logprobs().has_prompt()) return absl::OkStatus();
   if (!options.raw && !options.temperature) {
-    return Bad("logprobs.prompt", "set without a kind that prompt positions have", "LOGPROB_KIND_RAW or LOGPROB_KIND_TEMPERATURE in logprobs.kinds");
+    return Bad("logprobs.prompt", "set without a kind that prompt positions have",
+               "LOGPROB_KIND_RAW or LOGPROB_KIND_TEMPERATURE in logprobs.kinds");
   }
-  LOCKSTEP_ASSIGN_OR_RETURN(out.spec.prompt_logprobs,
-                            ConvertRange("logprobs.prompt", request.logprobs().prompt(), request.prompt_token_ids_size()));
+  LOCKSTEP_ASSIGN_OR_RETURN(out.spec.prompt_logprobs, ConvertRange("logprobs.prompt", request.logprobs().prompt(),
+                                                                   request.prompt_token_ids_size()));
   out.info.prompt_range = out.spec.prompt_logprobs;
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::vector<std::vector<int32_t>>> ConvertSequences(std::string_view field,
-                                                                   const google::protobuf::RepeatedPtrField<v1::TokenSequence>& sequences,
-                                                                   int64_t max_sequences, int64_t max_tokens, int64_t vocab_size) {
+absl::StatusOr<std::vector<std::vector<int32_t>>> ConvertSequences(
+    std::string_view field, const google::protobuf::RepeatedPtrField<v1::TokenSequence>& sequences,
+    int64_t max_sequences, int64_t max_tokens, int64_t vocab_size) {
   LOCKSTEP_RETURN_IF_ERROR(CheckCount(field, sequences.size(), max_sequences));
   std::vector<std::vector<int32_t>> out;
   for (int i = 0; i < sequences.size(); ++i) {
@@ -185,18 +194,20 @@ absl::Status ConvertStops(const v1::SamplingParams& params, const RequestContext
   spec.sampling.stop_token_ids = spec.stop.stop_token_ids;
   spec.sampling.eos_token_ids = spec.stop.eos_token_ids;
   LOCKSTEP_ASSIGN_OR_RETURN(spec.stop.stop_token_sequences,
-                            ConvertSequences("sampling.stop_token_sequences", params.stop_token_sequences(), kMaxStopSequences,
-                                             kMaxStopSequenceTokens, context.vocab_size));
+                            ConvertSequences("sampling.stop_token_sequences", params.stop_token_sequences(),
+                                             kMaxStopSequences, kMaxStopSequenceTokens, context.vocab_size));
   LOCKSTEP_RETURN_IF_ERROR(CheckCount("sampling.stop_strings", params.stop_strings_size(), kMaxStopStrings));
   for (int i = 0; i < params.stop_strings_size(); ++i) {
     const std::string& text = params.stop_strings(i);
     if (text.empty() || text.size() > kMaxStopStringBytes) {
-      return Bad(absl::StrCat("sampling.stop_strings[", i, "]"), absl::StrCat(text.size(), " bytes"), absl::StrCat("1 to ", kMaxStopStringBytes));
+      return Bad(absl::StrCat("sampling.stop_strings[", i, "]"), absl::StrCat(text.size(), " bytes"),
+                 absl::StrCat("1 to ", kMaxStopStringBytes));
     }
     spec.stop.stop_strings.push_back(text);
   }
   if (!spec.stop.stop_strings.empty() && !context.has_tokenizer) {
-    return absl::FailedPreconditionError("sampling.stop_strings: this checkpoint has no tokenizer.json to match text with; want stop_token_sequences");
+    return absl::FailedPreconditionError(
+        "sampling.stop_strings: this checkpoint has no tokenizer.json to match text with; want stop_token_sequences");
   }
   return absl::OkStatus();
 }
@@ -215,11 +226,13 @@ absl::Status ConvertLength(const v1::SamplingParams& params, const RequestContex
     spec.max_tokens_is_context = true;
   } else {
     if (params.max_tokens() <= prefix) {
-      return BadValue("sampling.max_tokens", params.max_tokens(), absl::StrCat("more than the ", prefix, " generated_prefix_ids"));
+      return BadValue("sampling.max_tokens", params.max_tokens(),
+                      absl::StrCat("more than the ", prefix, " generated_prefix_ids"));
     }
     if (params.max_tokens() > fits && !params.clamp()) {
       return BadValue("sampling.max_tokens", params.max_tokens(),
-                      absl::StrCat("at most ", fits, " (", context.max_sequence_tokens, " less ", spec.prompt.size(), " prompt tokens), or `clamp`"));
+                      absl::StrCat("at most ", fits, " (", context.max_sequence_tokens, " less ", spec.prompt.size(),
+                                   " prompt tokens), or `clamp`"));
     }
     spec.max_tokens = std::min(params.max_tokens(), fits);
     spec.max_tokens_is_context = params.max_tokens() > fits;
@@ -230,7 +243,8 @@ absl::Status ConvertLength(const v1::SamplingParams& params, const RequestContex
   return absl::OkStatus();
 }
 
-absl::Status ConvertSampling(const v1::SamplingParams& params, const RequestContext& context, const DrawnDefaults& drawn, RequestSpec& spec) {
+absl::Status ConvertSampling(const v1::SamplingParams& params, const RequestContext& context,
+                             const DrawnDefaults& drawn, RequestSpec& spec) {
   SamplingParams& out = spec.sampling;
   if (params.has_temperature()) out.temperature = params.temperature();
   if (params.has_top_p()) out.top_p = params.top_p();
@@ -239,8 +253,8 @@ absl::Status ConvertSampling(const v1::SamplingParams& params, const RequestCont
   out.seed = params.has_seed() ? params.seed() : drawn.seed;
   for (const auto& [token, bias] : params.logit_bias()) out.logit_bias[token] = bias;
   out.allowed_token_ids = ToVector(params.allowed_token_ids());
-  LOCKSTEP_ASSIGN_OR_RETURN(out.bad_words,
-                            ConvertSequences("sampling.bad_words", params.bad_words(), kMaxBadWords, kMaxBadWordLength, context.vocab_size));
+  LOCKSTEP_ASSIGN_OR_RETURN(out.bad_words, ConvertSequences("sampling.bad_words", params.bad_words(), kMaxBadWords,
+                                                            kMaxBadWordLength, context.vocab_size));
   if (params.has_repetition_penalty()) out.repetition_penalty = params.repetition_penalty();
   out.presence_penalty = params.presence_penalty();
   out.frequency_penalty = params.frequency_penalty();
@@ -252,7 +266,8 @@ absl::Status ConvertSampling(const v1::SamplingParams& params, const RequestCont
 
 }  // namespace
 
-absl::StatusOr<ConvertedRequest> ConvertGenerate(const v1::GenerateRequest& request, const RequestContext& context, const DrawnDefaults& drawn) {
+absl::StatusOr<ConvertedRequest> ConvertGenerate(const v1::GenerateRequest& request, const RequestContext& context,
+                                                 const DrawnDefaults& drawn) {
   LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(request));
   ConvertedRequest out;
   RequestSpec& spec = out.spec;
@@ -262,7 +277,8 @@ absl::StatusOr<ConvertedRequest> ConvertGenerate(const v1::GenerateRequest& requ
   spec.generated_prefix = ToVector(request.generated_prefix_ids());
   spec.n = request.has_n() ? request.n() : 1;
   LOCKSTEP_RETURN_IF_ERROR(CheckRange("n", spec.n, 1, context.limits.max_n));
-  LOCKSTEP_RETURN_IF_ERROR(CheckRange("first_sample_index", request.first_sample_index(), 0, int64_t{INT32_MAX} - spec.n + 1));
+  LOCKSTEP_RETURN_IF_ERROR(
+      CheckRange("first_sample_index", request.first_sample_index(), 0, int64_t{INT32_MAX} - spec.n + 1));
   spec.first_sample_index = request.first_sample_index();
   LOCKSTEP_RETURN_IF_ERROR(CheckRange("stream_interval", request.stream_interval(), 0, kMaxStreamInterval));
   out.stream_interval = request.stream_interval();
@@ -278,7 +294,8 @@ absl::StatusOr<ConvertedRequest> ConvertGenerate(const v1::GenerateRequest& requ
   return out;
 }
 
-absl::StatusOr<ConvertedRequest> ConvertScore(const v1::ScoreRequest& request, const RequestContext& context, const DrawnDefaults& drawn) {
+absl::StatusOr<ConvertedRequest> ConvertScore(const v1::ScoreRequest& request, const RequestContext& context,
+                                              const DrawnDefaults& drawn) {
   LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(request));
   ConvertedRequest out;
   RequestSpec& spec = out.spec;
@@ -289,8 +306,10 @@ absl::StatusOr<ConvertedRequest> ConvertScore(const v1::ScoreRequest& request, c
   if (logprobs.has_prompt()) return Bad("logprobs.prompt", "set", "`range` instead");
   if (logprobs.kept_token_ids()) return Bad("logprobs.kept_token_ids", "true", "false: given tokens are not drawn");
   LOCKSTEP_RETURN_IF_ERROR(ConvertLogprobOptions(logprobs, spec.logprobs));
-  if (spec.logprobs.processed) return Bad("logprobs.kinds", "LOGPROB_KIND_PROCESSED", "RAW or TEMPERATURE: given tokens are not drawn");
-  if (!spec.logprobs.raw && !spec.logprobs.temperature) return Bad("logprobs.kinds", "empty", "RAW, TEMPERATURE or both");
+  if (spec.logprobs.processed)
+    return Bad("logprobs.kinds", "LOGPROB_KIND_PROCESSED", "RAW or TEMPERATURE: given tokens are not drawn");
+  if (!spec.logprobs.raw && !spec.logprobs.temperature)
+    return Bad("logprobs.kinds", "empty", "RAW, TEMPERATURE or both");
   if (request.has_temperature()) spec.sampling.temperature = request.temperature();
   if (const absl::Status status = ValidateSamplingParams(spec.sampling, context.vocab_size); !status.ok()) {
     // Nothing but the temperature differs from the defaults here, and ScoreRequest has it at the top.
@@ -298,7 +317,8 @@ absl::StatusOr<ConvertedRequest> ConvertScore(const v1::ScoreRequest& request, c
     const std::string prefix = "sampling.";
     return absl::InvalidArgumentError(message.rfind(prefix, 0) == 0 ? message.substr(prefix.size()) : message);
   }
-  LOCKSTEP_ASSIGN_OR_RETURN(spec.prompt_logprobs, ConvertRange("range", request.range(), static_cast<int64_t>(spec.prompt.size())));
+  LOCKSTEP_ASSIGN_OR_RETURN(spec.prompt_logprobs,
+                            ConvertRange("range", request.range(), static_cast<int64_t>(spec.prompt.size())));
 
   out.info.score = true;
   out.info.prompt_layout = MakeLayout(spec.logprobs, context.vocab_size, /*prompt=*/true);
@@ -318,13 +338,17 @@ absl::StatusOr<ConvertedAttach> ConvertAttach(const v1::GenerateRequest& request
     }
   }
   LOCKSTEP_RETURN_IF_ERROR(CheckRange("stream_interval", request.stream_interval(), 0, kMaxStreamInterval));
-  ConvertedAttach out{.request_id = request.request_id(), .offsets = {}, .prompt_position = request.attach().prompt_position(), .stream_interval = request.stream_interval()};
+  ConvertedAttach out{.request_id = request.request_id(),
+                      .offsets = {},
+                      .prompt_position = request.attach().prompt_position(),
+                      .stream_interval = request.stream_interval()};
   if (out.prompt_position < 0) return BadValue("attach.prompt_position", out.prompt_position, "0 or more");
   std::set<int32_t> seen;
   for (int i = 0; i < request.attach().samples_size(); ++i) {
     const auto& sample = request.attach().samples(i);
     const std::string name = absl::StrCat("attach.samples[", i, "]");
-    if (!seen.insert(sample.sample_index()).second) return BadValue(absl::StrCat(name, ".sample_index"), sample.sample_index(), "each sample once");
+    if (!seen.insert(sample.sample_index()).second)
+      return BadValue(absl::StrCat(name, ".sample_index"), sample.sample_index(), "each sample once");
     if (sample.offset() < 0) return BadValue(absl::StrCat(name, ".offset"), sample.offset(), "0 or more");
     out.offsets.emplace_back(sample.sample_index(), sample.offset());
   }
@@ -335,8 +359,8 @@ absl::StatusOr<AttachPoint> ResolveAttach(const ConvertedAttach& attach, const R
   AttachPoint point{.offsets = {}, .prompt_position = attach.prompt_position};
   for (size_t i = 0; i < attach.offsets.size(); ++i) {
     const auto& [index, offset] = attach.offsets[i];
-    LOCKSTEP_RETURN_IF_ERROR(CheckRange(absl::StrCat("attach.samples[", i, "].sample_index"), index, info.first_sample_index,
-                                        int64_t{info.first_sample_index} + info.n - 1));
+    LOCKSTEP_RETURN_IF_ERROR(CheckRange(absl::StrCat("attach.samples[", i, "].sample_index"), index,
+                                        info.first_sample_index, int64_t{info.first_sample_index} + info.n - 1));
     point.offsets.emplace_back(index - info.first_sample_index, offset);
   }
   return point;

@@ -45,8 +45,10 @@ struct ConvertedAttach {
 };
 
 // INVALID_ARGUMENT names the field, the value and what would be right; FAILED_PRECONDITION what the checkpoint lacks.
-absl::StatusOr<ConvertedRequest> ConvertGenerate(const v1::GenerateRequest& request, const RequestContext& context, const DrawnDefaults& drawn);
-absl::StatusOr<ConvertedRequest> ConvertScore(const v1::ScoreRequest& request, const RequestContext& context, const DrawnDefaults& drawn);
+absl::StatusOr<ConvertedRequest> ConvertGenerate(const v1::GenerateRequest& request, const RequestContext& context,
+                                                 const DrawnDefaults& drawn);
+absl::StatusOr<ConvertedRequest> ConvertScore(const v1::ScoreRequest& request, const RequestContext& context,
+                                              const DrawnDefaults& drawn);
 absl::StatusOr<ConvertedAttach> ConvertAttach(const v1::GenerateRequest& request);
 absl::Status ValidateAbort(const v1::AbortRequest& request);
 

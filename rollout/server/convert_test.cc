@@ -27,7 +27,9 @@ RequestContext Context() {
   return context;
 }
 
-DrawnDefaults Drawn() { return {.request_id = "drawn", .seed = 77}; }
+DrawnDefaults Drawn() {
+  return {.request_id = "drawn", .seed = 77};
+}
 
 v1::GenerateRequest Valid() {
   v1::GenerateRequest request;
@@ -151,7 +153,8 @@ TEST(ConvertGenerate, ClampsOnlyWhenAsked) {
   ASSERT_TRUE(converted.ok());
   EXPECT_FALSE(converted->spec.max_tokens_is_context);
   request.mutable_sampling()->set_max_tokens(48);
-  EXPECT_THAT(std::string(ConvertGenerate(request, Context(), Drawn()).status().message()), StartsWith("sampling.max_tokens: value 48; want at most 47"));
+  EXPECT_THAT(std::string(ConvertGenerate(request, Context(), Drawn()).status().message()),
+              StartsWith("sampling.max_tokens: value 48; want at most 47"));
   request.mutable_sampling()->set_clamp(true);
   converted = ConvertGenerate(request, Context(), Drawn());
   ASSERT_TRUE(converted.ok());
@@ -172,12 +175,22 @@ TEST(ConvertGenerate, NamesTheBadField) {
       {"request_id", [](auto& r) { r.set_request_id(std::string("a\0b", 3)); }},
       {"prompt_token_ids", [](auto& r) { r.clear_prompt_token_ids(); }},
       {"prompt_token_ids[3]", [](auto& r) { r.add_prompt_token_ids(100); }},
-      {"prompt_token_ids", [](auto& r) { for (int i = 0; i < 47; ++i) r.add_prompt_token_ids(1); }},
+      {"prompt_token_ids",
+       [](auto& r) {
+         for (int i = 0; i < 47; ++i) r.add_prompt_token_ids(1);
+       }},
       {"generated_prefix_ids[0]", [](auto& r) { r.add_generated_prefix_ids(-1); }},
-      {"generated_prefix_ids", [](auto& r) { for (int i = 0; i < 47; ++i) r.add_generated_prefix_ids(1); }},
+      {"generated_prefix_ids",
+       [](auto& r) {
+         for (int i = 0; i < 47; ++i) r.add_generated_prefix_ids(1);
+       }},
       {"n", [](auto& r) { r.set_n(0); }},
       {"n", [](auto& r) { r.set_n(9); }},
-      {"first_sample_index", [](auto& r) { r.set_first_sample_index(INT32_MAX); r.set_n(2); }},
+      {"first_sample_index",
+       [](auto& r) {
+         r.set_first_sample_index(INT32_MAX);
+         r.set_n(2);
+       }},
       {"stream_interval", [](auto& r) { r.set_stream_interval(-1); }},
       {"sampling.top_p", [nan](auto& r) { r.mutable_sampling()->set_top_p(nan); }},
       {"sampling.temperature", [nan](auto& r) { r.mutable_sampling()->set_temperature(nan); }},
@@ -185,7 +198,11 @@ TEST(ConvertGenerate, NamesTheBadField) {
       {"sampling.max_tokens", [](auto& r) { r.mutable_sampling()->set_max_tokens(INT64_MIN); }},
       {"sampling.max_tokens", [](auto& r) { r.mutable_sampling()->set_max_tokens(INT64_MAX); }},
       {"logprobs.top_k", [](auto& r) { r.mutable_logprobs()->set_top_k(1); }},
-      {"logprobs.prompt.end", [](auto& r) { r.mutable_logprobs()->add_kinds(v1::LOGPROB_KIND_RAW); r.mutable_logprobs()->mutable_prompt()->set_end(4); }},
+      {"logprobs.prompt.end",
+       [](auto& r) {
+         r.mutable_logprobs()->add_kinds(v1::LOGPROB_KIND_RAW);
+         r.mutable_logprobs()->mutable_prompt()->set_end(4);
+       }},
   };
   for (const BadGenerate& bad : cases) {
     v1::GenerateRequest request = Valid();
@@ -212,7 +229,8 @@ TEST(ConvertGenerate, KeptIdsMustFitAMessage) {
   context.vocab_size = 128'000;
   EXPECT_TRUE(ConvertGenerate(request, context, Drawn()).ok());
   context.vocab_size = 1'000'000;
-  EXPECT_THAT(std::string(ConvertGenerate(request, context, Drawn()).status().message()), StartsWith("logprobs.kept_token_ids:"));
+  EXPECT_THAT(std::string(ConvertGenerate(request, context, Drawn()).status().message()),
+              StartsWith("logprobs.kept_token_ids:"));
 }
 
 TEST(ConvertScore, HasNoSamples) {
@@ -228,7 +246,8 @@ TEST(ConvertScore, HasNoSamples) {
   EXPECT_EQ(converted->spec.prompt_logprobs.end, 50);
   EXPECT_TRUE(converted->info.score);
   request.add_prompt_token_ids(1);
-  EXPECT_THAT(std::string(ConvertScore(request, Context(), Drawn()).status().message()), StartsWith("prompt_token_ids: 51 tokens; want at most 50"));
+  EXPECT_THAT(std::string(ConvertScore(request, Context(), Drawn()).status().message()),
+              StartsWith("prompt_token_ids: 51 tokens; want at most 50"));
 }
 
 TEST(ConvertAttach, ResolvesSampleIndices) {
@@ -246,12 +265,14 @@ TEST(ConvertAttach, ResolvesSampleIndices) {
   ASSERT_TRUE(point.ok());
   EXPECT_THAT(point->offsets, ElementsAre(std::pair(1, int64_t{7})));
   info.n = 1;
-  EXPECT_THAT(std::string(ResolveAttach(*attach, info).status().message()), StartsWith("attach.samples[0].sample_index: value 5; want 4 to 4"));
+  EXPECT_THAT(std::string(ResolveAttach(*attach, info).status().message()),
+              StartsWith("attach.samples[0].sample_index: value 5; want 4 to 4"));
 }
 
 TEST(DrawDefaults, AreUuidsAndDiffer) {
   const DrawnDefaults a = DrawDefaults(), b = DrawDefaults();
-  EXPECT_THAT(a.request_id, ::testing::MatchesRegex("[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"));
+  EXPECT_THAT(a.request_id,
+              ::testing::MatchesRegex("[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"));
   EXPECT_NE(a.request_id, b.request_id);
   EXPECT_NE(a.seed, b.seed);
 }

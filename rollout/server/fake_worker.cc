@@ -20,7 +20,9 @@ uint64_t Mix(uint64_t a, uint64_t b) {
   return x ^ (x >> 29);
 }
 
-float Pseudo(uint64_t key) { return -static_cast<float>(key % 4096) / 1024; }
+float Pseudo(uint64_t key) {
+  return -static_cast<float>(key % 4096) / 1024;
+}
 
 std::vector<TokenLogprob> Top(uint64_t key, int32_t k, int64_t vocab_size) {
   std::vector<TokenLogprob> top;
@@ -66,7 +68,8 @@ struct FakeWorker::Request {
   }
 };
 
-FakeWorker::FakeWorker(const FakeWorkerOptions& options) : options_(options), start_(absl::Now()), thread_([this] { Run(); }) {}
+FakeWorker::FakeWorker(const FakeWorkerOptions& options)
+    : options_(options), start_(absl::Now()), thread_([this] { Run(); }) {}
 
 FakeWorker::~FakeWorker() {
   Drain(absl::InfinitePast());
@@ -82,7 +85,8 @@ absl::Status FakeWorker::Submit(RequestSpec spec, std::shared_ptr<RequestSink> s
   if (draining_) return absl::UnavailableError("the worker is draining");
   const int64_t sequences = std::max(spec.n, 1);
   if (load_.waiting_sequences + sequences > options_.max_waiting_sequences) {
-    return absl::ResourceExhaustedError(absl::StrCat("the queue holds ", load_.waiting_sequences, " of ", options_.max_waiting_sequences, " sequences"));
+    return absl::ResourceExhaustedError(absl::StrCat("the queue holds ", load_.waiting_sequences, " of ",
+                                                     options_.max_waiting_sequences, " sequences"));
   }
   auto request = std::make_unique<Request>();
   request->sink = std::move(sink);
@@ -137,7 +141,9 @@ void FakeWorker::Finish(Request& request, Sequence& sequence, SampleResult resul
   sequence.ended = true;
   sequence.running = false;
   const int64_t begin = static_cast<int64_t>(request.spec.generated_prefix.size());
-  if (sequence.offset > begin) result.spans.push_back({.weights = weight_version(), .state = weight_version(), .begin = begin, .end = sequence.offset});
+  if (sequence.offset > begin)
+    result.spans.push_back(
+        {.weights = weight_version(), .state = weight_version(), .begin = begin, .end = sequence.offset});
   request.sink->OnSampleDone(sequence.sample, std::move(result));
 }
 
@@ -145,7 +151,8 @@ void FakeWorker::Step(absl::Time now) {
   if (!requests_.empty()) ++load_.steps;
   for (auto& request : requests_) {
     if (now >= request->spec.deadline) request->aborts.emplace_back(std::nullopt, AbortReason::kDeadline);
-    if (now - request->submitted >= request->spec.time_budget) request->aborts.emplace_back(std::nullopt, AbortReason::kTimeBudget);
+    if (now - request->submitted >= request->spec.time_budget)
+      request->aborts.emplace_back(std::nullopt, AbortReason::kTimeBudget);
     for (const auto& [sample, reason] : request->aborts) {
       for (Sequence& sequence : request->sequences) {
         if (sequence.ended || (sample && *sample != sequence.sample)) continue;
@@ -180,7 +187,8 @@ void FakeWorker::Prefill(Request& request) {
   if (from >= to) return;
   PromptLogprobs logprobs{.begin = from, .logprobs = {}};
   for (int64_t position = from; position < to; ++position) {
-    logprobs.logprobs.push_back(Row(Mix(request.spec.prompt[position], position), request.spec.logprobs, options_.vocab_size));
+    logprobs.logprobs.push_back(
+        Row(Mix(request.spec.prompt[position], position), request.spec.logprobs, options_.vocab_size));
   }
   request.sink->OnPromptLogprobs(std::move(logprobs));
 }
@@ -189,7 +197,9 @@ void FakeWorker::Advance(Request& request, Sequence& sequence) {
   const RequestSpec& spec = request.spec;
   if (request.prefilled < static_cast<int64_t>(spec.prompt.size())) {
     // The request's first unfinished sequence prefills for all.
-    if (&sequence == &*std::find_if(request.sequences.begin(), request.sequences.end(), [](const Sequence& s) { return !s.ended; })) Prefill(request);
+    if (&sequence ==
+        &*std::find_if(request.sequences.begin(), request.sequences.end(), [](const Sequence& s) { return !s.ended; }))
+      Prefill(request);
     if (request.prefilled < static_cast<int64_t>(spec.prompt.size()) || spec.n > 0) return;
   }
   SampleResult result;
@@ -197,9 +207,13 @@ void FakeWorker::Advance(Request& request, Sequence& sequence) {
     result.finish = FinishKind::kScored;
     return Finish(request, sequence, std::move(result));
   }
-  const uint64_t key = Mix(Mix(Mix(request.prompt_key, spec.sampling.seed), spec.first_sample_index + sequence.sample), sequence.offset);
+  const uint64_t key =
+      Mix(Mix(Mix(request.prompt_key, spec.sampling.seed), spec.first_sample_index + sequence.sample), sequence.offset);
   const int32_t token = static_cast<int32_t>(key % options_.vocab_size);
-  request.sink->OnTokens({.sample = sequence.sample, .offset = sequence.offset, .tokens = {token}, .logprobs = {Row(key, spec.logprobs, options_.vocab_size)}});
+  request.sink->OnTokens({.sample = sequence.sample,
+                          .offset = sequence.offset,
+                          .tokens = {token},
+                          .logprobs = {Row(key, spec.logprobs, options_.vocab_size)}});
   ++sequence.offset;
   ++load_.generated_tokens;
   const auto& eos = spec.stop.eos_token_ids;

@@ -1,4 +1,5 @@
-// A worker without a model, for tests of the service: tokens are a hash of what they depend on, steps take as long as they are told to.
+// A worker without a model, for tests of the service: tokens are a hash of what they depend on, steps take as long as
+// they are told to.
 #pragma once
 
 #include <cstdint>

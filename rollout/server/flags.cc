@@ -18,30 +18,46 @@
 #include "rollout/base/status.h"
 #include "rollout/server/info.h"
 
-ABSL_FLAG(std::string, model, "", "Directory of the checkpoint, as Hugging Face lays it out: config.json, *.safetensors, tokenizer.json. Required.");
+ABSL_FLAG(
+    std::string, model, "",
+    "Directory of the checkpoint, as Hugging Face lays it out: config.json, *.safetensors, tokenizer.json. Required.");
 ABSL_FLAG(std::string, backend, "cpu", "What computes: cpu, or cuda (in builds that have it).");
 ABSL_FLAG(std::string, numerics, "auto",
-          "Numerics profile: whose casts and order of arithmetic to reproduce. hf-torch: transformers' PyTorch code; hf: transformers with fla's kernels; "
+          "Numerics profile: whose casts and order of arithmetic to reproduce. hf-torch: transformers' PyTorch code; "
+          "hf: transformers with fla's kernels; "
           "fp32: no rounding below fp32. auto: hf-torch for a bfloat16 checkpoint, else fp32.");
-ABSL_FLAG(std::string, listen, "127.0.0.1:50051", "HOST:PORT of the data plane (lockstep.v1.Rollout). Port 0 picks a free one. There is no authentication: keep to loopback "
+ABSL_FLAG(std::string, listen, "127.0.0.1:50051",
+          "HOST:PORT of the data plane (lockstep.v1.Rollout). Port 0 picks a free one. There is no authentication: "
+          "keep to loopback "
           "or a trusted network.");
-ABSL_FLAG(std::string, control_listen, "127.0.0.1:50052", "HOST:PORT of the control plane (health and reflection). Port 0 picks a free one.");
+ABSL_FLAG(std::string, control_listen, "127.0.0.1:50052",
+          "HOST:PORT of the control plane (health and reflection). Port 0 picks a free one.");
 
 ABSL_FLAG(int32_t, threads, 0, "Threads that compute. 0: all cores this process may use.");
-ABSL_FLAG(double, memory_gb, 0, "Memory for KV pages and recurrent states, in GB (1e9 bytes). 0: half of what is free once the weights are loaded.");
+ABSL_FLAG(double, memory_gb, 0,
+          "Memory for KV pages and recurrent states, in GB (1e9 bytes). 0: half of what is free once the weights are "
+          "loaded.");
 ABSL_FLAG(int64_t, page_size, 64, "Tokens per KV page. A multiple of 16.");
-ABSL_FLAG(int64_t, max_batch_tokens, 512, "Tokens one step computes at most, decoding and prefill together. Larger: better throughput; smaller: steadier latency.");
+ABSL_FLAG(int64_t, max_batch_tokens, 512,
+          "Tokens one step computes at most, decoding and prefill together. Larger: better throughput; smaller: "
+          "steadier latency.");
 ABSL_FLAG(int64_t, max_sequences, 64, "Sequences that run at once.");
 
-ABSL_FLAG(int64_t, max_waiting_sequences, 4096, "Sequences accepted but not running; past it requests are RESOURCE_EXHAUSTED.");
-ABSL_FLAG(int64_t, max_prompt_tokens, 0, "Longest prompt of Generate, in tokens. 0: what the model and the memory allow.");
+ABSL_FLAG(int64_t, max_waiting_sequences, 4096,
+          "Sequences accepted but not running; past it requests are RESOURCE_EXHAUSTED.");
+ABSL_FLAG(int64_t, max_prompt_tokens, 0,
+          "Longest prompt of Generate, in tokens. 0: what the model and the memory allow.");
 ABSL_FLAG(int32_t, max_n, 128, "Samples per request.");
 ABSL_FLAG(int64_t, max_request_bytes, 16 << 20, "Largest request message, in bytes.");
-ABSL_FLAG(double, max_buffered_mb, 1024, "Undelivered results of all requests together, in MiB; past it the reader with the most is cut.");
-ABSL_FLAG(double, max_retained_mb, 256, "Results kept for re-attaching, all together, in MiB; past it the oldest are dropped.");
+ABSL_FLAG(double, max_buffered_mb, 1024,
+          "Undelivered results of all requests together, in MiB; past it the reader with the most is cut.");
+ABSL_FLAG(double, max_retained_mb, 256,
+          "Results kept for re-attaching, all together, in MiB; past it the oldest are dropped.");
 ABSL_FLAG(double, reattach_seconds, 120, "How long a result is kept for re-attaching after its stream ended.");
 ABSL_FLAG(double, max_version_wait_seconds, 600, "How long a request may wait for min_weight_version.");
-ABSL_FLAG(double, drain_seconds, 30, "After SIGTERM or SIGINT: how long requests in flight may go on. Then they end with what they have. A second signal ends the process at once.");
+ABSL_FLAG(double, drain_seconds, 30,
+          "After SIGTERM or SIGINT: how long requests in flight may go on. Then they end with what they have. A second "
+          "signal ends the process at once.");
 
 namespace lockstep {
 namespace {
@@ -58,8 +74,8 @@ const std::vector<FlagGroup>& Groups() {
       {"Where", {"listen", "control_listen"}},
       {"Engine", {"threads", "memory_gb", "page_size", "max_batch_tokens", "max_sequences"}},
       {"Limits",
-       {"max_waiting_sequences", "max_prompt_tokens", "max_n", "max_request_bytes", "max_buffered_mb", "max_retained_mb", "reattach_seconds",
-        "max_version_wait_seconds"}},
+       {"max_waiting_sequences", "max_prompt_tokens", "max_n", "max_request_bytes", "max_buffered_mb",
+        "max_retained_mb", "reattach_seconds", "max_version_wait_seconds"}},
       {"Shutdown", {"drain_seconds"}},
   };
   return *groups;
@@ -106,8 +122,10 @@ void PrintHelp() {
       PrintFlag(*found->second);
     }
   }
-  std::printf("\nOther:\n  --help\n      This text.\n  --version\n      Version, commit and compiler.\n  --flagfile (default: )\n"
-              "      Files with more flags, one a line; separated by commas.\n");
+  std::printf(
+      "\nOther:\n  --help\n      This text.\n  --version\n      Version, commit and compiler.\n  --flagfile (default: "
+      ")\n"
+      "      Files with more flags, one a line; separated by commas.\n");
 }
 
 bool HasFlag(int argc, char** argv, std::string_view name) {
@@ -124,17 +142,20 @@ template <class T>
 absl::Status CheckFlag(std::string_view name, T value, T low, T high) {
   // Written so that a NaN fails.
   if (value >= low && value <= high) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat("--", std::string(name), ": value ", value, "; want ", low, " to ", high));
+  return absl::InvalidArgumentError(
+      absl::StrCat("--", std::string(name), ": value ", value, "; want ", low, " to ", high));
 }
 
 absl::Status CheckAddress(std::string_view name, const std::string& address) {
   const size_t colon = address.rfind(':');
   int port = -1;
   if (address.rfind("unix:", 0) == 0 && address.size() > 5) return absl::OkStatus();
-  if (colon != std::string::npos && colon > 0 && absl::SimpleAtoi(address.substr(colon + 1), &port) && port >= 0 && port <= 65535) {
+  if (colon != std::string::npos && colon > 0 && absl::SimpleAtoi(address.substr(colon + 1), &port) && port >= 0 &&
+      port <= 65535) {
     return absl::OkStatus();
   }
-  return absl::InvalidArgumentError(absl::StrCat("--", std::string(name), ": value \"", address, "\"; want HOST:PORT, port 0 to 65535"));
+  return absl::InvalidArgumentError(
+      absl::StrCat("--", std::string(name), ": value \"", address, "\"; want HOST:PORT, port 0 to 65535"));
 }
 
 constexpr double kMaxMb = 1 << 24;
@@ -144,7 +165,8 @@ constexpr double kMaxSeconds = 7 * 24 * 3600;
 absl::StatusOr<WorkerOptions> ReadWorkerOptions() {
   WorkerOptions options;
   options.model_dir = absl::GetFlag(FLAGS_model);
-  if (options.model_dir.empty()) return absl::InvalidArgumentError("--model: not given; want the directory of a checkpoint (see --help)");
+  if (options.model_dir.empty())
+    return absl::InvalidArgumentError("--model: not given; want the directory of a checkpoint (see --help)");
   options.backend = absl::GetFlag(FLAGS_backend);
   options.numerics = absl::GetFlag(FLAGS_numerics);
   if (options.numerics == "auto") options.numerics.clear();
@@ -200,7 +222,9 @@ absl::StatusOr<WorkerFlags> ParseWorkerFlags(int argc, char** argv) {
     std::exit(0);
   }
   const std::vector<char*> rest = absl::ParseCommandLine(argc, argv);
-  if (rest.size() > 1) return absl::InvalidArgumentError(absl::StrCat("unexpected argument \"", rest[1], "\"; want flags only (see --help)"));
+  if (rest.size() > 1)
+    return absl::InvalidArgumentError(
+        absl::StrCat("unexpected argument \"", rest[1], "\"; want flags only (see --help)"));
   WorkerFlags flags;
   LOCKSTEP_ASSIGN_OR_RETURN(flags.worker, ReadWorkerOptions());
   LOCKSTEP_ASSIGN_OR_RETURN(flags.server, ReadServerOptions());

@@ -19,7 +19,9 @@ constexpr std::string_view kCompiler = "clang " __clang_version__;
 constexpr std::string_view kCompiler = "gcc " __VERSION__;
 #endif
 
-std::string Dtype(DType dtype) { return std::string(DTypeName(dtype)); }
+std::string Dtype(DType dtype) {
+  return std::string(DTypeName(dtype));
+}
 
 void FillNumerics(const NumericsProfile& profile, v1::NumericsInfo* out) {
   out->set_profile(std::string(profile.name));
@@ -30,7 +32,8 @@ void FillNumerics(const NumericsProfile& profile, v1::NumericsInfo* out) {
   out->set_gdn_program(profile.gdn == GdnProgram::kChunkBf16 ? "chunk_bf16" : "chunk_fp32");
   out->set_conv_casts(profile.conv == ConvCasts::kTwo ? "two" : "one");
   out->set_gated_norm_casts(profile.gated_norm == GatedNormCasts::kThree ? "three" : "one");
-  out->set_attention_program(profile.attention == AttentionProgram::kTiles128Forward ? "tiles128_forward" : "tiles64_backward");
+  out->set_attention_program(profile.attention == AttentionProgram::kTiles128Forward ? "tiles128_forward"
+                                                                                     : "tiles64_backward");
   out->set_attention_p_dtype(Dtype(profile.attention_p));
   out->set_logits_dtype(Dtype(profile.logits));
   out->set_verified_against(std::string(profile.verified_against));
@@ -62,7 +65,8 @@ void FillLimits(const RequestContext& context, v1::Limits* out) {
 
 }  // namespace
 
-void FillInfo(const ServingModel& model, const RequestContext& context, const std::string& backend, v1::GetInfoResponse* response) {
+void FillInfo(const ServingModel& model, const RequestContext& context, const std::string& backend,
+              v1::GetInfoResponse* response) {
   v1::ModelInfo* out = response->mutable_model();
   out->set_name(model.name);
   out->set_type(model.spec.model_type);

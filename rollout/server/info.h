@@ -9,7 +9,8 @@
 
 namespace lockstep {
 
-void FillInfo(const ServingModel& model, const RequestContext& context, const std::string& backend, v1::GetInfoResponse* response);
+void FillInfo(const ServingModel& model, const RequestContext& context, const std::string& backend,
+              v1::GetInfoResponse* response);
 
 // "lockstep-worker 0.1.0 (commit, compiler)".
 std::string VersionLine();

@@ -6,7 +6,8 @@
 namespace lockstep {
 namespace {
 
-void AppendTop(const std::vector<TokenLogprob>& row, int32_t width, std::vector<int32_t>& ids, std::vector<float>& logprobs) {
+void AppendTop(const std::vector<TokenLogprob>& row, int32_t width, std::vector<int32_t>& ids,
+               std::vector<float>& logprobs) {
   for (int32_t i = 0; i < width; ++i) {
     const bool present = i < static_cast<int32_t>(row.size());
     ids.push_back(present ? row[i].token : -1);

@@ -1,4 +1,5 @@
-// Log-probabilities of consecutive tokens as columns: what a request's buffer holds and a message is filled from. A row per token would cost seven vectors each.
+// Log-probabilities of consecutive tokens as columns: what a request's buffer holds and a message is filled from. A row
+// per token would cost seven vectors each.
 #pragma once
 
 #include <cstdint>

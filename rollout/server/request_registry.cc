@@ -16,7 +16,8 @@ enum class DropClass : uint8_t { kDelivered, kUndelivered, kDetachedRunning, kBe
 DropClass Classify(const RequestState& state) {
   if (state.retained_bytes() == 0) return DropClass::kKeep;
   if (state.has_reader()) {
-    // Live requests with undelivered results in the buffered pool are not this pool's to drop (their delivered part is trimmed).
+    // Live requests with undelivered results in the buffered pool are not this pool's to drop (their delivered part is
+    // trimmed).
     return state.buffered_bytes() > 0 || !state.finished() ? DropClass::kKeep : DropClass::kBeingRead;
   }
   if (!state.finished()) return DropClass::kDetachedRunning;
@@ -40,8 +41,8 @@ void RequestRegistry::ScheduleExpiry() {
 
 absl::StatusOr<std::shared_ptr<RequestState>> RequestRegistry::Add(RequestInfo info) {
   if (pools_.buffered > options_.max_buffered_bytes) {
-    return absl::ResourceExhaustedError(
-        absl::StrCat("undelivered results hold ", pools_.buffered.load(), " of ", options_.max_buffered_bytes, " bytes; read them or retry later"));
+    return absl::ResourceExhaustedError(absl::StrCat("undelivered results hold ", pools_.buffered.load(), " of ",
+                                                     options_.max_buffered_bytes, " bytes; read them or retry later"));
   }
   // '#' cannot occur in a client's id, so these never meet.
   info.worker_id = absl::StrCat(info.request_id, "#", next_serial_.fetch_add(1));
@@ -52,7 +53,8 @@ absl::StatusOr<std::shared_ptr<RequestState>> RequestRegistry::Add(RequestInfo i
     std::shared_ptr<RequestState>& entry = requests_[state->info().request_id];
     if (entry != nullptr && (!entry->finished() || entry->has_reader())) {
       return absl::AlreadyExistsError(
-          absl::StrCat("request_id: \"", state->info().request_id, "\" is in flight; want an id that is not in use, or `attach` to read it"));
+          absl::StrCat("request_id: \"", state->info().request_id,
+                       "\" is in flight; want an id that is not in use, or `attach` to read it"));
     }
     replaced = std::exchange(entry, state);
   }
@@ -142,7 +144,8 @@ void RequestRegistry::ReclaimRetained(const std::vector<std::shared_ptr<RequestS
   // Below the budget by an eighth, so that a worker at its budget does not come here for every token.
   const int64_t target = options_.max_retained_bytes - options_.max_retained_bytes / 8;
   std::array<std::vector<std::pair<absl::Time, RequestState*>>, 5> classes;
-  for (const auto& state : states) classes[static_cast<size_t>(Classify(*state))].emplace_back(state->idle_since(), state.get());
+  for (const auto& state : states)
+    classes[static_cast<size_t>(Classify(*state))].emplace_back(state->idle_since(), state.get());
   const auto drop = [&](DropClass drop_class) {
     auto& candidates = classes[static_cast<size_t>(drop_class)];
     std::sort(candidates.begin(), candidates.end(), [](const auto& a, const auto& b) { return a.first < b.first; });

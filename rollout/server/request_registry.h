@@ -25,13 +25,14 @@ struct RegistryOptions {
   absl::Duration reattach = absl::ZeroDuration();
 };
 
-// Thread-safe. Outlives the worker (which holds its requests as sinks) and every reader. `tasks` is stopped before the registry is destroyed.
+// Thread-safe. Outlives the worker (which holds its requests as sinks) and every reader. `tasks` is stopped before the
+// registry is destroyed.
 class RequestRegistry final : public RequestEvents {
  public:
   RequestRegistry(WorkerInterface* worker, const RegistryOptions& options, TaskThread* tasks);
 
-  // ALREADY_EXISTS if the id is in flight or being read; a retained result of that id is dropped. RESOURCE_EXHAUSTED while buffers are over budget.
-  // Sets the info's worker_id.
+  // ALREADY_EXISTS if the id is in flight or being read; a retained result of that id is dropped. RESOURCE_EXHAUSTED
+  // while buffers are over budget. Sets the info's worker_id.
   absl::StatusOr<std::shared_ptr<RequestState>> Add(RequestInfo info);
   // Null if there is none.
   std::shared_ptr<RequestState> Find(const std::string& request_id) const;

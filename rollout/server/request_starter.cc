@@ -24,17 +24,26 @@ int64_t RetryAfterMs(const absl::Status& status) {
   }
 }
 
-absl::Status DrainingError() { return absl::UnavailableError("the worker is draining and takes no new requests; retry at another worker"); }
+absl::Status DrainingError() {
+  return absl::UnavailableError("the worker is draining and takes no new requests; retry at another worker");
+}
 
-RequestStarter::RequestStarter(WorkerInterface* worker, RequestRegistry* registry, TaskThread* tasks, absl::Duration max_version_wait, int64_t max_waiting)
-    : worker_(worker), registry_(registry), tasks_(tasks), max_version_wait_(max_version_wait), max_waiting_(max_waiting) {}
+RequestStarter::RequestStarter(WorkerInterface* worker, RequestRegistry* registry, TaskThread* tasks,
+                               absl::Duration max_version_wait, int64_t max_waiting)
+    : worker_(worker),
+      registry_(registry),
+      tasks_(tasks),
+      max_version_wait_(max_version_wait),
+      max_waiting_(max_waiting) {}
 
-void RequestStarter::Start(RequestSpec spec, std::shared_ptr<RequestState> state, std::optional<WeightVersion> min_version, absl::Time arrival) {
+void RequestStarter::Start(RequestSpec spec, std::shared_ptr<RequestState> state,
+                           std::optional<WeightVersion> min_version, absl::Time arrival) {
   if (min_version && worker_->weight_version() < *min_version) {
     absl::ReleasableMutexLock lock(&mutex_);
     if (static_cast<int64_t>(waiters_.size()) >= max_waiting_) {
       lock.Release();
-      return Fail(*state, absl::ResourceExhaustedError(absl::StrCat(max_waiting_, " requests already wait for min_weight_version; that is the limit")));
+      return Fail(*state, absl::ResourceExhaustedError(absl::StrCat(
+                              max_waiting_, " requests already wait for min_weight_version; that is the limit")));
     }
     if (!draining_) {
       waiters_.push_back({std::move(spec), std::move(state), *min_version, arrival});
@@ -47,7 +56,8 @@ void RequestStarter::Start(RequestSpec spec, std::shared_ptr<RequestState> state
   Submit(std::move(spec), request, std::move(state), arrival);
 }
 
-void RequestStarter::Submit(RequestSpec spec, RequestState& state, std::shared_ptr<RequestState> sink, absl::Time arrival) {
+void RequestStarter::Submit(RequestSpec spec, RequestState& state, std::shared_ptr<RequestState> sink,
+                            absl::Time arrival) {
   if (!state.BeginSubmit()) return;
   if (spec.time_budget != absl::InfiniteDuration()) {
     spec.time_budget = std::max(spec.time_budget - (absl::Now() - arrival), absl::ZeroDuration());
@@ -55,7 +65,8 @@ void RequestStarter::Submit(RequestSpec spec, RequestState& state, std::shared_p
   const std::shared_ptr<RequestState> keep = sink;
   const absl::Status status = worker_->Submit(std::move(spec), std::move(sink));
   if (!status.ok()) return Fail(state, status);
-  for (const PendingAbort& abort : state.EndSubmit()) worker_->Abort(state.info().worker_id, abort.sample, abort.reason);
+  for (const PendingAbort& abort : state.EndSubmit())
+    worker_->Abort(state.info().worker_id, abort.sample, abort.reason);
 }
 
 void RequestStarter::Fail(RequestState& state, absl::Status status) {
@@ -72,7 +83,8 @@ void RequestStarter::Poll() {
     absl::MutexLock lock(&mutex_);
     std::vector<Waiter> waiting;
     for (Waiter& waiter : waiters_) {
-      const bool over = now >= std::min({waiter.spec.deadline, waiter.arrival + waiter.spec.time_budget, waiter.arrival + max_version_wait_});
+      const bool over = now >= std::min({waiter.spec.deadline, waiter.arrival + waiter.spec.time_budget,
+                                         waiter.arrival + max_version_wait_});
       const bool start = version >= waiter.min_version || over || waiter.state->finished();
       (start ? ready : waiting).push_back(std::move(waiter));
     }
@@ -86,8 +98,9 @@ void RequestStarter::Poll() {
       Submit(std::move(waiter.spec), state, std::move(waiter.state), waiter.arrival);
       continue;
     }
-    const std::string what = absl::StrCat("min_weight_version: waited for (", waiter.min_version.epoch, ", ", waiter.min_version.step,
-                                          "); the worker has (", version.epoch, ", ", version.step, ")");
+    const std::string what =
+        absl::StrCat("min_weight_version: waited for (", waiter.min_version.epoch, ", ", waiter.min_version.step,
+                     "); the worker has (", version.epoch, ", ", version.step, ")");
     const bool own_limit = now >= std::min(waiter.spec.deadline, waiter.arrival + waiter.spec.time_budget);
     Fail(state, own_limit ? absl::DeadlineExceededError(what) : absl::UnavailableError(what));
   }

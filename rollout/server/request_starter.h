@@ -20,8 +20,10 @@ class RequestStarter {
   RequestStarter(WorkerInterface* worker, RequestRegistry* registry, TaskThread* tasks, absl::Duration max_version_wait,
                  int64_t max_waiting);
 
-  // Submits, waiting for `min_version` first if need be (with at most max_waiting others); failures end the request's stream. `arrival` is when its time budget began.
-  void Start(RequestSpec spec, std::shared_ptr<RequestState> state, std::optional<WeightVersion> min_version, absl::Time arrival);
+  // Submits, waiting for `min_version` first if need be (with at most max_waiting others); failures end the request's
+  // stream. `arrival` is when its time budget began.
+  void Start(RequestSpec spec, std::shared_ptr<RequestState> state, std::optional<WeightVersion> min_version,
+             absl::Time arrival);
   // From now on requests end with UNAVAILABLE instead of starting; so do those that wait.
   void Drain();
   bool draining() const;

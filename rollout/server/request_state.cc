@@ -16,8 +16,9 @@ constexpr int64_t kCutRetryMs = 100;
 
 absl::Status CheckCursor(const std::string& field, int64_t offset, const TokenBuffer& buffer) {
   if (offset >= buffer.begin() && offset <= buffer.end()) return absl::OkStatus();
-  return absl::OutOfRangeError(absl::StrCat(field, ": value ", offset, "; want ", buffer.begin(), " (what is before it was dropped or never returned) to ",
-                                            buffer.end(), " (what there is)"));
+  return absl::OutOfRangeError(absl::StrCat(field, ": value ", offset, "; want ", buffer.begin(),
+                                            " (what is before it was dropped or never returned) to ", buffer.end(),
+                                            " (what there is)"));
 }
 
 }  // namespace
@@ -31,7 +32,8 @@ RequestState::RequestState(RequestInfo info, BufferPools* pools, RequestEvents* 
       unfinished_(info_.n),
       idle_since_(absl::Now()) {
   for (int32_t i = 0; i < info_.n; ++i) {
-    samples_.push_back(Sample{.tokens = TokenBuffer(info_.first_offset, info_.layout), .cursor = info_.first_offset, .result = {}});
+    samples_.push_back(
+        Sample{.tokens = TokenBuffer(info_.first_offset, info_.layout), .cursor = info_.first_offset, .result = {}});
   }
 }
 
@@ -43,8 +45,8 @@ RequestState::~RequestState() {
 void RequestState::OnPromptLogprobs(PromptLogprobs logprobs) {
   absl::MutexLock lock(&mutex_);
   if (dropped_) return;
-  LOCKSTEP_CHECK(logprobs.begin == prompt_.end(), "request {}: prompt logprobs from {}, expected {}", info_.worker_id, logprobs.begin,
-                 prompt_.end());
+  LOCKSTEP_CHECK(logprobs.begin == prompt_.end(), "request {}: prompt logprobs from {}, expected {}", info_.worker_id,
+                 logprobs.begin, prompt_.end());
   const int64_t before = prompt_.end();
   prompt_.Append({}, logprobs.logprobs);
   Grow(prompt_.Bytes(before, prompt_.end()));
@@ -55,8 +57,9 @@ void RequestState::OnTokens(SampleTokens tokens) {
   absl::MutexLock lock(&mutex_);
   if (dropped_) return;
   Sample& sample = samples_.at(tokens.sample);
-  LOCKSTEP_CHECK(tokens.offset == sample.tokens.end() && !sample.result, "request {} sample {}: tokens from {}, expected {}", info_.worker_id,
-                 tokens.sample, tokens.offset, sample.tokens.end());
+  LOCKSTEP_CHECK(tokens.offset == sample.tokens.end() && !sample.result,
+                 "request {} sample {}: tokens from {}, expected {}", info_.worker_id, tokens.sample, tokens.offset,
+                 sample.tokens.end());
   const int64_t before = sample.tokens.end();
   sample.tokens.Append(tokens.tokens, tokens.logprobs);
   Grow(sample.tokens.Bytes(before, sample.tokens.end()));
@@ -125,7 +128,9 @@ bool RequestState::RequestAbort(std::optional<int32_t> sample, AbortReason reaso
 absl::Status RequestState::Attach(std::weak_ptr<Reader> reader, int64_t stream_interval, const AttachPoint& point) {
   absl::MutexLock lock(&mutex_);
   if (dropped_) {
-    return absl::NotFoundError(absl::StrCat("request_id: \"", info_.request_id, "\" has no result any more: it was cancelled, or dropped for lack of room"));
+    return absl::NotFoundError(
+        absl::StrCat("request_id: \"", info_.request_id,
+                     "\" has no result any more: it was cancelled, or dropped for lack of room"));
   }
   const int64_t prompt_cursor = point.prompt_position == 0 ? info_.prompt_range.begin : point.prompt_position;
   LOCKSTEP_RETURN_IF_ERROR(CheckCursor("attach.prompt_position", prompt_cursor, prompt_));
@@ -137,7 +142,10 @@ absl::Status RequestState::Attach(std::weak_ptr<Reader> reader, int64_t stream_i
     names.at(sample) = absl::StrCat("attach.samples[", i, "].offset");
   }
   for (int32_t i = 0; i < info_.n; ++i) {
-    const std::string name = names[i].empty() ? absl::StrCat("attach.samples: sample_index ", info_.first_sample_index + i, " is not listed, so its offset") : names[i];
+    const std::string name = names[i].empty()
+                                 ? absl::StrCat("attach.samples: sample_index ", info_.first_sample_index + i,
+                                                " is not listed, so its offset")
+                                 : names[i];
     LOCKSTEP_RETURN_IF_ERROR(CheckCursor(name, cursors[i], samples_[i].tokens));
   }
 
@@ -234,10 +242,13 @@ void RequestState::Cut() {
   absl::MutexLock lock(&mutex_);
   cut_ = true;
   buffered_pool_ = false;
-  reader_end_ = StreamEnd{absl::ResourceExhaustedError(absl::StrCat(
-                              "undelivered results exceed the worker's budget and this stream was furthest behind (", undelivered_bytes_,
-                              " bytes); ", info_.score ? "score again" : "attach to the request from the offsets received, or continue it with generated_prefix_ids")),
-                          kCutRetryMs};
+  reader_end_ = StreamEnd{
+      absl::ResourceExhaustedError(absl::StrCat(
+          "undelivered results exceed the worker's budget and this stream was furthest behind (", undelivered_bytes_,
+          " bytes); ",
+          info_.score ? "score again"
+                      : "attach to the request from the offsets received, or continue it with generated_prefix_ids")),
+      kCutRetryMs};
   SetHeld(held_bytes_, undelivered_bytes_);
   WakeReader();
 }
@@ -252,7 +263,9 @@ void RequestState::Drop() {
     sample.cursor = sample.tokens.end();
   }
   SetHeld(0, 0);
-  if (!reader_end_) reader_end_ = StreamEnd{absl::ResourceExhaustedError("the result was dropped: no room for retained results"), kCutRetryMs};
+  if (!reader_end_)
+    reader_end_ =
+        StreamEnd{absl::ResourceExhaustedError("the result was dropped: no room for retained results"), kCutRetryMs};
   WakeReader();
 }
 
@@ -319,7 +332,9 @@ void RequestState::Recount() {
   SetHeld(held, undelivered);
 }
 
-void RequestState::Grow(int64_t bytes) { SetHeld(held_bytes_ + bytes, undelivered_bytes_ + bytes); }
+void RequestState::Grow(int64_t bytes) {
+  SetHeld(held_bytes_ + bytes, undelivered_bytes_ + bytes);
+}
 
 void RequestState::WakeReader() {
   if (reader_key_ != nullptr) events_->Wake(reader_);

@@ -1,5 +1,5 @@
-// One request's results between the step loop, which produces them, and a stream, which may be slow, gone or replaced. The buffer is all they share: the step loop
-// appends and goes on.
+// One request's results between the step loop, which produces them, and a stream, which may be slow, gone or replaced.
+// The buffer is all they share: the step loop appends and goes on.
 #pragma once
 
 #include <atomic>
@@ -63,17 +63,18 @@ struct StreamEnd {
 
 // One message's worth of results.
 struct ResultPiece {
-  bool accepted = false;           // the stream's first message; nothing else is set
-  bool prompt = false;             // `slice` is of prompt positions
-  int32_t sample = 0;              // 0 .. n-1
+  bool accepted = false;  // the stream's first message; nothing else is set
+  bool prompt = false;    // `slice` is of prompt positions
+  int32_t sample = 0;     // 0 .. n-1
   TokenSlice slice;
   std::optional<SampleResult> done;
-  int64_t prompt_end = 0;          // with `done`: one past the last prompt position that has log-probabilities
+  int64_t prompt_end = 0;  // with `done`: one past the last prompt position that has log-probabilities
 };
 
 struct AttachPoint {
-  std::vector<std::pair<int32_t, int64_t>> offsets;  // (sample 0 .. n-1, offset); samples not named: from what the request began with
-  int64_t prompt_position = 0;                       // 0: from the range's begin
+  std::vector<std::pair<int32_t, int64_t>>
+      offsets;                  // (sample 0 .. n-1, offset); samples not named: from what the request began with
+  int64_t prompt_position = 0;  // 0: from the range's begin
 };
 
 struct PendingAbort {
@@ -81,7 +82,8 @@ struct PendingAbort {
   AbortReason reason;
 };
 
-// Thread-safe. The sink's methods are called by the step loop, Next by the reader, the rest by the service and the registry.
+// Thread-safe. The sink's methods are called by the step loop, Next by the reader, the rest by the service and the
+// registry.
 class RequestState final : public RequestSink {
  public:
   RequestState(RequestInfo info, BufferPools* pools, RequestEvents* events);
@@ -100,7 +102,8 @@ class RequestState final : public RequestSink {
   // The request never ran: its reader ends with `end`.
   void Fail(StreamEnd end);
 
-  // Asks for an early end. True if the caller must pass it to the worker, which is then in possession of the request; otherwise it was noted here.
+  // Asks for an early end. True if the caller must pass it to the worker, which is then in possession of the request;
+  // otherwise it was noted here.
   // `*in_flight`: whether the sample (or any) had not ended.
   bool RequestAbort(std::optional<int32_t> sample, AbortReason reason, bool* in_flight);
 

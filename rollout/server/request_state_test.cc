@@ -246,7 +246,8 @@ TEST_F(RequestStateTest, AttachFromAnOffset) {
   while (Step() == Next::kPiece) {
   }
   state_->Detach(reader_.get(), DetachReason::kStreamEnded, absl::Now());
-  EXPECT_EQ(state_->Attach(reader_, 0, {.offsets = {{0, 11}}, .prompt_position = 0}).code(), absl::StatusCode::kOutOfRange);
+  EXPECT_EQ(state_->Attach(reader_, 0, {.offsets = {{0, 11}}, .prompt_position = 0}).code(),
+            absl::StatusCode::kOutOfRange);
   ASSERT_TRUE(state_->Attach(reader_, 0, {.offsets = {{0, 7}}, .prompt_position = 0}).ok());
   ASSERT_EQ(Step(), Next::kPiece);
   EXPECT_TRUE(piece_.accepted);
@@ -263,7 +264,8 @@ TEST_F(RequestStateTest, ReplacedReaderIsTold) {
   ASSERT_TRUE(state_->Attach(other, 1, {}).ok());
   ASSERT_EQ(Step(), Next::kEnd);
   EXPECT_EQ(end_.status.code(), absl::StatusCode::kAborted);
-  EXPECT_FALSE(state_->Detach(reader_.get(), DetachReason::kDisconnected, absl::Now()).abort) << "it has no say any more";
+  EXPECT_FALSE(state_->Detach(reader_.get(), DetachReason::kDisconnected, absl::Now()).abort)
+      << "it has no say any more";
   EXPECT_EQ(state_->NextPiece(other.get(), &piece_, &end_), Next::kPiece);
 }
 

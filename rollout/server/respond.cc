@@ -135,7 +135,8 @@ void FillResponse(const RequestInfo& info, ResultPiece& piece, v1::GenerateRespo
     return;
   }
   Copy(piece.slice.tokens, response->mutable_token_ids());
-  if (!info.layout.empty() && piece.slice.rows > 0) FillLogprobs(info.layout, piece.slice.logprobs, response->mutable_logprobs());
+  if (!info.layout.empty() && piece.slice.rows > 0)
+    FillLogprobs(info.layout, piece.slice.logprobs, response->mutable_logprobs());
   if (piece.done) FillDone(*piece.done, piece.slice.end(), response->mutable_done());
 }
 

@@ -44,8 +44,8 @@ absl::Time EffectiveDeadline(const grpc::CallbackServerContext& context, absl::T
 
 }  // namespace
 
-RolloutService::RolloutService(const ServingModel* model, const ServiceLimits& limits, std::string backend, RequestRegistry* registry,
-                               RequestStarter* starter)
+RolloutService::RolloutService(const ServingModel* model, const ServiceLimits& limits, std::string backend,
+                               RequestRegistry* registry, RequestStarter* starter)
     : model_(model),
       request_context_{.vocab_size = model->spec.vocab_size,
                        .max_sequence_tokens = model->max_sequence_tokens,
@@ -61,7 +61,8 @@ RolloutService::RolloutService(const ServingModel* model, const ServiceLimits& l
 }
 
 template <class Response>
-grpc::ServerWriteReactor<Response>* RolloutService::StartStream(grpc::CallbackServerContext* context, absl::StatusOr<ConvertedRequest> converted) {
+grpc::ServerWriteReactor<Response>* RolloutService::StartStream(grpc::CallbackServerContext* context,
+                                                                absl::StatusOr<ConvertedRequest> converted) {
   if (!converted.ok()) return new FailedStream<Response>(context, converted.status());
   if (starter_->draining()) return new FailedStream<Response>(context, DrainingError());
   const absl::Time now = absl::Now();
@@ -78,29 +79,36 @@ grpc::ServerWriteReactor<Response>* RolloutService::StartStream(grpc::CallbackSe
   return reactor.get();
 }
 
-grpc::ServerWriteReactor<v1::GenerateResponse>* RolloutService::StartAttach(grpc::CallbackServerContext* context, const v1::GenerateRequest& request) {
+grpc::ServerWriteReactor<v1::GenerateResponse>* RolloutService::StartAttach(grpc::CallbackServerContext* context,
+                                                                            const v1::GenerateRequest& request) {
   using Failed = FailedStream<v1::GenerateResponse>;
   const auto attach = ConvertAttach(request);
   if (!attach.ok()) return new Failed(context, attach.status());
   const std::shared_ptr<RequestState> state = registry_->Find(attach->request_id);
   if (state == nullptr || state->info().score) {
-    return new Failed(context, absl::NotFoundError(absl::StrCat("request_id: \"", attach->request_id,
-                                                                "\" is not in flight and has no retained result: it never was, was cancelled, or its time is over")));
+    return new Failed(
+        context,
+        absl::NotFoundError(absl::StrCat(
+            "request_id: \"", attach->request_id,
+            "\" is not in flight and has no retained result: it never was, was cancelled, or its time is over")));
   }
   const auto point = ResolveAttach(*attach, state->info());
   if (!point.ok()) return new Failed(context, point.status());
-  auto reactor = StreamReactor<v1::GenerateResponse>::Create(context, registry_, state, EffectiveDeadline(*context, absl::Now()));
+  auto reactor =
+      StreamReactor<v1::GenerateResponse>::Create(context, registry_, state, EffectiveDeadline(*context, absl::Now()));
   const absl::Status attached = state->Attach(reactor, attach->stream_interval, *point);
   if (!attached.ok()) reactor->Refuse(attached);
   return reactor.get();
 }
 
-grpc::ServerWriteReactor<v1::GenerateResponse>* RolloutService::Generate(grpc::CallbackServerContext* context, const v1::GenerateRequest* request) {
+grpc::ServerWriteReactor<v1::GenerateResponse>* RolloutService::Generate(grpc::CallbackServerContext* context,
+                                                                         const v1::GenerateRequest* request) {
   if (request->has_attach()) return StartAttach(context, *request);
   return StartStream<v1::GenerateResponse>(context, ConvertGenerate(*request, request_context_, DrawDefaults()));
 }
 
-grpc::ServerWriteReactor<v1::ScoreResponse>* RolloutService::Score(grpc::CallbackServerContext* context, const v1::ScoreRequest* request) {
+grpc::ServerWriteReactor<v1::ScoreResponse>* RolloutService::Score(grpc::CallbackServerContext* context,
+                                                                   const v1::ScoreRequest* request) {
   return StartStream<v1::ScoreResponse>(context, ConvertScore(*request, request_context_, DrawDefaults()));
 }
 
@@ -113,20 +121,22 @@ absl::Status RolloutService::HandleAbort(const v1::AbortRequest& request, v1::Ab
     const RequestInfo& info = state->info();
     sample = request.sample_index() - info.first_sample_index;
     if (*sample < 0 || *sample >= info.n) {
-      return absl::InvalidArgumentError(absl::StrCat("sample_index: value ", request.sample_index(), "; want one of the request's, ",
-                                                     info.first_sample_index, " to ", info.first_sample_index + info.n - 1));
+      return absl::InvalidArgumentError(absl::StrCat("sample_index: value ", request.sample_index(),
+                                                     "; want one of the request's, ", info.first_sample_index, " to ",
+                                                     info.first_sample_index + info.n - 1));
     }
   }
   response->set_found(registry_->Abort(*state, sample, AbortReason::kClient));
   return absl::OkStatus();
 }
 
-grpc::ServerUnaryReactor* RolloutService::Abort(grpc::CallbackServerContext* context, const v1::AbortRequest* request, v1::AbortResponse* response) {
+grpc::ServerUnaryReactor* RolloutService::Abort(grpc::CallbackServerContext* context, const v1::AbortRequest* request,
+                                                v1::AbortResponse* response) {
   return FinishUnary(context, HandleAbort(*request, response));
 }
 
-grpc::ServerUnaryReactor* RolloutService::GetInfo(grpc::CallbackServerContext* context, const v1::GetInfoRequest* request,
-                                                  v1::GetInfoResponse* response) {
+grpc::ServerUnaryReactor* RolloutService::GetInfo(grpc::CallbackServerContext* context,
+                                                  const v1::GetInfoRequest* request, v1::GetInfoResponse* response) {
   const absl::Status status = CheckNoUnknownFields(*request);
   if (status.ok()) {
     FillInfo(*model_, request_context_, backend_, response);
@@ -135,8 +145,8 @@ grpc::ServerUnaryReactor* RolloutService::GetInfo(grpc::CallbackServerContext* c
   return FinishUnary(context, status);
 }
 
-grpc::ServerUnaryReactor* RolloutService::GetLoad(grpc::CallbackServerContext* context, const v1::GetLoadRequest* request,
-                                                  v1::GetLoadResponse* response) {
+grpc::ServerUnaryReactor* RolloutService::GetLoad(grpc::CallbackServerContext* context,
+                                                  const v1::GetLoadRequest* request, v1::GetLoadResponse* response) {
   const absl::Status status = CheckNoUnknownFields(*request);
   if (!status.ok()) return FinishUnary(context, status);
   const WorkerLoad load = model_->worker->Load();

@@ -17,18 +17,26 @@ namespace lockstep {
 class RolloutService final : public v1::Rollout::CallbackService {
  public:
   // All must outlive the service. `backend` is for GetInfo.
-  RolloutService(const ServingModel* model, const ServiceLimits& limits, std::string backend, RequestRegistry* registry, RequestStarter* starter);
+  RolloutService(const ServingModel* model, const ServiceLimits& limits, std::string backend, RequestRegistry* registry,
+                 RequestStarter* starter);
 
-  grpc::ServerWriteReactor<v1::GenerateResponse>* Generate(grpc::CallbackServerContext* context, const v1::GenerateRequest* request) override;
-  grpc::ServerWriteReactor<v1::ScoreResponse>* Score(grpc::CallbackServerContext* context, const v1::ScoreRequest* request) override;
-  grpc::ServerUnaryReactor* Abort(grpc::CallbackServerContext* context, const v1::AbortRequest* request, v1::AbortResponse* response) override;
-  grpc::ServerUnaryReactor* GetInfo(grpc::CallbackServerContext* context, const v1::GetInfoRequest* request, v1::GetInfoResponse* response) override;
-  grpc::ServerUnaryReactor* GetLoad(grpc::CallbackServerContext* context, const v1::GetLoadRequest* request, v1::GetLoadResponse* response) override;
+  grpc::ServerWriteReactor<v1::GenerateResponse>* Generate(grpc::CallbackServerContext* context,
+                                                           const v1::GenerateRequest* request) override;
+  grpc::ServerWriteReactor<v1::ScoreResponse>* Score(grpc::CallbackServerContext* context,
+                                                     const v1::ScoreRequest* request) override;
+  grpc::ServerUnaryReactor* Abort(grpc::CallbackServerContext* context, const v1::AbortRequest* request,
+                                  v1::AbortResponse* response) override;
+  grpc::ServerUnaryReactor* GetInfo(grpc::CallbackServerContext* context, const v1::GetInfoRequest* request,
+                                    v1::GetInfoResponse* response) override;
+  grpc::ServerUnaryReactor* GetLoad(grpc::CallbackServerContext* context, const v1::GetLoadRequest* request,
+                                    v1::GetLoadResponse* response) override;
 
  private:
   template <class Response>
-  grpc::ServerWriteReactor<Response>* StartStream(grpc::CallbackServerContext* context, absl::StatusOr<ConvertedRequest> converted);
-  grpc::ServerWriteReactor<v1::GenerateResponse>* StartAttach(grpc::CallbackServerContext* context, const v1::GenerateRequest& request);
+  grpc::ServerWriteReactor<Response>* StartStream(grpc::CallbackServerContext* context,
+                                                  absl::StatusOr<ConvertedRequest> converted);
+  grpc::ServerWriteReactor<v1::GenerateResponse>* StartAttach(grpc::CallbackServerContext* context,
+                                                              const v1::GenerateRequest& request);
   absl::Status HandleAbort(const v1::AbortRequest& request, v1::AbortResponse* response);
 
   const ServingModel* const model_;

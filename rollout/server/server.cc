@@ -38,7 +38,8 @@ void Configure(grpc::ServerBuilder& builder, const std::string& address, int* po
 }
 
 absl::Status ListenError(const std::string& flag, const std::string& address) {
-  return absl::UnavailableError(absl::StrCat("--", flag, ": cannot listen on \"", address, "\"; want HOST:PORT with a free port, or port 0 to pick one"));
+  return absl::UnavailableError(absl::StrCat("--", flag, ": cannot listen on \"", address,
+                                             "\"; want HOST:PORT with a free port, or port 0 to pick one"));
 }
 
 }  // namespace
@@ -49,15 +50,16 @@ absl::StatusOr<std::unique_ptr<RolloutServer>> RolloutServer::Start(ServingModel
   return server;
 }
 
-RolloutServer::RolloutServer(ServingModel model, const ServerOptions& options) : model_(std::move(model)), tasks_(std::make_unique<TaskThread>()) {
+RolloutServer::RolloutServer(ServingModel model, const ServerOptions& options)
+    : model_(std::move(model)), tasks_(std::make_unique<TaskThread>()) {
   const ServiceLimits& limits = options.limits;
   registry_ = std::make_unique<RequestRegistry>(model_.worker.get(),
                                                 RegistryOptions{.max_buffered_bytes = limits.max_buffered_bytes,
                                                                 .max_retained_bytes = limits.max_retained_bytes,
                                                                 .reattach = limits.reattach},
                                                 tasks_.get());
-  starter_ = std::make_unique<RequestStarter>(model_.worker.get(), registry_.get(), tasks_.get(), limits.max_version_wait,
-                                              limits.max_waiting_sequences);
+  starter_ = std::make_unique<RequestStarter>(model_.worker.get(), registry_.get(), tasks_.get(),
+                                              limits.max_version_wait, limits.max_waiting_sequences);
   service_ = std::make_unique<RolloutService>(&model_, limits, options.backend, registry_.get(), starter_.get());
 }
 
@@ -91,7 +93,8 @@ void RolloutServer::Drain(absl::Time deadline, absl::Duration delivery) {
   control_server_->GetHealthCheckService()->SetServingStatus(false);
   starter_->Drain();
   model_.worker->Drain(deadline);
-  // Returns as soon as every call has ended. Readers that are behind have what is left of the time, and `delivery` at least.
+  // Returns as soon as every call has ended. Readers that are behind have what is left of the time, and `delivery` at
+  // least.
   data_server_->Shutdown(absl::ToChronoTime(std::max(deadline, absl::Now() + delivery)));
   control_server_->Shutdown(std::chrono::system_clock::now());
 }

@@ -36,8 +36,8 @@ class RolloutServer {
   const std::string& data_address() const { return data_address_; }
   const std::string& control_address() const { return control_address_; }
 
-  // Refuses new requests, lets those in flight finish until `deadline`, ends the rest with what they have, gives streams until `deadline`, and
-  // `delivery` at least, to be read, and closes the ports.
+  // Refuses new requests, lets those in flight finish until `deadline`, ends the rest with what they have, gives
+  // streams until `deadline`, and `delivery` at least, to be read, and closes the ports.
   void Drain(absl::Time deadline, absl::Duration delivery);
 
  private:

@@ -1,4 +1,5 @@
-// The server side of a Generate or Score call: writes a request's results, one message at a time, as fast as the client takes them.
+// The server side of a Generate or Score call: writes a request's results, one message at a time, as fast as the client
+// takes them.
 #pragma once
 
 #include <grpcpp/grpcpp.h>
@@ -26,13 +27,16 @@ inline void AddRetryHint(grpc::CallbackServerContext* context, int64_t retry_aft
   if (retry_after_ms > 0) context->AddTrailingMetadata("retry-after-ms", std::to_string(retry_after_ms));
 }
 
-// Owns itself until gRPC is done with the call. Messages are built and encoded on the task thread (Pump) or gRPC's, never on the step loop's.
+// Owns itself until gRPC is done with the call. Messages are built and encoded on the task thread (Pump) or gRPC's,
+// never on the step loop's.
 template <class Response>
-class StreamReactor final : public grpc::ServerWriteReactor<Response>, public Reader, public std::enable_shared_from_this<StreamReactor<Response>> {
+class StreamReactor final : public grpc::ServerWriteReactor<Response>,
+                            public Reader,
+                            public std::enable_shared_from_this<StreamReactor<Response>> {
  public:
   // `deadline`: a disconnect from then on is the client's deadline, not a cancellation.
-  static std::shared_ptr<StreamReactor> Create(grpc::CallbackServerContext* context, RequestRegistry* registry, std::shared_ptr<RequestState> state,
-                                               absl::Time deadline) {
+  static std::shared_ptr<StreamReactor> Create(grpc::CallbackServerContext* context, RequestRegistry* registry,
+                                               std::shared_ptr<RequestState> state, absl::Time deadline) {
     std::shared_ptr<StreamReactor> reactor(new StreamReactor(context, registry, std::move(state), deadline));
     reactor->self_ = reactor;
     return reactor;
@@ -107,12 +111,14 @@ class StreamReactor final : public grpc::ServerWriteReactor<Response>, public Re
   void OnDone() override { self_.reset(); }
 
  private:
-  StreamReactor(grpc::CallbackServerContext* context, RequestRegistry* registry, std::shared_ptr<RequestState> state, absl::Time deadline)
+  StreamReactor(grpc::CallbackServerContext* context, RequestRegistry* registry, std::shared_ptr<RequestState> state,
+                absl::Time deadline)
       : context_(context), registry_(registry), state_(std::move(state)), deadline_(deadline) {}
 
   void Disconnect() {
-    registry_->Detach(*state_, this,
-                      absl::Now() >= deadline_ ? RequestState::DetachReason::kDeadline : RequestState::DetachReason::kDisconnected);
+    registry_->Detach(
+        *state_, this,
+        absl::Now() >= deadline_ ? RequestState::DetachReason::kDeadline : RequestState::DetachReason::kDisconnected);
   }
 
   grpc::CallbackServerContext* const context_;

@@ -8,7 +8,9 @@ namespace lockstep {
 
 TaskThread::TaskThread() : thread_([this] { Run(); }) {}
 
-TaskThread::~TaskThread() { Stop(); }
+TaskThread::~TaskThread() {
+  Stop();
+}
 
 void TaskThread::Add(Task task) {
   absl::MutexLock lock(&mutex_);

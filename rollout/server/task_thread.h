@@ -1,5 +1,5 @@
-// One thread that runs short tasks in order, and delayed ones when they are due. Deliveries, buffer reclaiming and timers run here, so that neither the step loop nor
-// gRPC's threads do. Thread-safe.
+// One thread that runs short tasks in order, and delayed ones when they are due. Deliveries, buffer reclaiming and
+// timers run here, so that neither the step loop nor gRPC's threads do. Thread-safe.
 #pragma once
 
 #include <deque>

@@ -1,5 +1,5 @@
-// A growing run of tokens (or prompt positions) with their log-probabilities, kept in chunks so that what was read can be given back.
-// Not thread-safe.
+// A growing run of tokens (or prompt positions) with their log-probabilities, kept in chunks so that what was read can
+// be given back. Not thread-safe.
 #pragma once
 
 #include <cstdint>

@@ -80,7 +80,8 @@ TEST(TokenBuffer, ASliceMayEndInsideAChunk) {
 }
 
 TEST(TokenBuffer, KeptEverythingIsCountZero) {
-  LogprobLayout layout{.raw = false, .temperature = false, .processed = false, .top_k = 0, .kept = true, .vocab_size = 3};
+  LogprobLayout layout{
+      .raw = false, .temperature = false, .processed = false, .top_k = 0, .kept = true, .vocab_size = 3};
   TokenBuffer buffer(0, layout);
   RowLogprobs all, some;
   all.kept_token_ids = {0, 1, 2};

@@ -16,8 +16,9 @@ absl::Status CheckNoUnknownFields(const google::protobuf::Message& message) {
   const google::protobuf::Reflection& reflection = *message.GetReflection();
   const google::protobuf::UnknownFieldSet& unknown = reflection.GetUnknownFields(message);
   if (unknown.field_count() > 0) {
-    return absl::InvalidArgumentError(absl::StrCat(std::string(message.GetDescriptor()->full_name()), ": field number ", unknown.field(0).number(),
-                                                   " is not known to this worker; want only fields of its rollout.proto (is the client newer?)"));
+    return absl::InvalidArgumentError(
+        absl::StrCat(std::string(message.GetDescriptor()->full_name()), ": field number ", unknown.field(0).number(),
+                     " is not known to this worker; want only fields of its rollout.proto (is the client newer?)"));
   }
   std::vector<const FieldDescriptor*> fields;
   reflection.ListFields(message, &fields);
@@ -26,8 +27,9 @@ absl::Status CheckNoUnknownFields(const google::protobuf::Message& message) {
     if (field->cpp_type() != FieldDescriptor::CPPTYPE_MESSAGE || field->is_map()) continue;
     const int count = field->is_repeated() ? reflection.FieldSize(message, field) : 1;
     for (int i = 0; i < count; ++i) {
-      LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(field->is_repeated() ? reflection.GetRepeatedMessage(message, field, i)
-                                                                         : reflection.GetMessage(message, field)));
+      LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(field->is_repeated()
+                                                        ? reflection.GetRepeatedMessage(message, field, i)
+                                                        : reflection.GetMessage(message, field)));
     }
   }
   return absl::OkStatus();

@@ -1,4 +1,5 @@
-// Refuses what this program's .proto does not know: a client built from a newer one asks for something it would not get.
+// Refuses what this program's .proto does not know: a client built from a newer one asks for something it would not
+// get.
 #pragma once
 
 #include "absl/status/status.h"

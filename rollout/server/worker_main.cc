@@ -25,8 +25,9 @@ namespace {
 // After a drain every stream's client gets at least this long to read what it was waiting for.
 constexpr absl::Duration kDelivery = absl::Seconds(2);
 
-// Takes SIGTERM and SIGINT on a thread of its own: they are blocked in every other (threads inherit the mask). Before the worker serves there is nothing to
-// drain and a signal ends the process; then the first one asks for the drain and the second ends the process.
+// Takes SIGTERM and SIGINT on a thread of its own: they are blocked in every other (threads inherit the mask). Before
+// the worker serves there is nothing to drain and a signal ends the process; then the first one asks for the drain and
+// the second ends the process.
 class TerminationSignals {
  public:
   TerminationSignals() {
@@ -63,13 +64,14 @@ int Fail(const absl::Status& status) {
 }
 
 bool IsLoopback(const std::string& address) {
-  return absl::StartsWith(address, "127.") || absl::StartsWith(address, "localhost:") || absl::StartsWith(address, "[::1]:") ||
-         absl::StartsWith(address, "unix:");
+  return absl::StartsWith(address, "127.") || absl::StartsWith(address, "localhost:") ||
+         absl::StartsWith(address, "[::1]:") || absl::StartsWith(address, "unix:");
 }
 
 }  // namespace
 
-int WorkerMain(int argc, char** argv, absl::FunctionRef<absl::StatusOr<ServingModel>(const WorkerOptions&)> make_worker) {
+int WorkerMain(int argc, char** argv,
+               absl::FunctionRef<absl::StatusOr<ServingModel>(const WorkerOptions&)> make_worker) {
   // Standard output is for the ready line.
   spdlog::set_default_logger(spdlog::stderr_color_mt("lockstep-worker"));
   const auto flags = ParseWorkerFlags(argc, argv);
@@ -81,14 +83,17 @@ int WorkerMain(int argc, char** argv, absl::FunctionRef<absl::StatusOr<ServingMo
   auto server = RolloutServer::Start(*std::move(model), flags->server);
   if (!server.ok()) return Fail(server.status());
   for (const std::string& address : {(*server)->data_address(), (*server)->control_address()}) {
-    if (!IsLoopback(address)) spdlog::warn("listening on {} without authentication or encryption: whoever can reach it can use it", address);
+    if (!IsLoopback(address))
+      spdlog::warn("listening on {} without authentication or encryption: whoever can reach it can use it", address);
   }
   signals.SetServing();
-  std::printf("lockstep-worker ready data=%s control=%s\n", (*server)->data_address().c_str(), (*server)->control_address().c_str());
+  std::printf("lockstep-worker ready data=%s control=%s\n", (*server)->data_address().c_str(),
+              (*server)->control_address().c_str());
   std::fflush(stdout);
 
   signals.WaitUntilRequested();
-  spdlog::info("draining for at most {} s; a second signal ends the process at once", absl::ToDoubleSeconds(flags->drain));
+  spdlog::info("draining for at most {} s; a second signal ends the process at once",
+               absl::ToDoubleSeconds(flags->drain));
   (*server)->Drain(absl::Now() + flags->drain, kDelivery);
   server->reset();
   spdlog::info("drained");

@@ -8,6 +8,7 @@
 namespace lockstep {
 
 // `make_worker`: MakeWorker, or a test's own.
-int WorkerMain(int argc, char** argv, absl::FunctionRef<absl::StatusOr<ServingModel>(const WorkerOptions&)> make_worker);
+int WorkerMain(int argc, char** argv,
+               absl::FunctionRef<absl::StatusOr<ServingModel>(const WorkerOptions&)> make_worker);
 
 }  // namespace lockstep

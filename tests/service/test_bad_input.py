@@ -4,7 +4,7 @@ import math
 
 import grpc
 import pytest
-from streams import collect, fails_with
+from streams import collect, fails_with, wait_for
 
 NAN, INF = math.nan, math.inf
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
@@ -235,5 +235,6 @@ def test_not_a_message_at_all(any_worker, pb):
 def test_still_serves(any_worker, pb):
     """After all of the above."""
     assert collect(any_worker.stub.Generate(generate_request(pb))).samples[0].done.finish_reason
-    load = any_worker.stub.GetLoad(pb.GetLoadRequest())
-    assert load.running_requests == 0 and load.buffered_bytes == 0
+    # The load is that of the last step boundary.
+    wait_for(lambda: any_worker.stub.GetLoad(pb.GetLoadRequest()).running_requests == 0)
+    assert any_worker.stub.GetLoad(pb.GetLoadRequest()).buffered_bytes == 0
