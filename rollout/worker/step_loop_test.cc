@@ -1,0 +1,208 @@
+// The step loop on a random model: ends, deadlines, aborts, groups and errors. Bits are tests/property's business.
+#include "rollout/worker/step_loop.h"
+
+#include <gtest/gtest.h>
+
+#include <limits>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "tests/testing/random_model.h"
+
+namespace lockstep {
+namespace {
+
+class StepLoopTest : public testing::Test {
+ protected:
+  StepLoopTest() : model_(MakeRandomModel(ModelKind::kHybrid, "fp32", 1, 1)) { MakeLoop({.max_sequences = 8, .max_kv_tokens = 4096}); }
+
+  void MakeLoop(const LoopConfig& config) {
+    auto local = MakeLocalLoop(*model_, config);
+    ASSERT_TRUE(local.ok()) << local.status();
+    local_ = *std::move(local);
+  }
+
+  RequestSpec Request(const std::string& id, int64_t prompt, int64_t max_tokens, int32_t n = 1) {
+    RequestSpec r;
+    r.request_id = id;
+    for (int64_t i = 0; i < prompt; ++i) r.prompt.push_back(static_cast<int32_t>((7 * i + 3) % model_->spec.vocab_size));
+    r.max_tokens = max_tokens;
+    r.n = n;
+    r.sampling.seed = 11;
+    return r;
+  }
+
+  std::shared_ptr<CollectingSink> Submit(const RequestSpec& request, absl::Time now = absl::Now()) {
+    auto sink = std::make_shared<CollectingSink>(std::max(request.n, 1));
+    loop().Submit(request, sink, now);
+    return sink;
+  }
+
+  StepLoop& loop() { return *local_.loop; }
+
+  std::unique_ptr<LocalModel> model_;
+  LocalLoop local_;
+};
+
+TEST_F(StepLoopTest, EndsAtMaxTokensAndFreesEverything) {
+  const auto sink = Submit(Request("a", 10, 5));
+  while (loop().Step()) {
+  }
+  const CollectedSample& s = sink->samples()[0];
+  EXPECT_EQ(s.tokens.size(), 5u);
+  EXPECT_EQ(s.result.finish, FinishKind::kLength);
+  EXPECT_EQ(s.result.length, LengthReason::kMaxTokens);
+  ASSERT_EQ(s.result.spans.size(), 1u);
+  EXPECT_EQ(s.result.spans[0].end, 5);
+  EXPECT_TRUE(loop().idle());
+  EXPECT_EQ(loop().Load().kv_pages_used, 0);
+  EXPECT_EQ(loop().Load().state_slots_used, 0);
+}
+
+TEST_F(StepLoopTest, ContextLimitIsNamed) {
+  RequestSpec r = Request("a", 10, 3);
+  r.max_tokens_is_context = true;
+  const auto sink = Submit(r);
+  while (loop().Step()) {
+  }
+  EXPECT_EQ(sink->samples()[0].result.length, LengthReason::kContext);
+}
+
+TEST_F(StepLoopTest, StopTokenEndsAndIsIncluded) {
+  const auto free = Submit(Request("a", 10, 20));
+  while (loop().Step()) {
+  }
+  RequestSpec r = Request("b", 10, 20);
+  const int32_t third = free->samples()[0].tokens[2];
+  r.stop.stop_token_ids = {third};
+  const auto sink = Submit(r);
+  while (loop().Step()) {
+  }
+  const CollectedSample& s = sink->samples()[0];
+  EXPECT_EQ(s.result.finish, FinishKind::kStop);
+  EXPECT_EQ(s.result.stop.kind, StopKind::kTokenId);
+  EXPECT_EQ(s.tokens.back(), third);
+  EXPECT_LE(s.tokens.size(), 3u);
+}
+
+TEST_F(StepLoopTest, AGroupSharesItsPrefillAndDrawsDifferently) {
+  const auto sink = Submit(Request("a", 100, 20, 4));
+  while (loop().Step()) {
+  }
+  EXPECT_EQ(loop().Load().prefill_tokens, 100);
+  for (int i = 1; i < 4; ++i) {
+    EXPECT_EQ(sink->samples()[i].result.counters.cached_prompt_tokens, 100);
+    EXPECT_NE(sink->samples()[i].tokens, sink->samples()[0].tokens);
+  }
+}
+
+TEST_F(StepLoopTest, AContinuedPartialGivesWhatTheWholeWouldHave) {
+  const auto whole = Submit(Request("a", 30, 40));
+  while (loop().Step()) {
+  }
+  RequestSpec r = Request("b", 30, 40);
+  const std::vector<int32_t>& tokens = whole->samples()[0].tokens;
+  r.generated_prefix.assign(tokens.begin(), tokens.begin() + 17);
+  const auto rest = Submit(r);
+  while (loop().Step()) {
+  }
+  EXPECT_EQ(rest->samples()[0].tokens, std::vector<int32_t>(tokens.begin() + 17, tokens.end()));
+  EXPECT_EQ(rest->samples()[0].result.spans[0].begin, 17);
+}
+
+TEST_F(StepLoopTest, DeadlineAndTimeBudgetKeepWhatWasGenerated) {
+  const absl::Time now = absl::Now();
+  RequestSpec deadline = Request("deadline", 10, 1000), budget = Request("budget", 10, 1000);
+  deadline.deadline = now + absl::Hours(1);
+  budget.time_budget = absl::Hours(2);
+  const auto a = Submit(deadline, now), b = Submit(budget, now);
+  for (int i = 0; i < 5; ++i) loop().Step();
+  EXPECT_EQ(loop().Expire(now + absl::Minutes(59)), now + absl::Hours(1));
+  EXPECT_EQ(loop().Expire(now + absl::Minutes(61)), now + absl::Hours(2));
+  EXPECT_EQ(loop().Expire(now + absl::Minutes(121)), absl::InfiniteFuture());
+  EXPECT_TRUE(loop().idle());
+  EXPECT_EQ(a->samples()[0].result.abort, AbortReason::kDeadline);
+  EXPECT_EQ(b->samples()[0].result.abort, AbortReason::kTimeBudget);
+  EXPECT_EQ(a->samples()[0].tokens.size(), 5u);
+  EXPECT_EQ(loop().Load().state_slots_used, 0);
+}
+
+TEST_F(StepLoopTest, AbortEndsOneSampleOrAll) {
+  const auto sink = Submit(Request("a", 10, 1000, 3));
+  for (int i = 0; i < 4; ++i) loop().Step();
+  loop().Abort("a", 1, AbortReason::kClient, absl::Now());
+  EXPECT_TRUE(sink->samples()[1].done);
+  EXPECT_FALSE(sink->samples()[0].done);
+  loop().Step();
+  loop().Abort("unknown", std::nullopt, AbortReason::kClient, absl::Now());
+  loop().Abort("a", std::nullopt, AbortReason::kCancelled, absl::Now());
+  EXPECT_EQ(sink->samples()[2].result.abort, AbortReason::kCancelled);
+  EXPECT_TRUE(loop().idle());
+}
+
+TEST_F(StepLoopTest, AbortingALeaderInPrefillLosesNothingOfTheOthers) {
+  MakeLoop({.max_batch_tokens = 16, .max_sequences = 8, .max_kv_tokens = 4096});
+  RequestSpec r = Request("a", 100, 5, 3);
+  r.prompt_logprobs = {1, 100};
+  r.logprobs = {.raw = true};
+  const auto alone = Submit(r);
+  while (loop().Step()) {
+  }
+  const auto sink = Submit(r);
+  for (int i = 0; i < 3; ++i) loop().Step();
+  loop().Abort("a", 0, AbortReason::kClient, absl::Now());
+  while (loop().Step()) {
+  }
+  EXPECT_EQ(sink->prompt_logprobs().size(), 99u);
+  for (size_t i = 0; i < 99; ++i) EXPECT_EQ(sink->prompt_logprobs()[i].raw, alone->prompt_logprobs()[i].raw);
+  for (int i = 1; i < 3; ++i) EXPECT_EQ(sink->samples()[i].tokens, alone->samples()[i].tokens);
+}
+
+TEST_F(StepLoopTest, NonFiniteLogitsAbortTheSampleAndNameTheReason) {
+  model_->weights.final_norm[0] = std::numeric_limits<float>::quiet_NaN();
+  const auto sink = Submit(Request("a", 10, 5, 2));
+  while (loop().Step()) {
+  }
+  for (const CollectedSample& s : sink->samples()) {
+    EXPECT_EQ(s.result.finish, FinishKind::kAborted);
+    EXPECT_EQ(s.result.abort, AbortReason::kInternal);
+    EXPECT_FALSE(s.result.abort_message.empty());
+  }
+  EXPECT_TRUE(loop().idle());
+}
+
+TEST_F(StepLoopTest, ScoringOnePositionOrNoneEnds) {
+  for (const PromptLogprobRange range : {PromptLogprobRange{1, 1}, PromptLogprobRange{1, 2}, PromptLogprobRange{99, 100}}) {
+    RequestSpec r = Request("a", 100, 0, 0);
+    r.prompt_logprobs = range;
+    r.logprobs = {.raw = true};
+    const auto sink = Submit(r);
+    while (loop().Step()) {
+    }
+    EXPECT_EQ(sink->samples()[0].result.finish, FinishKind::kScored);
+    EXPECT_EQ(static_cast<int64_t>(sink->prompt_logprobs().size()), range.end - range.begin);
+  }
+}
+
+TEST_F(StepLoopTest, WhatCanNeverFitIsRefused) {
+  MakeLoop({.page_size = 64, .max_sequences = 2, .max_kv_tokens = 128});
+  EXPECT_TRUE(loop().CheckFits(Request("a", 100, 29)).ok());
+  EXPECT_EQ(loop().CheckFits(Request("a", 100, 30)).code(), absl::StatusCode::kInvalidArgument);
+}
+
+TEST_F(StepLoopTest, SixtyFourThousandTokensInLittleMemory) {
+  // Long contexts: only slots and pages grow. One state slot, KV pages for the length, and activations for a step.
+  model_ = MakeRandomModel(ModelKind::kAllGdn, "fp32", 1, 1);
+  model_->spec.max_position = 1 << 17;
+  MakeLoop({.max_batch_tokens = 512, .max_sequences = 1});
+  const int64_t memory = local_.engine->memory().total();
+  const auto sink = Submit(Request("a", 65536, 3));
+  while (loop().Step()) {
+  }
+  EXPECT_EQ(sink->samples()[0].tokens.size(), 3u);
+  EXPECT_EQ(local_.engine->memory().total(), memory);
+  EXPECT_EQ(local_.engine->memory().kv_pages, 0);
+}
+
+}  // namespace
+}  // namespace lockstep

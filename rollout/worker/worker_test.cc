@@ -1,0 +1,145 @@
+// The worker's thread and queue: limits, idle waits, aborts and drains.
+#include "rollout/worker/worker.h"
+
+#include <gtest/gtest.h>
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "tests/testing/random_model.h"
+
+namespace lockstep {
+namespace {
+
+// Counts samples as they end.
+class CountingSink : public RequestSink {
+ public:
+  explicit CountingSink(int32_t samples) : left_(samples) {}
+  void OnPromptLogprobs(PromptLogprobs) override {}
+  void OnTokens(SampleTokens tokens) override {
+    absl::MutexLock lock(&mutex_);
+    tokens_ += static_cast<int64_t>(tokens.tokens.size());
+  }
+  void OnSampleDone(int32_t, SampleResult result) override {
+    absl::MutexLock lock(&mutex_);
+    result_ = std::move(result);
+    --left_;
+  }
+
+  bool WaitUntilDone(absl::Duration timeout = absl::Seconds(60)) {
+    absl::MutexLock lock(&mutex_);
+    const auto done = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return left_ == 0; };
+    return mutex_.AwaitWithTimeout(absl::Condition(&done), timeout);
+  }
+  bool WaitForTokens(absl::Duration timeout = absl::Seconds(60)) {
+    absl::MutexLock lock(&mutex_);
+    const auto some = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return tokens_ > 0; };
+    return mutex_.AwaitWithTimeout(absl::Condition(&some), timeout);
+  }
+  SampleResult result() const {
+    absl::MutexLock lock(&mutex_);
+    return result_;
+  }
+
+ private:
+  mutable absl::Mutex mutex_;
+  int32_t left_ ABSL_GUARDED_BY(mutex_);
+  int64_t tokens_ ABSL_GUARDED_BY(mutex_) = 0;
+  SampleResult result_ ABSL_GUARDED_BY(mutex_);
+};
+
+class WorkerTest : public testing::Test {
+ protected:
+  void Start(int64_t max_waiting = 100) {
+    auto model = std::shared_ptr<LocalModel>(MakeRandomModel(ModelKind::kHybrid, "fp32", 1, 1));
+    auto local = MakeLocalLoop(*model, {.max_sequences = 2, .max_kv_tokens = 8192});
+    ASSERT_TRUE(local.ok()) << local.status();
+    struct Owned {
+      std::shared_ptr<LocalModel> model;
+      std::unique_ptr<Engine> engine;
+    };
+    auto owned = std::make_shared<Owned>();
+    owned->model = model;
+    owned->engine = std::move(local->engine);
+    worker_ = std::make_unique<Worker>(std::move(local->loop), max_waiting, owned);
+  }
+
+  static RequestSpec Request(const std::string& id, int64_t max_tokens, int32_t n = 1) {
+    RequestSpec r;
+    r.request_id = id;
+    r.prompt = {1, 2, 3};
+    r.max_tokens = max_tokens;
+    r.n = n;
+    return r;
+  }
+
+  std::unique_ptr<Worker> worker_;
+};
+
+TEST_F(WorkerTest, RunsWhatIsSubmittedFromManyThreads) {
+  Start();
+  std::vector<std::shared_ptr<CountingSink>> sinks(16);
+  std::vector<std::thread> threads;
+  for (size_t i = 0; i < sinks.size(); ++i) {
+    sinks[i] = std::make_shared<CountingSink>(2);
+    threads.emplace_back([&, i] { EXPECT_TRUE(worker_->Submit(Request(absl::StrCat(i), 5, 2), sinks[i]).ok()); });
+  }
+  for (std::thread& t : threads) t.join();
+  for (auto& sink : sinks) EXPECT_TRUE(sink->WaitUntilDone());
+  worker_->Drain(absl::Now() + absl::Seconds(60));  // the load is that of the last step boundary
+  EXPECT_EQ(worker_->Load().generated_tokens, 16 * 2 * 5);
+}
+
+TEST_F(WorkerTest, AFullQueueIsRefusedAndSaysSo) {
+  Start(/*max_waiting=*/4);
+  const auto running = std::make_shared<CountingSink>(2);
+  ASSERT_TRUE(worker_->Submit(Request("running", 2000, 2), running).ok());
+  while (worker_->Load().running_sequences < 2) absl::SleepFor(absl::Milliseconds(1));
+  const auto waiting = std::make_shared<CountingSink>(4);
+  ASSERT_TRUE(worker_->Submit(Request("waiting", 5, 4), waiting).ok());
+  const absl::Status status = worker_->Submit(Request("refused", 5, 1), std::make_shared<CountingSink>(1));
+  EXPECT_EQ(status.code(), absl::StatusCode::kResourceExhausted) << status;
+  worker_->Abort("running", std::nullopt, AbortReason::kClient);
+  EXPECT_TRUE(running->WaitUntilDone());
+  EXPECT_TRUE(waiting->WaitUntilDone());
+}
+
+TEST_F(WorkerTest, AnIdleWorkerStillSeesDeadlines) {
+  Start();
+  const auto busy = std::make_shared<CountingSink>(1);
+  RequestSpec request = Request("a", 4000);
+  request.time_budget = absl::Milliseconds(50);
+  ASSERT_TRUE(worker_->Submit(request, busy).ok());
+  EXPECT_TRUE(busy->WaitUntilDone());
+  EXPECT_EQ(busy->result().abort, AbortReason::kTimeBudget);
+}
+
+TEST_F(WorkerTest, DrainLetsWorkFinishAndRefusesNew) {
+  Start();
+  const auto sink = std::make_shared<CountingSink>(1);
+  ASSERT_TRUE(worker_->Submit(Request("a", 50), sink).ok());
+  worker_->Drain(absl::Now() + absl::Seconds(60));
+  EXPECT_TRUE(sink->WaitUntilDone(absl::ZeroDuration()));
+  EXPECT_EQ(sink->result().finish, FinishKind::kLength);
+  EXPECT_EQ(worker_->Submit(Request("b", 5), sink).code(), absl::StatusCode::kUnavailable);
+}
+
+TEST_F(WorkerTest, ADrainPastItsDeadlineAborts) {
+  Start();
+  const auto sink = std::make_shared<CountingSink>(1);
+  ASSERT_TRUE(worker_->Submit(Request("a", 8000), sink).ok());
+  ASSERT_TRUE(sink->WaitForTokens());
+  worker_->Drain(absl::Now());
+  EXPECT_TRUE(sink->WaitUntilDone(absl::ZeroDuration()));
+  EXPECT_EQ(sink->result().abort, AbortReason::kShutdown);
+}
+
+TEST_F(WorkerTest, DestructionEndsWhatIsInFlight) {
+  Start();
+  const auto sink = std::make_shared<CountingSink>(1);
+  ASSERT_TRUE(worker_->Submit(Request("a", 8000), sink).ok());
+  worker_.reset();
+  EXPECT_TRUE(sink->WaitUntilDone(absl::ZeroDuration()));
+}
+
+}  // namespace
+}  // namespace lockstep
