@@ -12,15 +12,19 @@ namespace lockstep {
 
 enum class DType : uint8_t { kF32, kBF16, kF16 };
 
-constexpr int64_t DTypeBytes(DType t) { return t == DType::kF32 ? 4 : 2; }
+constexpr int64_t DTypeBytes(DType t) {
+  return t == DType::kF32 ? 4 : 2;
+}
 std::string_view DTypeName(DType t);  // "float32", "bfloat16", "float16"
 
 // Which arithmetic the chunk program of Gated DeltaNet uses.
 enum class GdnProgram : uint8_t {
-  // flash-linear-attention's chunk_gated_delta_rule: q and k normalised to bf16; inverse T kept in fp32 and used as bf16; u, w, v' and the state's
+  // flash-linear-attention's chunk_gated_delta_rule: q and k normalised to bf16; inverse T kept in fp32 and used as
+  // bf16; u, w, v' and the state's
   // image rounded to bf16 where they enter a product; exp2 of G * log2(e).
   kChunkBf16,
-  // transformers' PyTorch fallback (torch_chunk_gated_delta_rule): everything between the bf16 inputs and the output is fp32; exp.
+  // transformers' PyTorch fallback (torch_chunk_gated_delta_rule): everything between the bf16 inputs and the output is
+  // fp32; exp.
   kChunkFp32,
 };
 
@@ -55,7 +59,8 @@ struct NumericsProfile {
   DType attention_p;  // softmax numerators as they enter P.V
   DType logits;       // what logits are rounded to before log_softmax in fp32
 
-  // Trainer and library versions whose results this profile was checked against, and how ("tolerance" or "bits"); empty: not checked.
+  // Trainer and library versions whose results this profile was checked against, and how ("tolerance" or "bits");
+  // empty: not checked.
   std::string_view verified_against;
 };
 

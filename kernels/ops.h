@@ -1,11 +1,14 @@
-// Ops: every operation of the forward pass, as both backends implement it. Kernels know shapes and pointers, not models.
+// Ops: every operation of the forward pass, as both backends implement it. Kernels know shapes and pointers, not
+// models.
 //
-// The contract all implementations keep (docs/numerics.md): an output row depends on that row's inputs only, never on how many rows, pieces or
-// sequences stand beside it, nor on threads. The order of a row's arithmetic is fixed; tiling is free.
+// The contract all implementations keep (docs/numerics.md): an output row depends on that row's inputs only, never on
+// how many rows, pieces or sequences stand beside it, nor on threads. The order of a row's arithmetic is fixed; tiling
+// is free.
 //
-// Activations live in the backend's own container: on CPU always fp32 words, holding values already rounded to `profile.activations` (so a bf16
-// activation is a bf16 value in an fp32 word). All methods are called by one thread, the step loop; they may use all of the backend's threads inside.
-// Shapes are CHECKed: a wrong shape here is a bug of the caller, not bad input.
+// Activations live in the backend's own container: on CPU always fp32 words, holding values already rounded to
+// `profile.activations` (so a bf16 activation is a bf16 value in an fp32 word). All methods are called by one thread,
+// the step loop; they may use all of the backend's threads inside. Shapes are CHECKed: a wrong shape here is a bug of
+// the caller, not bad input.
 #pragma once
 
 #include <cstddef>
@@ -58,7 +61,8 @@ class EmbeddingTable {
   virtual int64_t bytes() const = 0;
 };
 
-// The rows of one sequence inside a step's batch: rows [row_begin, row_begin + row_count) are its positions [position, position + row_count).
+// The rows of one sequence inside a step's batch: rows [row_begin, row_begin + row_count) are its positions [position,
+// position + row_count).
 struct Piece {
   int64_t row_begin = 0;
   int64_t row_count = 0;
@@ -87,7 +91,8 @@ struct AttentionShape {
   float scale = 0;
 };
 
-// One layer's paged keys and values. Layout is the backend's own; a page holds `page_size` positions of all kv heads, keys and values.
+// One layer's paged keys and values. Layout is the backend's own; a page holds `page_size` positions of all kv heads,
+// keys and values.
 struct KvLayer {
   std::byte* base = nullptr;  // page p begins at base + p * Ops::KvPageBytes(...)
   int64_t page_size = 0;      // positions; a multiple of 16
@@ -102,7 +107,8 @@ class Ops {
   virtual const NumericsProfile& profile() const = 0;
   virtual ThreadPool& threads() = 0;
 
-  // Stacks `parts` (same cols) along the output dimension, converts to profile().weights and packs. Output column order is the parts' row order.
+  // Stacks `parts` (same cols) along the output dimension, converts to profile().weights and packs. Output column order
+  // is the parts' row order.
   virtual std::unique_ptr<LinearWeight> PackLinear(std::span<const HostMatrix> parts) = 0;
   virtual std::unique_ptr<EmbeddingTable> PackEmbedding(const HostMatrix& table) = 0;
 
@@ -126,32 +132,42 @@ class Ops {
   // out = silu(gate) * up with silu rounded first; gate_up: [rows, 2 * out.width], gate in the first half.
   virtual void SwiGlu(Rows gate_up, Rows out) = 0;
 
-  // Rotates pairs (i, i + head_dim / 2) of every head in place, as HF's rotate_half: angle = position * inv_freq[i], in fp32;
-  // cos and sin are multiplied by `attention_scaling`. positions: [rows]; inv_freq: [head_dim / 2].
-  virtual void Rope(Rows x, std::span<const int64_t> positions, std::span<const float> inv_freq, float attention_scaling, int64_t head_dim) = 0;
+  // Rotates pairs (i, i + head_dim / 2) of every head in place, as HF's rotate_half: angle = position * inv_freq[i], in
+  // fp32; cos and sin are multiplied by `attention_scaling`. positions: [rows]; inv_freq: [head_dim / 2].
+  virtual void Rope(Rows x, std::span<const int64_t> positions, std::span<const float> inv_freq,
+                    float attention_scaling, int64_t head_dim) = 0;
 
   // Bytes of one layer's page. Pages are multiples of 64 bytes.
   virtual int64_t KvPageBytes(const AttentionShape& shape, int64_t page_size) const = 0;
   // Stores k, v [rows, kv_heads * head_dim] of every piece into its pages.
-  virtual void WriteKv(Rows k, Rows v, const AttentionShape& shape, std::span<const Piece> pieces, const KvLayer& kv) = 0;
-  // out [rows, heads * head_dim]: causal attention of each row over positions [0, its own] of its sequence, all already in the pages.
-  virtual void Attention(Rows q, const AttentionShape& shape, std::span<const Piece> pieces, const KvLayer& kv, Rows out) = 0;
+  virtual void WriteKv(Rows k, Rows v, const AttentionShape& shape, std::span<const Piece> pieces,
+                       const KvLayer& kv) = 0;
+  // out [rows, heads * head_dim]: causal attention of each row over positions [0, its own] of its sequence, all already
+  // in the pages.
+  virtual void Attention(Rows q, const AttentionShape& shape, std::span<const Piece> pieces, const KvLayer& kv,
+                         Rows out) = 0;
 
-  // Bytes of one GDN layer's state for one sequence: convolution tail, FP32 state at the last chunk boundary, and the open chunk's rows. A multiple of 64.
+  // Bytes of one GDN layer's state for one sequence: convolution tail, FP32 state at the last chunk boundary, and the
+  // open chunk's rows. A multiple of 64.
   virtual int64_t GdnStateBytes(const GdnShape& shape) const = 0;
   // Makes `state` that of a sequence with no tokens.
   virtual void GdnResetState(const GdnShape& shape, std::byte* state) = 0;
 
-  // Causal depthwise convolution (width conv_width, over channels [q | k | v]) and SiLU, from and into the state's convolution tail.
-  // in, out: [rows, conv_channels]; weight: [conv_channels, conv_width] fp32, oldest tap first. out must not overlap in.
-  virtual void GdnConv(Rows in, const float* weight, const GdnShape& shape, std::span<const Piece> pieces, Rows out) = 0;
+  // Causal depthwise convolution (width conv_width, over channels [q | k | v]) and SiLU, from and into the state's
+  // convolution tail. in, out: [rows, conv_channels]; weight: [conv_channels, conv_width] fp32, oldest tap first. out
+  // must not overlap in.
+  virtual void GdnConv(Rows in, const float* weight, const GdnShape& shape, std::span<const Piece> pieces,
+                       Rows out) = 0;
   // beta = sigmoid(b) (times 2 if neg_eigval; rounded after each), g = -exp(A_log) * softplus(a + dt_bias) in fp32.
   // a, b, beta, g: [rows, value_heads]; A_log, dt_bias: [value_heads] fp32.
-  virtual void GdnGates(Rows a, Rows b, const float* a_log, const float* dt_bias, bool neg_eigval, Rows beta, Rows g) = 0;
-  // The chunk program. qkv: [rows, conv_channels], the convolution's output; q and k are l2-normalised inside, q scaled by key_dim^-0.5.
-  // out: [rows, value_width]. Positions of a piece continue where the state stands.
-  virtual void GdnChunk(Rows qkv, Rows beta, Rows g, const GdnShape& shape, std::span<const Piece> pieces, Rows out) = 0;
-  // out = x / sqrt(mean(x^2) + eps) * weight * silu(gate), per head of head_dim columns. weight: [head_dim]. out may be x.
+  virtual void GdnGates(Rows a, Rows b, const float* a_log, const float* dt_bias, bool neg_eigval, Rows beta,
+                        Rows g) = 0;
+  // The chunk program. qkv: [rows, conv_channels], the convolution's output; q and k are l2-normalised inside, q scaled
+  // by key_dim^-0.5. out: [rows, value_width]. Positions of a piece continue where the state stands.
+  virtual void GdnChunk(Rows qkv, Rows beta, Rows g, const GdnShape& shape, std::span<const Piece> pieces,
+                        Rows out) = 0;
+  // out = x / sqrt(mean(x^2) + eps) * weight * silu(gate), per head of head_dim columns. weight: [head_dim]. out may be
+  // x.
   virtual void GatedRmsNorm(Rows x, Rows gate, const float* weight, float eps, int64_t head_dim, Rows out) = 0;
 };
 

@@ -1,5 +1,5 @@
-// lockstep-bench: the engine's throughput and latency over a grid of batch x context, beside the floor that memory sets. No service in between: see
-// tools/bench_cpu for served figures beside a peer's.
+// lockstep-bench: the engine's throughput and latency over a grid of batch x context, beside the floor that memory
+// sets. No service in between: see tools/bench_cpu for served figures beside a peer's.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -36,9 +36,12 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-double Milliseconds(Clock::duration d) { return std::chrono::duration<double, std::milli>(d).count(); }
+double Milliseconds(Clock::duration d) {
+  return std::chrono::duration<double, std::milli>(d).count();
+}
 
-// Bytes per second this machine reads from memory with all threads: the best of several passes over a buffer far larger than the caches.
+// Bytes per second this machine reads from memory with all threads: the best of several passes over a buffer far larger
+// than the caches.
 double MeasureReadBandwidth(ThreadPool& threads) {
   constexpr int64_t kBytes = int64_t{1} << 29;
   std::vector<uint64_t> buffer(kBytes / 8, 1);
@@ -71,8 +74,10 @@ struct Point {
   double tok_s() const { return static_cast<double>(batch) / step_ms * 1e3; }
 };
 
-// What a decode step must read, at least: every weight but the embedding table once, and of each sequence its recurrent state and its keys and values.
-double FloorBytes(const LocalModel& model, const MemoryPlan& memory, int64_t page_size, int64_t batch, int64_t context) {
+// What a decode step must read, at least: every weight but the embedding table once, and of each sequence its recurrent
+// state and its keys and values.
+double FloorBytes(const LocalModel& model, const MemoryPlan& memory, int64_t page_size, int64_t batch,
+                  int64_t context) {
   const double weights = static_cast<double>(memory.weights - model.weights.embedding->bytes());
   const double kv = static_cast<double>(memory.kv_page) / static_cast<double>(page_size) * static_cast<double>(context);
   double state = 0;
@@ -85,28 +90,33 @@ double FloorBytes(const LocalModel& model, const MemoryPlan& memory, int64_t pag
   return weights + static_cast<double>(batch) * (kv + state);
 }
 
-absl::StatusOr<Point> Measure(LocalModel& model, int64_t batch, int64_t context, int64_t steps, int64_t max_batch_tokens, double bandwidth) {
+absl::StatusOr<Point> Measure(LocalModel& model, int64_t batch, int64_t context, int64_t steps,
+                              int64_t max_batch_tokens, double bandwidth) {
   const int64_t length = context + steps + 2;
   if (length > model.spec.max_position) {
-    return absl::InvalidArgumentError(absl::StrCat("--context: value ", context, " with ", steps, " steps exceeds the model's ", model.spec.max_position));
+    return absl::InvalidArgumentError(absl::StrCat("--context: value ", context, " with ", steps,
+                                                   " steps exceeds the model's ", model.spec.max_position));
   }
-  const LoopConfig config{.page_size = 64,
-                          .max_batch_tokens = std::max(max_batch_tokens, batch),
-                          .max_sequences = batch,
-                          .max_kv_tokens = batch * (length + 192)};  // with the page per running sequence that admission leaves free
+  const LoopConfig config{
+      .page_size = 64,
+      .max_batch_tokens = std::max(max_batch_tokens, batch),
+      .max_sequences = batch,
+      .max_kv_tokens = batch * (length + 192)};  // with the page per running sequence that admission leaves free
   LOCKSTEP_ASSIGN_OR_RETURN(const LocalLoop local, MakeLocalLoop(model, config));
   std::mt19937_64 rng(1);
   for (int64_t i = 0; i < batch; ++i) {
     RequestSpec r;
     r.request_id = absl::StrCat(i);
-    for (int64_t t = 0; t < context; ++t) r.prompt.push_back(static_cast<int32_t>(rng() % static_cast<uint64_t>(model.spec.vocab_size)));
+    for (int64_t t = 0; t < context; ++t)
+      r.prompt.push_back(static_cast<int32_t>(rng() % static_cast<uint64_t>(model.spec.vocab_size)));
     r.max_tokens = steps + 2;
     r.logprobs = {.temperature = true};
     local.loop->Submit(std::move(r), std::make_shared<CollectingSink>(1), absl::Now());
   }
   Point point{.batch = batch, .context = context};
   auto start = Clock::now();
-  // Decode rows ride along in prefill steps, so the prompts are done when every sequence has its first token; later ones count as prefill time too.
+  // Decode rows ride along in prefill steps, so the prompts are done when every sequence has its first token; later
+  // ones count as prefill time too.
   while (local.loop->Load().prefill_tokens < batch * context) local.loop->Step();
   point.prefill_tok_s = static_cast<double>(batch * context) / Milliseconds(Clock::now() - start) * 1e3;
   std::vector<double> times;
@@ -115,7 +125,8 @@ absl::StatusOr<Point> Measure(LocalModel& model, int64_t batch, int64_t context,
     local.loop->Step();
     times.push_back(Milliseconds(Clock::now() - start));
   }
-  if (times.size() < 2) return absl::InvalidArgumentError("--steps: too few; all sequences ended while others prefilled; want more");
+  if (times.size() < 2)
+    return absl::InvalidArgumentError("--steps: too few; all sequences ended while others prefilled; want more");
   times.pop_back();  // the step in which sequences ended
   std::sort(times.begin(), times.end());
   point.step_ms = times[times.size() / 2];
@@ -129,7 +140,8 @@ absl::StatusOr<std::vector<int64_t>> Numbers(const char* flag, const std::vector
   for (const std::string& text : texts) {
     int64_t value = 0;
     if (!absl::SimpleAtoi(text, &value) || value < 1) {
-      return absl::InvalidArgumentError(absl::StrCat("--", flag, ": value \"", text, "\" is wrong; want positive numbers separated by commas"));
+      return absl::InvalidArgumentError(
+          absl::StrCat("--", flag, ": value \"", text, "\" is wrong; want positive numbers separated by commas"));
     }
     values.push_back(value);
   }
@@ -141,17 +153,21 @@ absl::Status Bench() {
   if (dir.empty()) return absl::InvalidArgumentError("--model: missing; want a checkpoint directory");
   LOCKSTEP_ASSIGN_OR_RETURN(const std::vector<int64_t> batches, Numbers("batch", absl::GetFlag(FLAGS_batch)));
   LOCKSTEP_ASSIGN_OR_RETURN(const std::vector<int64_t> contexts, Numbers("context", absl::GetFlag(FLAGS_context)));
-  LOCKSTEP_ASSIGN_OR_RETURN(const std::unique_ptr<LocalModel> model, LoadLocalModel(dir, numerics, absl::GetFlag(FLAGS_threads)));
+  LOCKSTEP_ASSIGN_OR_RETURN(const std::unique_ptr<LocalModel> model,
+                            LoadLocalModel(dir, numerics, absl::GetFlag(FLAGS_threads)));
   const double bandwidth = MeasureReadBandwidth(*model->threads);
-  std::printf("%s, numerics %s, %d threads; memory reads %.1f GB/s\n", dir.c_str(), numerics.c_str(), model->threads->threads(), bandwidth * 1e-9);
-  std::printf("%8s %9s %15s %11s %11s %12s %11s %7s\n", "batch", "context", "prefill tok/s", "step ms", "slowest ms", "decode tok/s", "floor ms", "ratio");
+  std::printf("%s, numerics %s, %d threads; memory reads %.1f GB/s\n", dir.c_str(), numerics.c_str(),
+              model->threads->threads(), bandwidth * 1e-9);
+  std::printf("%8s %9s %15s %11s %11s %12s %11s %7s\n", "batch", "context", "prefill tok/s", "step ms", "slowest ms",
+              "decode tok/s", "floor ms", "ratio");
   nlohmann::json results = nlohmann::json::array();
   for (int64_t context : contexts) {
     for (int64_t batch : batches) {
-      LOCKSTEP_ASSIGN_OR_RETURN(const Point p,
-                                Measure(*model, batch, context, absl::GetFlag(FLAGS_steps), absl::GetFlag(FLAGS_max_batch_tokens), bandwidth));
-      std::printf("%8ld %9ld %15.0f %11.3f %11.3f %12.0f %11.3f %7.2f\n", static_cast<long>(batch), static_cast<long>(context), p.prefill_tok_s, p.step_ms,
-                  p.step_ms_max, p.tok_s(), p.floor_ms, p.step_ms / p.floor_ms);
+      LOCKSTEP_ASSIGN_OR_RETURN(const Point p, Measure(*model, batch, context, absl::GetFlag(FLAGS_steps),
+                                                       absl::GetFlag(FLAGS_max_batch_tokens), bandwidth));
+      std::printf("%8ld %9ld %15.0f %11.3f %11.3f %12.0f %11.3f %7.2f\n", static_cast<long>(batch),
+                  static_cast<long>(context), p.prefill_tok_s, p.step_ms, p.step_ms_max, p.tok_s(), p.floor_ms,
+                  p.step_ms / p.floor_ms);
       std::fflush(stdout);
       results.push_back({{"model", std::filesystem::path(dir).filename().string()},
                          {"batch", batch},
@@ -167,7 +183,12 @@ absl::Status Bench() {
   const std::string path = absl::GetFlag(FLAGS_json);
   if (path.empty()) return absl::OkStatus();
   std::ofstream out(path);
-  out << nlohmann::json{{"threads", model->threads->threads()}, {"numerics", numerics}, {"read_gb_s", bandwidth * 1e-9}, {"results", results}}.dump(2) << "\n";
+  out << nlohmann::json{{"threads", model->threads->threads()},
+                        {"numerics", numerics},
+                        {"read_gb_s", bandwidth * 1e-9},
+                        {"results", results}}
+             .dump(2)
+      << "\n";
   if (!out.flush()) return absl::InternalError(absl::StrCat("--json: cannot write ", path));
   return absl::OkStatus();
 }
@@ -179,7 +200,8 @@ int main(int argc, char** argv) {
   absl::SetProgramUsageMessage(
       "times prefill and decode steps of the engine over a grid of batch x context.\n"
       "  lockstep-bench --model DIR --batch 1,8,32 --context 64,1024\n"
-      "floor: the bytes a decode step must read over the measured read bandwidth; a model that fits the caches may beat it.");
+      "floor: the bytes a decode step must read over the measured read bandwidth; a model that fits the caches may "
+      "beat it.");
   absl::ParseCommandLine(argc, argv);
   spdlog::set_level(spdlog::level::warn);
   if (const absl::Status status = lockstep::Bench(); !status.ok()) {

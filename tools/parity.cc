@@ -1,5 +1,6 @@
-// lockstep-parity: shows that a checkpoint's log-probabilities do not depend on how they were computed. Generates completions alone, scores them teacher-forced, and
-// generates them again in other batches, prefill budgets, page sizes, thread counts and orders, with preemption; then compares bits.
+// lockstep-parity: shows that a checkpoint's log-probabilities do not depend on how they were computed. Generates
+// completions alone, scores them teacher-forced, and generates them again in other batches, prefill budgets, page
+// sizes, thread counts and orders, with preemption; then compares bits.
 #include <algorithm>
 #include <bit>
 #include <cmath>
@@ -52,8 +53,9 @@ struct Comparison {
     max_difference = std::max(max_difference, std::fabs(static_cast<double>(a) - static_cast<double>(b)));
   }
   void Print() const {
-    std::printf("%-78s %8ld tokens  %6ld differ  %6ld logprobs differ  max |d| %.3g\n", what.c_str(), static_cast<long>(tokens),
-                static_cast<long>(differing_tokens), static_cast<long>(differing_logprobs), max_difference);
+    std::printf("%-78s %8ld tokens  %6ld differ  %6ld logprobs differ  max |d| %.3g\n", what.c_str(),
+                static_cast<long>(tokens), static_cast<long>(differing_tokens), static_cast<long>(differing_logprobs),
+                max_difference);
     std::fflush(stdout);
   }
 };
@@ -65,7 +67,8 @@ std::vector<RequestSpec> MakeRequests(const ModelSpec& spec, const Options& opti
     RequestSpec r;
     r.request_id = absl::StrCat("prompt-", i);
     const int64_t length = 1 + static_cast<int64_t>(rng() % static_cast<uint64_t>(options.prompt_tokens));
-    for (int64_t t = 0; t < length; ++t) r.prompt.push_back(static_cast<int32_t>(rng() % static_cast<uint64_t>(spec.vocab_size)));
+    for (int64_t t = 0; t < length; ++t)
+      r.prompt.push_back(static_cast<int32_t>(rng() % static_cast<uint64_t>(spec.vocab_size)));
     r.n = i % 4 == 3 ? 3 : 1;  // some are groups, whose samples fork from one prefill
     r.max_tokens = options.max_tokens;
     r.sampling.temperature = options.temperature;
@@ -88,17 +91,20 @@ void Compare(const CollectingSink& want, const CollectingSink& got, Comparison& 
   }
 }
 
-absl::StatusOr<std::vector<std::shared_ptr<CollectingSink>>> Run(LocalModel& model, const LoopConfig& config, const std::vector<RequestSpec>& requests) {
+absl::StatusOr<std::vector<std::shared_ptr<CollectingSink>>> Run(LocalModel& model, const LoopConfig& config,
+                                                                 const std::vector<RequestSpec>& requests) {
   LOCKSTEP_ASSIGN_OR_RETURN(const LocalLoop local, MakeLocalLoop(model, config));
   return RunAll(*local.loop, requests);
 }
 
-absl::StatusOr<bool> CheckParity(const std::string& dir, const std::string& numerics, int threads, const Options& options) {
+absl::StatusOr<bool> CheckParity(const std::string& dir, const std::string& numerics, int threads,
+                                 const Options& options) {
   LOCKSTEP_ASSIGN_OR_RETURN(const std::unique_ptr<LocalModel> model, LoadLocalModel(dir, numerics, threads));
   LOCKSTEP_ASSIGN_OR_RETURN(const std::unique_ptr<LocalModel> single, LoadLocalModel(dir, numerics, 1));
   const std::vector<RequestSpec> requests = MakeRequests(model->spec, options);
   const int64_t longest = options.prompt_tokens + options.max_tokens;
-  const LoopConfig alone{.page_size = 64, .max_batch_tokens = longest, .max_sequences = 4, .max_kv_tokens = 4 * longest + 256};
+  const LoopConfig alone{
+      .page_size = 64, .max_batch_tokens = longest, .max_sequences = 4, .max_kv_tokens = 4 * longest + 256};
 
   std::vector<std::shared_ptr<CollectingSink>> expected;
   for (const RequestSpec& request : requests) {
@@ -111,8 +117,11 @@ absl::StatusOr<bool> CheckParity(const std::string& dir, const std::string& nume
     expected.push_back(sinks[0]);
   }
 
-  std::printf("%s, numerics %s: %d prompts of up to %d tokens, %d new tokens, temperature %g; the reference runs each prompt alone, prefilled in one piece\n",
-              dir.c_str(), numerics.c_str(), options.prompts, options.prompt_tokens, options.max_tokens, static_cast<double>(options.temperature));
+  std::printf(
+      "%s, numerics %s: %d prompts of up to %d tokens, %d new tokens, temperature %g; the reference runs each prompt "
+      "alone, prefilled in one piece\n",
+      dir.c_str(), numerics.c_str(), options.prompts, options.prompt_tokens, options.max_tokens,
+      static_cast<double>(options.temperature));
   std::vector<Comparison> comparisons;
 
   Comparison score{.what = "Score of the same tokens"};
@@ -125,18 +134,25 @@ absl::StatusOr<bool> CheckParity(const std::string& dir, const std::string& nume
       forced.n = 0;
       forced.sampling.temperature = options.temperature;
       forced.logprobs = {.raw = true, .temperature = true};
-      forced.prompt_logprobs = {static_cast<int64_t>(requests[i].prompt.size()), static_cast<int64_t>(forced.prompt.size())};
+      forced.prompt_logprobs = {static_cast<int64_t>(requests[i].prompt.size()),
+                                static_cast<int64_t>(forced.prompt.size())};
       LOCKSTEP_ASSIGN_OR_RETURN(auto sinks, Run(*model, alone, {forced}));
-      for (size_t t = 0; t < sample.tokens.size(); ++t) score.Add(sample.logprobs[t].raw, sinks[0]->prompt_logprobs()[t].raw);
+      for (size_t t = 0; t < sample.tokens.size(); ++t)
+        score.Add(sample.logprobs[t].raw, sinks[0]->prompt_logprobs()[t].raw);
     }
   }
   comparisons.push_back(score);
   comparisons.back().Print();
 
   std::mt19937_64 rng(options.seed + 1);
-  const auto pick = [&](int64_t low, int64_t high) { return low + static_cast<int64_t>(rng() % static_cast<uint64_t>(high - low + 1)); };
+  const auto pick = [&](int64_t low, int64_t high) {
+    return low + static_cast<int64_t>(rng() % static_cast<uint64_t>(high - low + 1));
+  };
   for (int s = 0; s < options.schedules; ++s) {
-    LoopConfig config{.page_size = 16 << pick(0, 4), .max_batch_tokens = 1 << pick(2, 10), .max_sequences = pick(1, 32), .max_kv_tokens = 0};
+    LoopConfig config{.page_size = 16 << pick(0, 4),
+                      .max_batch_tokens = 1 << pick(2, 10),
+                      .max_sequences = pick(1, 32),
+                      .max_kv_tokens = 0};
     const bool tight = s % 2 == 1;  // memory for about two sequences: preemption and recomputation
     config.max_kv_tokens = tight ? 2 * longest + 2 * config.page_size : longest * 32;
     if (s % 4 >= 2) config.disturb_seed = rng();
@@ -153,8 +169,9 @@ absl::StatusOr<bool> CheckParity(const std::string& dir, const std::string& nume
       Compare(*expected[order[i]], *sinks[i], c);
       for (const CollectedSample& sample : sinks[i]->samples()) preemptions += sample.result.counters.preemptions;
     }
-    c.what = absl::StrCat("batch of ", config.max_sequences, ", budget ", config.max_batch_tokens, ", page ", config.page_size, ", threads ",
-                          m.threads->threads(), config.disturb_seed ? ", disturbed" : "", ", ", preemptions, " preemptions");
+    c.what = absl::StrCat("batch of ", config.max_sequences, ", budget ", config.max_batch_tokens, ", page ",
+                          config.page_size, ", threads ", m.threads->threads(),
+                          config.disturb_seed ? ", disturbed" : "", ", ", preemptions, " preemptions");
     comparisons.push_back(c);
     comparisons.back().Print();
   }
@@ -176,15 +193,19 @@ absl::StatusOr<Options> ReadOptions() {
                   absl::GetFlag(FLAGS_schedules), absl::GetFlag(FLAGS_temperature),   absl::GetFlag(FLAGS_seed)};
   const auto check = [](const char* flag, int value, int low, int high) {
     if (value >= low && value <= high) return absl::OkStatus();
-    return absl::InvalidArgumentError(absl::StrCat("--", flag, ": value ", value, " is out of range; want ", low, " to ", high));
+    return absl::InvalidArgumentError(
+        absl::StrCat("--", flag, ": value ", value, " is out of range; want ", low, " to ", high));
   };
   LOCKSTEP_RETURN_IF_ERROR(check("prompts", o.prompts, 1, 100000));
   LOCKSTEP_RETURN_IF_ERROR(check("prompt_tokens", o.prompt_tokens, 1, 1 << 20));
   LOCKSTEP_RETURN_IF_ERROR(check("max_tokens", o.max_tokens, 1, 1 << 20));
   LOCKSTEP_RETURN_IF_ERROR(check("schedules", o.schedules, 1, 100000));
   LOCKSTEP_RETURN_IF_ERROR(check("threads", absl::GetFlag(FLAGS_threads), 1, 1024));
-  if (!(o.temperature >= 0)) return absl::InvalidArgumentError(absl::StrCat("--temperature: value ", o.temperature, " is wrong; want 0 or more"));
-  if (absl::GetFlag(FLAGS_model).empty()) return absl::InvalidArgumentError("--model: missing; want a checkpoint directory");
+  if (!(o.temperature >= 0))
+    return absl::InvalidArgumentError(
+        absl::StrCat("--temperature: value ", o.temperature, " is wrong; want 0 or more"));
+  if (absl::GetFlag(FLAGS_model).empty())
+    return absl::InvalidArgumentError("--model: missing; want a checkpoint directory");
   return o;
 }
 
@@ -200,7 +221,8 @@ int main(int argc, char** argv) {
   spdlog::set_level(spdlog::level::warn);
   const absl::StatusOr<lockstep::Options> options = lockstep::ReadOptions();
   const absl::StatusOr<bool> equal =
-      options.ok() ? lockstep::CheckParity(absl::GetFlag(FLAGS_model), absl::GetFlag(FLAGS_numerics), absl::GetFlag(FLAGS_threads), *options)
+      options.ok() ? lockstep::CheckParity(absl::GetFlag(FLAGS_model), absl::GetFlag(FLAGS_numerics),
+                                           absl::GetFlag(FLAGS_threads), *options)
                    : options.status();
   if (!equal.ok()) {
     std::fprintf(stderr, "lockstep-parity: %s\n", std::string(equal.status().message()).c_str());

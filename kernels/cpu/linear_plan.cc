@@ -8,7 +8,7 @@ namespace {
 // Rows of x that share one pass over the weights.
 constexpr int64_t kBlockRows = 192;
 // A task's packed block of x: it stays in a core's L2 (1 MiB on current servers) beside the panel being used.
-constexpr int64_t kBlockFloats = 96 * 1024;
+constexpr int64_t kBlockFloats = int64_t{96} * 1024;
 // Shorter runs over a panel leave the hardware prefetcher no time to get going.
 constexpr int64_t kMinBlockK = 512;
 
@@ -44,7 +44,7 @@ LinearPlan::LinearPlan(const Shape& shape) : shape_(shape) {
     panel_groups_ = std::min(shape.panels, CeilDiv(shape.threads, row_blocks_));
   }
   // A few tasks, all alike: a number that the threads can share evenly.
-  if (wanted > 1 && tasks() < 4 * shape.threads) {
+  if (wanted > 1 && tasks() < int64_t{4} * shape.threads) {
     for (int64_t groups = panel_groups_; groups < std::min(panel_groups_ + shape.threads, shape.panels + 1); ++groups) {
       if (row_blocks_ * groups % shape.threads != 0) continue;
       panel_groups_ = groups;

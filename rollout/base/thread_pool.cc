@@ -20,14 +20,16 @@ void CpuRelax() {
 #endif
 }
 
-// A decode step runs some hundred loops a few microseconds apart: a futex sleep and wake between two of them would cost more than the loop. Workers
-// spin for about this many pauses (some tens of microseconds), then sleep until the next loop.
+// A decode step runs some hundred loops a few microseconds apart: a futex sleep and wake between two of them would cost
+// more than the loop. Workers spin for about this many pauses (some tens of microseconds), then sleep until the next
+// loop.
 constexpr int kSpin = 2000;
 
 }  // namespace
 
 struct ThreadPool::State {
-  // The loop in progress. Written by the starter before `generation` is released, read by workers after they acquire it.
+  // The loop in progress. Written by the starter before `generation` is released, read by workers after they acquire
+  // it.
   absl::FunctionRef<void(int64_t, int64_t, int)>* fn = nullptr;
   int64_t n = 0;
   int64_t grain = 1;
@@ -50,7 +52,9 @@ ThreadPool::~ThreadPool() {
   for (auto& w : workers_) w.join();
 }
 
-int ThreadPool::threads() const { return static_cast<int>(workers_.size()) + 1; }
+int ThreadPool::threads() const {
+  return static_cast<int>(workers_.size()) + 1;
+}
 
 void ThreadPool::Run(int thread) {
   uint32_t seen = 0;
@@ -88,7 +92,8 @@ void ThreadPool::ParallelFor(int64_t n, int64_t grain, absl::FunctionRef<void(in
   state_->generation.fetch_add(1, std::memory_order_release);
   state_->generation.notify_all();
   for (int64_t begin; (begin = state_->next.fetch_add(grain)) < n;) fn(begin, std::min(begin + grain, n), 0);
-  // Every worker passes through every generation, so the loop's state is free for the next one only when all have left it.
+  // Every worker passes through every generation, so the loop's state is free for the next one only when all have left
+  // it.
   for (int spin = 0; state_->running.load(std::memory_order_acquire) != 0;) {
     // Past the usual imbalance of a loop, a worker has lost its core to another process: give it ours.
     if (++spin < kSpin) {

@@ -1,5 +1,6 @@
-// A fixed set of threads for data-parallel loops inside one step. One loop at a time, started by one thread (the step loop); results must not
-// depend on how a loop is split, which every caller guarantees by giving each index its own outputs.
+// A fixed set of threads for data-parallel loops inside one step. One loop at a time, started by one thread (the step
+// loop); results must not depend on how a loop is split, which every caller guarantees by giving each index its own
+// outputs.
 #pragma once
 
 #include <cstdint>
@@ -21,8 +22,9 @@ class ThreadPool {
 
   int threads() const;
 
-  // Calls fn(begin, end, thread) over disjoint ranges that cover [0, n), each at most `grain` long, until all are done. Ranges are handed out
-  // dynamically. `thread` is in [0, threads()): an index for per-thread scratch. Not reentrant: fn must not call ParallelFor.
+  // Calls fn(begin, end, thread) over disjoint ranges that cover [0, n), each at most `grain` long, until all are done.
+  // Ranges are handed out dynamically. `thread` is in [0, threads()): an index for per-thread scratch. Not reentrant:
+  // fn must not call ParallelFor.
   void ParallelFor(int64_t n, int64_t grain, absl::FunctionRef<void(int64_t begin, int64_t end, int thread)> fn);
 
  private:

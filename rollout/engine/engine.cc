@@ -24,7 +24,8 @@ Engine::Engine(const ModelSpec& spec, const ModelWeights& weights, Ops& ops, con
              .state_slots = config.slots};
 }
 
-absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const ModelSpec& spec, const ModelWeights& weights, Ops& ops, const EngineConfig& config) {
+absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const ModelSpec& spec, const ModelWeights& weights, Ops& ops,
+                                                       const EngineConfig& config) {
   LOCKSTEP_CHECK(config.slots >= 1 && config.max_rows >= 1 && config.page_size >= 16 && config.page_size % 16 == 0,
                  "slots {}, max_rows {}, page_size {}", config.slots, config.max_rows, config.page_size);
   std::unique_ptr<Engine> engine(new Engine(spec, weights, ops, config));
@@ -68,7 +69,8 @@ std::vector<absl::StatusOr<SampledToken>> Engine::Step(const StepInput& input) {
     const int64_t count = static_cast<int64_t>(piece.tokens.size());
     const int64_t begin = static_cast<int64_t>(tokens_.size());
     first_row.push_back(begin);
-    pieces_.push_back({begin, count, piece.position, layout_.bytes > 0 ? slot(piece.slot) : nullptr, piece.pages.data()});
+    pieces_.push_back(
+        {begin, count, piece.position, layout_.bytes > 0 ? slot(piece.slot) : nullptr, piece.pages.data()});
     tokens_.insert(tokens_.end(), piece.tokens.begin(), piece.tokens.end());
     for (int64_t i = 0; i < count; ++i) positions_.push_back(piece.position + i);
   }
@@ -80,15 +82,17 @@ std::vector<absl::StatusOr<SampledToken>> Engine::Step(const StepInput& input) {
   return results;
 }
 
-// Logits for at most kLogitRows distinct rows at a time, so that prompt log-probabilities of a long piece need no [rows, vocab] buffer.
-void Engine::RunTasks(const StepInput& input, std::span<const int64_t> first_row, std::vector<absl::StatusOr<SampledToken>>& results) {
+// Logits for at most kLogitRows distinct rows at a time, so that prompt log-probabilities of a long piece need no
+// [rows, vocab] buffer.
+void Engine::RunTasks(const StepInput& input, std::span<const int64_t> first_row,
+                      std::vector<absl::StatusOr<SampledToken>>& results) {
   const auto row_of = [&](size_t task) { return first_row[input.tasks[task].piece] + input.tasks[task].row; };
   std::vector<size_t> order(input.tasks.size());
   std::iota(order.begin(), order.end(), 0);
   std::stable_sort(order.begin(), order.end(), [&](size_t a, size_t b) { return row_of(a) < row_of(b); });
 
-  std::vector<int64_t> rows;         // of this block
-  std::vector<int64_t> logits_row;   // by task of this block
+  std::vector<int64_t> rows;        // of this block
+  std::vector<int64_t> logits_row;  // by task of this block
   for (size_t begin = 0; begin < order.size();) {
     rows.clear();
     logits_row.clear();
@@ -111,8 +115,10 @@ void Engine::RunTasks(const StepInput& input, std::span<const int64_t> first_row
           result = SampleRow(row, *task.params, *task.options, *task.history, task.key, scratch_[thread]);
           continue;
         }
-        absl::StatusOr<RowLogprobs> scored = ScoreRow(row, task.forced_token, *task.params, *task.options, *task.history, scratch_[thread]);
-        result = scored.ok() ? absl::StatusOr<SampledToken>(SampledToken{task.forced_token, *std::move(scored)}) : scored.status();
+        absl::StatusOr<RowLogprobs> scored =
+            ScoreRow(row, task.forced_token, *task.params, *task.options, *task.history, scratch_[thread]);
+        result = scored.ok() ? absl::StatusOr<SampledToken>(SampledToken{task.forced_token, *std::move(scored)})
+                             : scored.status();
       }
     });
     begin = end;

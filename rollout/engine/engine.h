@@ -1,5 +1,5 @@
-// The engine runs a step: rows in, tokens and log-probabilities out. It owns what the step needs on the device: KV pages, state slots and activations.
-// Used by one thread.
+// The engine runs a step: rows in, tokens and log-probabilities out. It owns what the step needs on the device: KV
+// pages, state slots and activations. Used by one thread.
 #pragma once
 
 #include <cstdint>
@@ -29,9 +29,9 @@ struct EngineConfig {
 struct MemoryPlan {
   int64_t weights = 0;
   int64_t activations = 0;
-  int64_t kv_page = 0;     // one page over all layers
-  int64_t kv_pages = 0;    // count
-  int64_t state_slot = 0;  // one sequence
+  int64_t kv_page = 0;      // one page over all layers
+  int64_t kv_pages = 0;     // count
+  int64_t state_slot = 0;   // one sequence
   int64_t state_slots = 0;  // count
   int64_t total() const { return weights + activations + kv_page * kv_pages + state_slot * state_slots; }
 };
@@ -56,8 +56,8 @@ struct RowTask {
   const SamplingParams* params = nullptr;
   const LogprobOptions* options = nullptr;
   const TokenHistory* history = nullptr;
-  DrawKey key;                 // sampling
-  bool forced = false;         // score `forced_token` instead of sampling
+  DrawKey key;          // sampling
+  bool forced = false;  // score `forced_token` instead of sampling
   int32_t forced_token = 0;
 };
 
@@ -71,7 +71,8 @@ struct StepInput {
 class Engine {
  public:
   // All must outlive it. RESOURCE_EXHAUSTED if the memory cannot be mapped.
-  static absl::StatusOr<std::unique_ptr<Engine>> Create(const ModelSpec& spec, const ModelWeights& weights, Ops& ops, const EngineConfig& config);
+  static absl::StatusOr<std::unique_ptr<Engine>> Create(const ModelSpec& spec, const ModelWeights& weights, Ops& ops,
+                                                        const EngineConfig& config);
 
   // Returns one result per task, in order: the token drawn (or forced) with its log-probabilities.
   std::vector<absl::StatusOr<SampledToken>> Step(const StepInput& input);
@@ -84,7 +85,8 @@ class Engine {
   std::byte* slot(int32_t index) { return states_.data() + index * layout_.bytes; }
   void ResetSlot(int32_t index);
   void Copy(const StateCopy& copy);
-  void RunTasks(const StepInput& input, std::span<const int64_t> first_row, std::vector<absl::StatusOr<SampledToken>>& results);
+  void RunTasks(const StepInput& input, std::span<const int64_t> first_row,
+                std::vector<absl::StatusOr<SampledToken>>& results);
 
   const ModelSpec& spec_;
   Ops& ops_;

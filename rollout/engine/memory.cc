@@ -30,7 +30,8 @@ absl::StatusOr<Arena> Arena::Map(int64_t bytes) {
   Arena arena;
   if (bytes == 0) return arena;
   void* p = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (p == MAP_FAILED) return absl::ResourceExhaustedError(absl::StrCat("cannot map ", bytes, " bytes: ", std::strerror(errno)));
+  if (p == MAP_FAILED)
+    return absl::ResourceExhaustedError(absl::StrCat("cannot map ", bytes, " bytes: ", std::strerror(errno)));
   // Decode streams through states of tens of kilobytes; huge pages save most of its TLB misses. Only a hint.
   madvise(p, bytes, MADV_HUGEPAGE);
   arena.data_ = static_cast<std::byte*>(p);
@@ -38,7 +39,8 @@ absl::StatusOr<Arena> Arena::Map(int64_t bytes) {
   return arena;
 }
 
-Arena::Arena(Arena&& other) noexcept : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
+Arena::Arena(Arena&& other) noexcept
+    : data_(std::exchange(other.data_, nullptr)), bytes_(std::exchange(other.bytes_, 0)) {}
 
 Arena& Arena::operator=(Arena&& other) noexcept {
   std::swap(data_, other.data_);

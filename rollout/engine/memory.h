@@ -1,5 +1,5 @@
-// Memory for sequences: KV pages and state slots in two anonymous mappings. Pages of the mapping that no sequence has touched cost nothing, so a pool may be as large as
-// its budget without being resident.
+// Memory for sequences: KV pages and state slots in two anonymous mappings. Pages of the mapping that no sequence has
+// touched cost nothing, so a pool may be as large as its budget without being resident.
 #pragma once
 
 #include <cstddef>

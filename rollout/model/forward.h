@@ -1,4 +1,5 @@
-// The forward pass over one step's batch: a list of layers from the spec, each a mixer and an MLP around the residual stream, all through Ops.
+// The forward pass over one step's batch: a list of layers from the spec, each a mixer and an MLP around the residual
+// stream, all through Ops.
 #pragma once
 
 #include <cstdint>
@@ -11,7 +12,8 @@
 
 namespace lockstep {
 
-// The rows of one sequence in a step: rows [row_begin, row_begin + row_count) of the batch are its positions [position, position + row_count).
+// The rows of one sequence in a step: rows [row_begin, row_begin + row_count) of the batch are its positions [position,
+// position + row_count).
 struct SequencePiece {
   int64_t row_begin = 0;
   int64_t row_count = 0;
@@ -39,7 +41,8 @@ int64_t KvBytesPerPage(const ModelSpec& spec, const Ops& ops, int64_t page_size)
 class ForwardPass {
  public:
   // All must outlive it. `max_rows`: the most rows of one step; buffers for them are allocated here.
-  ForwardPass(const ModelSpec& spec, const ModelWeights& weights, Ops& ops, const StateLayout& layout, int64_t max_rows);
+  ForwardPass(const ModelSpec& spec, const ModelWeights& weights, Ops& ops, const StateLayout& layout,
+              int64_t max_rows);
 
   // kv: by layer; entries of GDN layers are not read. Afterwards hidden() holds the rows' residual stream.
   void Run(const ForwardBatch& batch, std::span<const KvLayer> kv);
@@ -54,9 +57,10 @@ class ForwardPass {
 
  private:
   Rows Take(std::vector<float>& buffer, int64_t rows, int64_t width) const;
-  void Mixer(const LayerSpec& layer, const LayerWeights& weights, Rows in, const ForwardBatch& batch, std::span<const Piece> pieces, const KvLayer& kv, Rows out);
-  void AttentionMixer(const LayerSpec& layer, const AttentionWeights& weights, Rows in, const ForwardBatch& batch, std::span<const Piece> pieces,
-                      const KvLayer& kv, Rows out);
+  void Mixer(const LayerSpec& layer, const LayerWeights& weights, Rows in, const ForwardBatch& batch,
+             std::span<const Piece> pieces, const KvLayer& kv, Rows out);
+  void AttentionMixer(const LayerSpec& layer, const AttentionWeights& weights, Rows in, const ForwardBatch& batch,
+                      std::span<const Piece> pieces, const KvLayer& kv, Rows out);
   void GdnMixer(const LayerSpec& layer, const GdnWeights& weights, Rows in, std::span<const Piece> pieces, Rows out);
   void Mlp(const LayerWeights& weights, Rows in, Rows out);
 

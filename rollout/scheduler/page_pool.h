@@ -1,4 +1,5 @@
-// Reference-counted page ids. A page is shared by the sequences forked from one prompt; it is free again when the last of them lets go.
+// Reference-counted page ids. A page is shared by the sequences forked from one prompt; it is free again when the last
+// of them lets go.
 #pragma once
 
 #include <cstdint>

@@ -9,7 +9,8 @@ namespace lockstep {
 
 Scheduler::Scheduler(const SchedulerConfig& config) : config_(config), pages_(config.pages) {
   LOCKSTEP_CHECK(config.slots >= 1 && config.page_size >= 1 && config.max_batch_tokens >= 1,
-                 "slots {}, page_size {}, max_batch_tokens {}", config.slots, config.page_size, config.max_batch_tokens);
+                 "slots {}, page_size {}, max_batch_tokens {}", config.slots, config.page_size,
+                 config.max_batch_tokens);
   for (int64_t s = config.slots - 1; s >= 0; --s) free_slots_.push_back(static_cast<int32_t>(s));
   if (config.disturb_seed) disturb_.emplace(*config.disturb_seed);
 }
@@ -21,9 +22,9 @@ int64_t Scheduler::PagesFor(int64_t tokens) const {
 absl::Status Scheduler::CheckFits(int64_t max_tokens) const {
   const int64_t pages = PagesFor(max_tokens);
   if (pages <= pages_.total()) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat("a sequence of up to ", max_tokens, " tokens needs ", pages, " KV pages of ",
-                                                   config_.page_size, " tokens; this worker has ", pages_.total(), " (",
-                                                   pages_.total() * config_.page_size, " tokens)"));
+  return absl::InvalidArgumentError(absl::StrCat("a sequence of up to ", max_tokens, " tokens needs ", pages,
+                                                 " KV pages of ", config_.page_size, " tokens; this worker has ",
+                                                 pages_.total(), " (", pages_.total() * config_.page_size, " tokens)"));
 }
 
 Scheduler::Sequence& Scheduler::Get(SequenceId id) {
@@ -31,7 +32,9 @@ Scheduler::Sequence& Scheduler::Get(SequenceId id) {
   LOCKSTEP_CHECK(it != sequences_.end(), "unknown sequence {}", id);
   return *it->second;
 }
-const Scheduler::Sequence& Scheduler::Get(SequenceId id) const { return const_cast<Scheduler*>(this)->Get(id); }
+const Scheduler::Sequence& Scheduler::Get(SequenceId id) const {
+  return const_cast<Scheduler*>(this)->Get(id);
+}
 
 void Scheduler::Add(const NewSequence& sequence) {
   LOCKSTEP_CHECK(sequence.known >= 1, "sequence {} has no token", sequence.id);
@@ -57,10 +60,18 @@ void Scheduler::AppendToken(SequenceId id) {
   ++s.known;
 }
 
-int32_t Scheduler::slot(SequenceId id) const { return Get(id).slot; }
-const std::vector<int32_t>& Scheduler::page_table(SequenceId id) const { return Get(id).pages; }
-int64_t Scheduler::computed(SequenceId id) const { return Get(id).computed; }
-bool Scheduler::admitted(SequenceId id) const { return Get(id).slot >= 0; }
+int32_t Scheduler::slot(SequenceId id) const {
+  return Get(id).slot;
+}
+const std::vector<int32_t>& Scheduler::page_table(SequenceId id) const {
+  return Get(id).pages;
+}
+int64_t Scheduler::computed(SequenceId id) const {
+  return Get(id).computed;
+}
+bool Scheduler::admitted(SequenceId id) const {
+  return Get(id).slot >= 0;
+}
 
 void Scheduler::Release(Sequence& s) {
   for (int32_t page : s.pages) pages_.Drop(page);
@@ -78,7 +89,8 @@ void Scheduler::Preempt(Sequence& s, StepPlan& plan) {
   std::erase_if(plan.pieces, [&](const PlannedPiece& p) { return p.id == s.spec.id; });
 }
 
-// Makes room for `tokens` positions, preempting sequences that rank behind `s`. False: there is no room and `s` itself ranks last.
+// Makes room for `tokens` positions, preempting sequences that rank behind `s`. False: there is no room and `s` itself
+// ranks last.
 bool Scheduler::Grow(Sequence& s, int64_t tokens, StepPlan& plan) {
   int64_t missing = PagesFor(tokens) - static_cast<int64_t>(s.pages.size());
   while (missing > pages_.free()) {
@@ -100,13 +112,15 @@ bool Scheduler::WaitsForLeader(const Sequence& s) const {
   return false;
 }
 
-// Gives a waiting sequence a slot and pages for all it has to compute, if they are free. One page for each running sequence is left over, so that a newcomer
-// does not push out those that are about to grow.
+// Gives a waiting sequence a slot and pages for all it has to compute, if they are free. One page for each running
+// sequence is left over, so that a newcomer does not push out those that are about to grow.
 bool Scheduler::Admit(Sequence& s, StepPlan& plan) {
   if (free_slots_.empty()) return false;
   const int64_t pages = PagesFor(s.known + (s.spec.samples ? 1 : 0));
   const int64_t spare = std::min<int64_t>(running(), pages_.total() - pages);
-  if (config_.pages > 0 && pages + std::max<int64_t>(spare, 0) > pages_.free() && !(running_.empty() && PagesFor(s.known) <= pages_.free())) return false;
+  if (config_.pages > 0 && pages + std::max<int64_t>(spare, 0) > pages_.free() &&
+      !(running_.empty() && PagesFor(s.known) <= pages_.free()))
+    return false;
   waiting_.erase(RankOf(s));
   running_.insert(RankOf(s));
   s.slot = free_slots_.back();
@@ -132,7 +146,8 @@ StepPlan Scheduler::Plan() {
   StepPlan plan;
   if (disturb_) Disturb(plan);
   int64_t budget = config_.max_batch_tokens;
-  // Decode rows first, then the rest of what already holds memory, then newcomers. Each round walks a copy: planning preempts.
+  // Decode rows first, then the rest of what already holds memory, then newcomers. Each round walks a copy: planning
+  // preempts.
   const auto round = [&](bool decoding) {
     for (const Rank& r : std::vector<Rank>(running_.begin(), running_.end())) {
       if (!running_.contains(r)) continue;
@@ -155,7 +170,8 @@ StepPlan Scheduler::Plan() {
   }
   PlanForks(plan);
   if (disturb_) std::shuffle(plan.pieces.begin(), plan.pieces.end(), *disturb_);
-  // A slot given to a sequence that was preempted again in the same plan may stand twice, or be unused: clearing it is harmless, and it is cleared before rows run.
+  // A slot given to a sequence that was preempted again in the same plan may stand twice, or be unused: clearing it is
+  // harmless, and it is cleared before rows run.
   return plan;
 }
 
@@ -190,13 +206,16 @@ void Scheduler::PlanForks(StepPlan& plan) {
 void Scheduler::Apply(const StepPlan& plan) {
   for (const PlannedPiece& piece : plan.pieces) {
     Sequence& s = Get(piece.id);
-    LOCKSTEP_CHECK(s.computed == piece.position, "sequence {} stands at {}, the plan at {}", piece.id, s.computed, piece.position);
+    LOCKSTEP_CHECK(s.computed == piece.position, "sequence {} stands at {}, the plan at {}", piece.id, s.computed,
+                   piece.position);
     s.computed += piece.count;
   }
   for (const Fork& fork : plan.forks) Get(fork.follower).computed = Get(fork.leader).spec.known;
 }
 
-bool Scheduler::Chance(int percent) { return static_cast<int>((*disturb_)() % 100) < percent; }
+bool Scheduler::Chance(int percent) {
+  return static_cast<int>((*disturb_)() % 100) < percent;
+}
 
 void Scheduler::Disturb(StepPlan& plan) {
   for (const Rank& r : std::vector<Rank>(running_.begin(), running_.end())) {

@@ -1,10 +1,13 @@
-// The scheduler: which rows run in the next step. Pure: it sees sequence lengths, pages, slots and budgets; no tensors, no device, no threads, no clock. No result
-// depends on its choices (docs/numerics.md), so it is free to mix, reorder, split, preempt and recompute.
+// The scheduler: which rows run in the next step. Pure: it sees sequence lengths, pages, slots and budgets; no tensors,
+// no device, no threads, no clock. No result depends on its choices (docs/numerics.md), so it is free to mix, reorder,
+// split, preempt and recompute.
 //
-// A sequence has `known` tokens (prompt and generated so far) and `computed` positions in its state. A step computes rows [computed, computed + count); the row of the last
-// known token yields the next one. So a decoding sequence has known = computed + 1, and a new or preempted one has computed = 0.
+// A sequence has `known` tokens (prompt and generated so far) and `computed` positions in its state. A step computes
+// rows [computed, computed + count); the row of the last known token yields the next one. So a decoding sequence has
+// known = computed + 1, and a new or preempted one has computed = 0.
 //
-// Use by one thread:  Add / Remove at step boundaries;  plan = Plan();  run it;  Apply(plan);  then AppendToken or Remove for each row that sampled.
+// Use by one thread:  Add / Remove at step boundaries;  plan = Plan();  run it;  Apply(plan);  then AppendToken or
+// Remove for each row that sampled.
 #pragma once
 
 #include <cstdint>
@@ -23,20 +26,21 @@ namespace lockstep {
 using SequenceId = uint64_t;
 
 struct SchedulerConfig {
-  int64_t page_size = 64;         // positions in a page
-  int64_t pages = 0;              // 0: no layer has a KV cache, and pages are not counted
-  int64_t slots = 0;              // sequences that can hold a state at once
+  int64_t page_size = 64;          // positions in a page
+  int64_t pages = 0;               // 0: no layer has a KV cache, and pages are not counted
+  int64_t slots = 0;               // sequences that can hold a state at once
   int64_t max_batch_tokens = 512;  // rows of a step: decode rows first, prefill pieces in what is left
-  // For tests of invariance: reorders, cuts pieces short, holds decode rows back and preempts at random. Results must not change.
+  // For tests of invariance: reorders, cuts pieces short, holds decode rows back and preempts at random. Results must
+  // not change.
   std::optional<uint64_t> disturb_seed;
 };
 
 struct NewSequence {
-  SequenceId id = 0;        // unique for the scheduler's life
-  int64_t known = 0;        // tokens of the prompt (and generated prefix), at least 1
-  int32_t priority = 0;     // larger runs first; among equals, earlier Add runs first
-  bool samples = true;      // false: teacher-forced scoring, done when computed = known
-  uint64_t group = 0;       // samples of one prompt (same `known`); 0: none. One of them prefills, the others fork from it.
+  SequenceId id = 0;     // unique for the scheduler's life
+  int64_t known = 0;     // tokens of the prompt (and generated prefix), at least 1
+  int32_t priority = 0;  // larger runs first; among equals, earlier Add runs first
+  bool samples = true;   // false: teacher-forced scoring, done when computed = known
+  uint64_t group = 0;  // samples of one prompt (same `known`); 0: none. One of them prefills, the others fork from it.
 };
 
 struct PlannedPiece {
@@ -46,7 +50,8 @@ struct PlannedPiece {
   bool last = false;  // covers the last known token: its logits give the next one
 };
 
-// After the rows have run, the follower's state becomes a copy of the leader's: slot to slot, and the page that both would write.
+// After the rows have run, the follower's state becomes a copy of the leader's: slot to slot, and the page that both
+// would write.
 struct Fork {
   SequenceId leader = 0;
   SequenceId follower = 0;
@@ -58,9 +63,10 @@ struct Fork {
 
 struct StepPlan {
   std::vector<PlannedPiece> pieces;
-  std::vector<int32_t> reset_slots;      // to be cleared before the rows run: sequences that start at position 0
-  std::vector<Fork> forks;               // to be copied after the rows have run; a follower samples its first token from its leader's row
-  std::vector<SequenceId> preempted;     // lost their state and will be recomputed
+  std::vector<int32_t> reset_slots;  // to be cleared before the rows run: sequences that start at position 0
+  std::vector<Fork>
+      forks;  // to be copied after the rows have run; a follower samples its first token from its leader's row
+  std::vector<SequenceId> preempted;  // lost their state and will be recomputed
   bool empty() const { return pieces.empty(); }
 };
 
@@ -105,9 +111,7 @@ class Scheduler {
     int32_t priority;
     uint64_t arrival;
     SequenceId id;
-    bool operator<(const Rank& o) const {
-      return priority != o.priority ? priority > o.priority : arrival < o.arrival;
-    }
+    bool operator<(const Rank& o) const { return priority != o.priority ? priority > o.priority : arrival < o.arrival; }
   };
 
   Rank RankOf(const Sequence& s) const { return {s.spec.priority, s.arrival, s.spec.id}; }

@@ -9,7 +9,8 @@
 namespace lockstep {
 namespace {
 
-// What a worker does around the scheduler: sequences that end after a given number of generated tokens, and the checks that must hold at every step.
+// What a worker does around the scheduler: sequences that end after a given number of generated tokens, and the checks
+// that must hold at every step.
 class Simulation {
  public:
   explicit Simulation(const SchedulerConfig& config) : scheduler_(config), config_(config) {}
@@ -43,13 +44,16 @@ class Simulation {
       EXPECT_EQ(piece.last, piece.position + piece.count == s.prompt + s.generated);
       EXPECT_TRUE(slots.insert(scheduler_.slot(piece.id)).second) << "two sequences share a slot";
       if (piece.position == 0) {
-        EXPECT_TRUE(std::count(plan.reset_slots.begin(), plan.reset_slots.end(), scheduler_.slot(piece.id)) > 0) << "a slot was not cleared";
+        EXPECT_TRUE(std::count(plan.reset_slots.begin(), plan.reset_slots.end(), scheduler_.slot(piece.id)) > 0)
+            << "a slot was not cleared";
       }
       if (config_.pages > 0) {
         const std::vector<int32_t>& pages = scheduler_.page_table(piece.id);
         EXPECT_GE(static_cast<int64_t>(pages.size()) * config_.page_size, piece.position + piece.count);
-        for (int64_t p = piece.position / config_.page_size; p <= (piece.position + piece.count - 1) / config_.page_size; ++p) {
-          EXPECT_TRUE(written.emplace(pages[p], piece.id).second) << "page " << pages[p] << " is written by two sequences";
+        for (int64_t p = piece.position / config_.page_size;
+             p <= (piece.position + piece.count - 1) / config_.page_size; ++p) {
+          EXPECT_TRUE(written.emplace(pages[p], piece.id).second)
+              << "page " << pages[p] << " is written by two sequences";
         }
       }
       rows += piece.count;
@@ -188,7 +192,8 @@ TEST(Scheduler, RandomLoadsHoldEveryInvariantAndFinish) {
   for (uint64_t seed = 0; seed < 200; ++seed) {
     std::mt19937_64 rng(seed);
     const auto pick = [&](int64_t lo, int64_t hi) { return lo + static_cast<int64_t>(rng() % (hi - lo + 1)); };
-    SchedulerConfig config{.page_size = 16 * pick(1, 4), .pages = 0, .slots = pick(1, 8), .max_batch_tokens = pick(1, 200)};
+    SchedulerConfig config{
+        .page_size = 16 * pick(1, 4), .pages = 0, .slots = pick(1, 8), .max_batch_tokens = pick(1, 200)};
     config.pages = seed % 5 == 0 ? 0 : 200 / config.page_size + pick(1, 20);  // one sequence has at most 180 tokens
     if (seed % 2) config.disturb_seed = seed;
     Simulation sim(config);

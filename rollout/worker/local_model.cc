@@ -10,7 +10,8 @@
 
 namespace lockstep {
 
-absl::StatusOr<std::unique_ptr<LocalModel>> LoadLocalModel(const std::filesystem::path& dir, const std::string& numerics, int threads) {
+absl::StatusOr<std::unique_ptr<LocalModel>> LoadLocalModel(const std::filesystem::path& dir,
+                                                           const std::string& numerics, int threads) {
   LOCKSTEP_ASSIGN_OR_RETURN(const NumericsProfile profile, FindNumericsProfile(numerics));
   auto model = std::make_unique<LocalModel>();
   LOCKSTEP_ASSIGN_OR_RETURN(model->spec, LoadModelSpec(dir));
@@ -29,16 +30,19 @@ absl::StatusOr<LoopConfig> FitMemory(const LocalModel& model, LoopConfig config,
   const int64_t page = KvBytesPerPage(model.spec, *model.ops, config.page_size);
   if (page == 0) {
     const int64_t slots = slot == 0 ? config.max_sequences : std::min(config.max_sequences, bytes / slot);
-    if (slots < 1) return absl::InvalidArgumentError(absl::StrCat("one sequence's state takes ", slot, " bytes; there are ", bytes));
+    if (slots < 1)
+      return absl::InvalidArgumentError(absl::StrCat("one sequence's state takes ", slot, " bytes; there are ", bytes));
     config.max_sequences = slots;
     config.max_kv_tokens = 0;
     return config;
   }
   const int64_t pages_needed = (min_tokens + config.page_size - 1) / config.page_size;
-  const int64_t slots = slot == 0 ? config.max_sequences : std::clamp<int64_t>((bytes - pages_needed * page) / slot, 0, config.max_sequences);
+  const int64_t slots = slot == 0 ? config.max_sequences
+                                  : std::clamp<int64_t>((bytes - pages_needed * page) / slot, 0, config.max_sequences);
   const int64_t pages = (bytes - slots * slot) / page;
   if (slots < 1 || pages < pages_needed) {
-    return absl::InvalidArgumentError(absl::StrCat("a sequence of ", min_tokens, " tokens takes ", slot + pages_needed * page,
+    return absl::InvalidArgumentError(absl::StrCat("a sequence of ", min_tokens, " tokens takes ",
+                                                   slot + pages_needed * page,
                                                    " bytes of state and KV cache; there are ", bytes));
   }
   config.max_sequences = slots;

@@ -27,7 +27,8 @@ struct LocalModel {
 };
 
 // Loads DIR for the CPU backend under the named numerics profile.
-absl::StatusOr<std::unique_ptr<LocalModel>> LoadLocalModel(const std::filesystem::path& dir, const std::string& numerics, int threads);
+absl::StatusOr<std::unique_ptr<LocalModel>> LoadLocalModel(const std::filesystem::path& dir,
+                                                           const std::string& numerics, int threads);
 
 struct LoopConfig {
   int64_t page_size = 64;
@@ -37,7 +38,8 @@ struct LoopConfig {
   std::optional<uint64_t> disturb_seed;
 };
 
-// Pages and slots that `bytes` of memory hold: as many KV tokens as fit beside the slots. INVALID_ARGUMENT when not even one sequence of `min_tokens` fits.
+// Pages and slots that `bytes` of memory hold: as many KV tokens as fit beside the slots. INVALID_ARGUMENT when not
+// even one sequence of `min_tokens` fits.
 absl::StatusOr<LoopConfig> FitMemory(const LocalModel& model, LoopConfig config, int64_t bytes, int64_t min_tokens);
 
 // An engine and a step loop over a model, which must outlive it.

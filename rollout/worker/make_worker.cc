@@ -25,7 +25,8 @@ int UsableCores() {
   return sched_getaffinity(0, sizeof(set), &set) == 0 ? std::max(CPU_COUNT(&set), 1) : 1;
 }
 
-// bfloat16 weights are served as a bf16 trainer computes on a CPU, anything else in fp32. The parse errors are LoadModelSpec's to report.
+// bfloat16 weights are served as a bf16 trainer computes on a CPU, anything else in fp32. The parse errors are
+// LoadModelSpec's to report.
 std::string DefaultNumerics(const std::filesystem::path& dir) {
   std::ifstream in(dir / "config.json");
   const nlohmann::json config = nlohmann::json::parse(in, nullptr, /*allow_exceptions=*/false);
@@ -38,7 +39,8 @@ std::string DefaultNumerics(const std::filesystem::path& dir) {
 
 absl::Status CheckRange(const char* flag, int64_t value, int64_t low, int64_t high) {
   if (value >= low && value <= high) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat("--", flag, ": value ", value, " is out of range; want ", low, " to ", high));
+  return absl::InvalidArgumentError(
+      absl::StrCat("--", flag, ": value ", value, " is out of range; want ", low, " to ", high));
 }
 
 absl::Status Validate(const WorkerOptions& options) {
@@ -46,19 +48,22 @@ absl::Status Validate(const WorkerOptions& options) {
     return absl::UnimplementedError("--backend: value \"cuda\": this build has no CUDA backend; want \"cpu\"");
   }
   if (options.backend != "cpu") {
-    return absl::InvalidArgumentError(absl::StrCat("--backend: value \"", options.backend, "\" is unknown; want \"cpu\" or \"cuda\""));
+    return absl::InvalidArgumentError(
+        absl::StrCat("--backend: value \"", options.backend, "\" is unknown; want \"cpu\" or \"cuda\""));
   }
   LOCKSTEP_RETURN_IF_ERROR(CheckRange("threads", options.threads, 0, 1024));
   LOCKSTEP_RETURN_IF_ERROR(CheckRange("page_size", options.page_size, 16, 1024));
   if (options.page_size % 16 != 0) {
-    return absl::InvalidArgumentError(absl::StrCat("--page_size: value ", options.page_size, " is wrong; want a multiple of 16"));
+    return absl::InvalidArgumentError(
+        absl::StrCat("--page_size: value ", options.page_size, " is wrong; want a multiple of 16"));
   }
   LOCKSTEP_RETURN_IF_ERROR(CheckRange("max_batch_tokens", options.max_batch_tokens, 1, 65536));
   LOCKSTEP_RETURN_IF_ERROR(CheckRange("max_sequences", options.max_sequences, 1, 65536));
   LOCKSTEP_RETURN_IF_ERROR(CheckRange("max_waiting_sequences", options.max_waiting_sequences, 1, 1 << 24));
   // Written so that NaN fails too.
   if (!(options.memory_gb >= 0 && options.memory_gb <= 1e6)) {
-    return absl::InvalidArgumentError(absl::StrCat("--memory_gb: value ", options.memory_gb, " is out of range; want 0 (half of what is free) to 1e6"));
+    return absl::InvalidArgumentError(absl::StrCat("--memory_gb: value ", options.memory_gb,
+                                                   " is out of range; want 0 (half of what is free) to 1e6"));
   }
   return absl::OkStatus();
 }
@@ -67,8 +72,10 @@ void LogMemory(const MemoryPlan& plan, int64_t page_size) {
   const auto mb = [](int64_t bytes) { return absl::StrFormat("%10.1f MB", static_cast<double>(bytes) * 1e-6); };
   spdlog::info("memory: weights      {}", mb(plan.weights));
   spdlog::info("memory: activations  {}", mb(plan.activations));
-  spdlog::info("memory: KV cache     {}  {} pages of {} tokens, {} bytes each", mb(plan.kv_page * plan.kv_pages), plan.kv_pages, page_size, plan.kv_page);
-  spdlog::info("memory: states       {}  {} slots of {} bytes", mb(plan.state_slot * plan.state_slots), plan.state_slots, plan.state_slot);
+  spdlog::info("memory: KV cache     {}  {} pages of {} tokens, {} bytes each", mb(plan.kv_page * plan.kv_pages),
+               plan.kv_pages, page_size, plan.kv_page);
+  spdlog::info("memory: states       {}  {} slots of {} bytes", mb(plan.state_slot * plan.state_slots),
+               plan.state_slots, plan.state_slot);
   spdlog::info("memory: total        {}  (cache and states become resident as they are used)", mb(plan.total()));
 }
 
@@ -91,9 +98,11 @@ absl::StatusOr<ServingModel> MakeWorker(const WorkerOptions& options) {
   // A decode row for every sequence fits a step; less would hold some back for no reason.
   const int64_t max_batch_tokens = std::max(options.max_batch_tokens, options.max_sequences);
   const int64_t budget = options.memory_gb > 0 ? static_cast<int64_t>(options.memory_gb * 1e9) : AvailableMemory() / 2;
-  LOCKSTEP_ASSIGN_OR_RETURN(const LoopConfig config,
-                            FitMemory(model, {.page_size = options.page_size, .max_batch_tokens = max_batch_tokens, .max_sequences = options.max_sequences},
-                                      budget, /*min_tokens=*/options.page_size));
+  LOCKSTEP_ASSIGN_OR_RETURN(const LoopConfig config, FitMemory(model,
+                                                               {.page_size = options.page_size,
+                                                                .max_batch_tokens = max_batch_tokens,
+                                                                .max_sequences = options.max_sequences},
+                                                               budget, /*min_tokens=*/options.page_size));
   LOCKSTEP_ASSIGN_OR_RETURN(LocalLoop local, MakeLocalLoop(model, config));
   LogMemory(local.engine->memory(), config.page_size);
 
@@ -103,7 +112,9 @@ absl::StatusOr<ServingModel> MakeWorker(const WorkerOptions& options) {
   serving.profile = model.ops->profile();
   serving.has_tokenizer = model.token_bytes.has_value();
   serving.max_sequence_tokens =
-      local.engine->config().pages == 0 ? model.spec.max_position : std::min(model.spec.max_position, local.engine->config().pages * config.page_size);
+      local.engine->config().pages == 0
+          ? model.spec.max_position
+          : std::min(model.spec.max_position, local.engine->config().pages * config.page_size);
   owned->engine = std::move(local.engine);
   serving.worker = std::make_unique<Worker>(std::move(local.loop), options.max_waiting_sequences, owned);
   return serving;

@@ -1,4 +1,5 @@
-// From a checkpoint directory and options to something that serves. The only place that knows how engine, model and worker are put together.
+// From a checkpoint directory and options to something that serves. The only place that knows how engine, model and
+// worker are put together.
 #pragma once
 
 #include <cstdint>
@@ -17,9 +18,9 @@ namespace lockstep {
 struct WorkerOptions {
   std::filesystem::path model_dir;
   std::string backend = "cpu";
-  std::string numerics;   // profile name; empty: "hf-torch" for a bfloat16 checkpoint, else "fp32"
-  int threads = 0;        // 0: the cores this process may use
-  double memory_gb = 0;   // for KV pages and state slots, 1e9 bytes; 0: half of what is free once the weights are loaded
+  std::string numerics;  // profile name; empty: "hf-torch" for a bfloat16 checkpoint, else "fp32"
+  int threads = 0;       // 0: the cores this process may use
+  double memory_gb = 0;  // for KV pages and state slots, 1e9 bytes; 0: half of what is free once the weights are loaded
   int64_t page_size = 64;          // tokens per KV page
   int64_t max_batch_tokens = 512;  // decode rows and prefill tokens of one step
   int64_t max_sequences = 64;      // running at once
@@ -31,8 +32,9 @@ struct ServingModel {
   std::string name;  // last component of the checkpoint's path
   ModelSpec spec;
   NumericsProfile profile{};
-  bool has_tokenizer = false;       // stop strings can be matched
-  int64_t max_sequence_tokens = 0;  // prompt and completion: what the model and the memory allow, at most spec.max_position
+  bool has_tokenizer = false;  // stop strings can be matched
+  int64_t max_sequence_tokens =
+      0;  // prompt and completion: what the model and the memory allow, at most spec.max_position
 };
 
 // INVALID_ARGUMENT, NOT_FOUND or UNIMPLEMENTED name the flag or file at fault.

@@ -13,8 +13,8 @@ struct StepLoop::Request {
   absl::Time submitted;
   absl::Time expiry;  // the earlier of deadline and time budget
   uint64_t prompt_hash = 0;
-  LogprobOptions forced_options;      // for prompt log-probabilities: the kinds that need no draw
-  int64_t next_prompt_logprob = 0;    // first position of the range not delivered yet
+  LogprobOptions forced_options;       // for prompt log-probabilities: the kinds that need no draw
+  int64_t next_prompt_logprob = 0;     // first position of the range not delivered yet
   int64_t planned_prompt_logprob = 0;  // the same, the step in preparation included
   PromptLogprobs step_prompt_logprobs;
   std::vector<SequenceId> live;
@@ -34,8 +34,8 @@ struct StepLoop::Sequence {
 
 StepLoop::StepLoop(Engine& engine, const SchedulerConfig& config, const TokenBytes* token_bytes)
     : engine_(engine), scheduler_(config), token_bytes_(token_bytes) {
-  LOCKSTEP_CHECK(config.page_size == engine.config().page_size && config.pages == engine.config().pages && config.slots == engine.config().slots &&
-                     config.max_batch_tokens <= engine.config().max_rows,
+  LOCKSTEP_CHECK(config.page_size == engine.config().page_size && config.pages == engine.config().pages &&
+                     config.slots == engine.config().slots && config.max_batch_tokens <= engine.config().max_rows,
                  "scheduler and engine disagree on memory");
   totals_.kv_pages_total = config.pages;
   totals_.state_slots_total = config.slots;
@@ -45,7 +45,8 @@ StepLoop::~StepLoop() = default;
 
 absl::Status StepLoop::CheckFits(const RequestSpec& spec) const {
   // The last generated token is never fed back, so it needs no place.
-  const int64_t tokens = spec.n == 0 ? static_cast<int64_t>(spec.prompt.size()) : static_cast<int64_t>(spec.prompt.size()) + spec.max_tokens - 1;
+  const int64_t tokens = spec.n == 0 ? static_cast<int64_t>(spec.prompt.size())
+                                     : static_cast<int64_t>(spec.prompt.size()) + spec.max_tokens - 1;
   return scheduler_.CheckFits(tokens);
 }
 
@@ -65,8 +66,8 @@ void StepLoop::Submit(RequestSpec spec, std::shared_ptr<RequestSink> sink, absl:
   const RequestSpec& s = request->spec;
 
   const bool scoring = s.n == 0;
-  const bool penalties =
-      s.sampling.repetition_penalty != 1.0f || s.sampling.presence_penalty != 0.0f || s.sampling.frequency_penalty != 0.0f;
+  const bool penalties = s.sampling.repetition_penalty != 1.0f || s.sampling.presence_penalty != 0.0f ||
+                         s.sampling.frequency_penalty != 0.0f;
   const uint64_t group = s.n > 1 ? next_id_ : 0;
   const StopMatcher stop(s.stop, s.sampling.min_tokens, token_bytes_);
   for (int32_t i = 0; i < std::max(s.n, 1); ++i) {
@@ -154,7 +155,8 @@ bool StepLoop::Step() {
     ++totals_.preemptions;
   }
   if (plan.empty()) {
-    LOCKSTEP_CHECK(idle() || !plan.preempted.empty() || scheduler_.config().disturb_seed, "{} sequences wait and none can run", scheduler_.waiting());
+    LOCKSTEP_CHECK(idle() || !plan.preempted.empty() || scheduler_.config().disturb_seed,
+                   "{} sequences wait and none can run", scheduler_.waiting());
     return !idle();
   }
 
@@ -211,7 +213,8 @@ bool StepLoop::Step() {
     auto it = sequences_.find(piece.id);
     if (it == sequences_.end()) continue;
     const RequestSpec& spec = it->second->request->spec;
-    totals_.prefill_tokens += std::clamp<int64_t>(static_cast<int64_t>(spec.prompt.size()) - piece.position, 0, piece.count);
+    totals_.prefill_tokens +=
+        std::clamp<int64_t>(static_cast<int64_t>(spec.prompt.size()) - piece.position, 0, piece.count);
     if (spec.n == 0 && piece.last) Finish(*it->second, {.finish = FinishKind::kScored}, now);
   }
   ++totals_.steps;
@@ -239,7 +242,9 @@ void StepLoop::OnSampled(Sequence& sequence, absl::StatusOr<SampledToken> sample
     Finish(sequence, {.finish = FinishKind::kStop, .stop = *match}, now);
   } else if (offset + 1 >= request.spec.max_tokens) {
     Finish(sequence,
-           {.finish = FinishKind::kLength, .length = request.spec.max_tokens_is_context ? LengthReason::kContext : LengthReason::kMaxTokens}, now);
+           {.finish = FinishKind::kLength,
+            .length = request.spec.max_tokens_is_context ? LengthReason::kContext : LengthReason::kMaxTokens},
+           now);
   } else {
     scheduler_.AppendToken(sequence.id);
   }

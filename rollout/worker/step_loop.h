@@ -1,5 +1,6 @@
-// One worker's requests, from submission to last token: turns requests into sequences, plans with the scheduler, runs the engine, matches stops and hands
-// results to sinks. Single-threaded and synchronous; Worker drives it from its thread, tools and tests drive it directly.
+// One worker's requests, from submission to last token: turns requests into sequences, plans with the scheduler, runs
+// the engine, matches stops and hands results to sinks. Single-threaded and synchronous; Worker drives it from its
+// thread, tools and tests drive it directly.
 #pragma once
 
 #include <cstdint>

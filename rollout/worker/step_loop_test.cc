@@ -14,7 +14,9 @@ namespace {
 
 class StepLoopTest : public testing::Test {
  protected:
-  StepLoopTest() : model_(MakeRandomModel(ModelKind::kHybrid, "fp32", 1, 1)) { MakeLoop({.max_sequences = 8, .max_kv_tokens = 4096}); }
+  StepLoopTest() : model_(MakeRandomModel(ModelKind::kHybrid, "fp32", 1, 1)) {
+    MakeLoop({.max_sequences = 8, .max_kv_tokens = 4096});
+  }
 
   void MakeLoop(const LoopConfig& config) {
     auto local = MakeLocalLoop(*model_, config);
@@ -25,7 +27,8 @@ class StepLoopTest : public testing::Test {
   RequestSpec Request(const std::string& id, int64_t prompt, int64_t max_tokens, int32_t n = 1) {
     RequestSpec r;
     r.request_id = id;
-    for (int64_t i = 0; i < prompt; ++i) r.prompt.push_back(static_cast<int32_t>((7 * i + 3) % model_->spec.vocab_size));
+    for (int64_t i = 0; i < prompt; ++i)
+      r.prompt.push_back(static_cast<int32_t>((7 * i + 3) % model_->spec.vocab_size));
     r.max_tokens = max_tokens;
     r.n = n;
     r.sampling.seed = 11;
@@ -172,7 +175,8 @@ TEST_F(StepLoopTest, NonFiniteLogitsAbortTheSampleAndNameTheReason) {
 }
 
 TEST_F(StepLoopTest, ScoringOnePositionOrNoneEnds) {
-  for (const PromptLogprobRange range : {PromptLogprobRange{1, 1}, PromptLogprobRange{1, 2}, PromptLogprobRange{99, 100}}) {
+  for (const PromptLogprobRange range :
+       {PromptLogprobRange{1, 1}, PromptLogprobRange{1, 2}, PromptLogprobRange{99, 100}}) {
     RequestSpec r = Request("a", 100, 0, 0);
     r.prompt_logprobs = range;
     r.logprobs = {.raw = true};

@@ -25,12 +25,13 @@ Worker::~Worker() {
 absl::Status Worker::Submit(RequestSpec spec, std::shared_ptr<RequestSink> sink) {
   LOCKSTEP_RETURN_IF_ERROR(loop_->CheckFits(spec));
   absl::MutexLock lock(&mutex_);
-  if (draining_ || stop_) return absl::UnavailableError("this worker is draining and takes no new requests; send it to another");
+  if (draining_ || stop_)
+    return absl::UnavailableError("this worker is draining and takes no new requests; send it to another");
   const int64_t samples = std::max(spec.n, 1);
   const int64_t waiting = load_.waiting_sequences + submitting_;
   if (waiting + samples > max_waiting_) {
-    return absl::ResourceExhaustedError(absl::StrCat("the queue holds ", waiting, " waiting samples and takes at most ", max_waiting_, "; this request has ",
-                                                     samples));
+    return absl::ResourceExhaustedError(absl::StrCat("the queue holds ", waiting, " waiting samples and takes at most ",
+                                                     max_waiting_, "; this request has ", samples));
   }
   submitting_ += samples;
   commands_.push_back([this, samples, spec = std::move(spec), sink = std::move(sink)](absl::Time now) mutable {
@@ -44,7 +45,8 @@ absl::Status Worker::Submit(RequestSpec spec, std::shared_ptr<RequestSink> sink)
 
 void Worker::Abort(const std::string& request_id, std::optional<int32_t> sample, AbortReason reason) {
   absl::MutexLock lock(&mutex_);
-  commands_.push_back([this, request_id, sample, reason](absl::Time now) { loop_->Abort(request_id, sample, reason, now); });
+  commands_.push_back(
+      [this, request_id, sample, reason](absl::Time now) { loop_->Abort(request_id, sample, reason, now); });
 }
 
 WorkerLoad Worker::Load() const {

@@ -1,4 +1,5 @@
-// The worker: one thread that owns the step loop, and a queue of commands for it. Everything a client or the control plane wants takes effect at a step boundary.
+// The worker: one thread that owns the step loop, and a queue of commands for it. Everything a client or the control
+// plane wants takes effect at a step boundary.
 #pragma once
 
 #include <cstdint>
@@ -18,8 +19,8 @@ namespace lockstep {
 
 class Worker : public WorkerInterface {
  public:
-  // `max_waiting`: sequences (samples) accepted but not running; past it Submit is RESOURCE_EXHAUSTED. `owned` lives until the thread has ended: whatever the
-  // loop stands on.
+  // `max_waiting`: sequences (samples) accepted but not running; past it Submit is RESOURCE_EXHAUSTED. `owned` lives
+  // until the thread has ended: whatever the loop stands on.
   Worker(std::unique_ptr<StepLoop> loop, int64_t max_waiting, std::shared_ptr<void> owned);
   // Aborts what is in flight (kShutdown) and joins the thread.
   ~Worker() override;

@@ -1,5 +1,6 @@
-// docs/numerics.md, "What must always hold", 1 and 2: for random models, requests and schedules, Generate's tokens and log-probabilities do not depend on the batch, the
-// prefill budget, page size, thread count, preemption, forks or order; and Score gives the same bits for the same tokens.
+// docs/numerics.md, "What must always hold", 1 and 2: for random models, requests and schedules, Generate's tokens and
+// log-probabilities do not depend on the batch, the prefill budget, page size, thread count, preemption, forks or
+// order; and Score gives the same bits for the same tokens.
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -17,7 +18,9 @@ namespace {
 class Random {
  public:
   explicit Random(uint64_t seed) : rng_(seed) {}
-  int64_t Pick(int64_t low, int64_t high) { return low + static_cast<int64_t>(rng_() % static_cast<uint64_t>(high - low + 1)); }
+  int64_t Pick(int64_t low, int64_t high) {
+    return low + static_cast<int64_t>(rng_() % static_cast<uint64_t>(high - low + 1));
+  }
   bool Chance(int percent) { return Pick(0, 99) < percent; }
   template <typename T>
   void Shuffle(std::vector<T>& v) {
@@ -50,8 +53,10 @@ std::vector<RequestSpec> RandomRequests(const ModelSpec& spec, Random& random) {
     if (random.Chance(20)) s.min_p = 0.02f;
     if (random.Chance(20)) s.repetition_penalty = 1.3f;
     if (random.Chance(20)) s.frequency_penalty = 0.4f;
-    r.logprobs = {.raw = true, .temperature = true, .processed = true, .top_k = static_cast<int32_t>(random.Pick(0, 3))};
-    if (random.Chance(30)) r.stop.stop_token_ids = s.stop_token_ids = {static_cast<int32_t>(random.Pick(0, spec.vocab_size - 1))};
+    r.logprobs = {
+        .raw = true, .temperature = true, .processed = true, .top_k = static_cast<int32_t>(random.Pick(0, 3))};
+    if (random.Chance(30))
+      r.stop.stop_token_ids = s.stop_token_ids = {static_cast<int32_t>(random.Pick(0, spec.vocab_size - 1))};
     if (random.Chance(40) && length > 1) {
       r.prompt_logprobs.begin = random.Pick(1, length - 1);
       r.prompt_logprobs.end = random.Pick(r.prompt_logprobs.begin, length);
@@ -75,16 +80,20 @@ RequestSpec ScoreOf(const RequestSpec& r, const CollectedSample& sample) {
   return score;
 }
 
-bool SameBits(float a, float b) { return std::bit_cast<uint32_t>(a) == std::bit_cast<uint32_t>(b); }
+bool SameBits(float a, float b) {
+  return std::bit_cast<uint32_t>(a) == std::bit_cast<uint32_t>(b);
+}
 
 bool SameTop(const std::vector<TokenLogprob>& a, const std::vector<TokenLogprob>& b) {
-  return std::equal(a.begin(), a.end(), b.begin(), b.end(),
-                    [](const TokenLogprob& x, const TokenLogprob& y) { return x.token == y.token && SameBits(x.logprob, y.logprob); });
+  return std::equal(a.begin(), a.end(), b.begin(), b.end(), [](const TokenLogprob& x, const TokenLogprob& y) {
+    return x.token == y.token && SameBits(x.logprob, y.logprob);
+  });
 }
 
 // What teacher forcing can know of a row.
 bool SameScores(const RowLogprobs& a, const RowLogprobs& b) {
-  return SameBits(a.raw, b.raw) && SameBits(a.temperature, b.temperature) && SameTop(a.top_raw, b.top_raw) && SameTop(a.top_temperature, b.top_temperature);
+  return SameBits(a.raw, b.raw) && SameBits(a.temperature, b.temperature) && SameTop(a.top_raw, b.top_raw) &&
+         SameTop(a.top_temperature, b.top_temperature);
 }
 
 LoopConfig RandomLoop(Random& random) {
@@ -92,7 +101,8 @@ LoopConfig RandomLoop(Random& random) {
   config.page_size = 16 * random.Pick(1, 4);
   config.max_batch_tokens = random.Chance(15) ? random.Pick(1, 8) : random.Pick(9, 300);
   config.max_sequences = random.Pick(1, 10);
-  // From room for one sequence, which preempts all the time, to room for all. Prompt, prefix and completion are at most 220 tokens.
+  // From room for one sequence, which preempts all the time, to room for all. Prompt, prefix and completion are at most
+  // 220 tokens.
   config.max_kv_tokens = random.Chance(50) ? 224 + random.Pick(0, 100) : 4000;
   if (random.Chance(60)) config.disturb_seed = static_cast<uint64_t>(random.Pick(0, 1 << 30));
   return config;
@@ -111,7 +121,8 @@ void CheckModel(ModelKind kind, const std::string& numerics, uint64_t seed, int 
   // The reference: every request alone, prompts in one piece.
   std::vector<std::shared_ptr<CollectingSink>> expected;
   for (const RequestSpec& request : requests) {
-    auto loop = MakeLocalLoop(*model, {.page_size = 64, .max_batch_tokens = 4096, .max_sequences = 16, .max_kv_tokens = 4096});
+    auto loop =
+        MakeLocalLoop(*model, {.page_size = 64, .max_batch_tokens = 4096, .max_sequences = 16, .max_kv_tokens = 4096});
     ASSERT_TRUE(loop.ok()) << loop.status();
     expected.push_back(RunAll(*loop->loop, {request})[0]);
   }
@@ -130,13 +141,15 @@ void CheckModel(ModelKind kind, const std::string& numerics, uint64_t seed, int 
       ASSERT_EQ(sink->prompt_logprobs().size() + 1, score.prompt.size());
       for (size_t t = 0; t < sample.tokens.size(); ++t) {
         ASSERT_TRUE(SameScores(sample.logprobs[t], sink->prompt_logprobs()[first + t - 1]))
-            << "Score differs from Generate at token " << t << ": " << sink->prompt_logprobs()[first + t - 1].raw << " against " << sample.logprobs[t].raw;
+            << "Score differs from Generate at token " << t << ": " << sink->prompt_logprobs()[first + t - 1].raw
+            << " against " << sample.logprobs[t].raw;
         ++tally.scored;
       }
       const PromptLogprobRange range = requests[i].prompt_logprobs;
       ASSERT_EQ(static_cast<int64_t>(expected[i]->prompt_logprobs().size()), range.end - range.begin);
       for (int64_t p = range.begin; p < range.end; ++p) {
-        ASSERT_TRUE(SameScores(expected[i]->prompt_logprobs()[p - range.begin], sink->prompt_logprobs()[p - 1])) << "prompt position " << p;
+        ASSERT_TRUE(SameScores(expected[i]->prompt_logprobs()[p - range.begin], sink->prompt_logprobs()[p - 1]))
+            << "prompt position " << p;
       }
     }
   }
@@ -160,11 +173,14 @@ void CheckModel(ModelKind kind, const std::string& numerics, uint64_t seed, int 
         const CollectedSample& a = want.samples()[sample];
         const CollectedSample& b = sinks[i]->samples()[sample];
         ASSERT_TRUE(b.done);
-        ASSERT_EQ(a.tokens, b.tokens) << "request " << order[i] << " sample " << sample << ", schedule " << s << ", page_size " << config.page_size
-                                      << ", max_batch_tokens " << config.max_batch_tokens;
+        ASSERT_EQ(a.tokens, b.tokens) << "request " << order[i] << " sample " << sample << ", schedule " << s
+                                      << ", page_size " << config.page_size << ", max_batch_tokens "
+                                      << config.max_batch_tokens;
         ASSERT_EQ(a.result.finish, b.result.finish);
         for (size_t t = 0; t < a.tokens.size(); ++t) {
-          ASSERT_TRUE(SameScores(a.logprobs[t], b.logprobs[t]) && SameBits(a.logprobs[t].processed, b.logprobs[t].processed)) << "token " << t;
+          ASSERT_TRUE(SameScores(a.logprobs[t], b.logprobs[t]) &&
+                      SameBits(a.logprobs[t].processed, b.logprobs[t].processed))
+              << "token " << t;
         }
         tally.tokens += static_cast<int64_t>(a.tokens.size());
         tally.preemptions += b.result.counters.preemptions;
@@ -172,7 +188,8 @@ void CheckModel(ModelKind kind, const std::string& numerics, uint64_t seed, int 
       }
       ASSERT_EQ(want.prompt_logprobs().size(), sinks[i]->prompt_logprobs().size());
       for (size_t p = 0; p < want.prompt_logprobs().size(); ++p) {
-        ASSERT_TRUE(SameScores(want.prompt_logprobs()[p], sinks[i]->prompt_logprobs()[p])) << "prompt log-probability " << p;
+        ASSERT_TRUE(SameScores(want.prompt_logprobs()[p], sinks[i]->prompt_logprobs()[p]))
+            << "prompt log-probability " << p;
       }
     }
   }
@@ -191,9 +208,11 @@ TEST(Invariance, GenerateEqualsItselfAndScoreUnderRandomSchedules) {
       }
     }
   }
-  std::printf("%ld schedules, %ld generated tokens compared, %ld scored; %ld preemptions, %ld forked samples; 0 differing bits\n",
-              static_cast<long>(tally.schedules), static_cast<long>(tally.tokens), static_cast<long>(tally.scored), static_cast<long>(tally.preemptions),
-              static_cast<long>(tally.forked));
+  std::printf(
+      "%ld schedules, %ld generated tokens compared, %ld scored; %ld preemptions, %ld forked samples; 0 differing "
+      "bits\n",
+      static_cast<long>(tally.schedules), static_cast<long>(tally.tokens), static_cast<long>(tally.scored),
+      static_cast<long>(tally.preemptions), static_cast<long>(tally.forked));
   EXPECT_GE(tally.schedules, 200);
   EXPECT_GT(tally.preemptions, 100) << "the schedules did not preempt: the test lost its point";
   EXPECT_GT(tally.forked, 100) << "no sample was forked: the test lost its point";
@@ -211,7 +230,8 @@ TEST(Invariance, AnotherModelGivesOtherBits) {
   auto loop_a = MakeLocalLoop(*a, config), loop_b = MakeLocalLoop(*b, config);
   const auto x = RunAll(*loop_a->loop, {score})[0], y = RunAll(*loop_b->loop, {score})[0];
   int64_t differing = 0;
-  for (size_t i = 0; i < x->prompt_logprobs().size(); ++i) differing += !SameScores(x->prompt_logprobs()[i], y->prompt_logprobs()[i]);
+  for (size_t i = 0; i < x->prompt_logprobs().size(); ++i)
+    differing += !SameScores(x->prompt_logprobs()[i], y->prompt_logprobs()[i]);
   EXPECT_GT(differing, 0);
 }
 

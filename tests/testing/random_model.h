@@ -10,7 +10,8 @@
 
 namespace lockstep {
 
-// Which mixers a model has and their variants. Widths are small but keep what matters: head sizes that are no multiple of the vector width, groups, tails.
+// Which mixers a model has and their variants. Widths are small but keep what matters: head sizes that are no multiple
+// of the vector width, groups, tails.
 enum class ModelKind { kHybrid, kHybridGroupedRope, kDenseSliding, kAllGdn };
 std::vector<ModelKind> AllModelKinds();
 std::string ModelKindName(ModelKind kind);
