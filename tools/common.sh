@@ -80,17 +80,13 @@ install_python() {
   done
 }
 
-# The CPU build of torch (about 200 MB) where a local file or an index offers it; else the index's own, which on x86-64 brings CUDA libraries along.
+# The CPU build of torch (about 200 MB to download) where a local file or an index that pip knows offers it; else the index's own build, which on x86-64 brings
+# CUDA libraries along. PyTorch's own CPU index can be named in PIP_EXTRA_INDEX_URL.
 install_torch() {
-  "$VENV/bin/python" -c 'import sys, torch; sys.exit(torch.__version__.split("+")[0] != sys.argv[1])' "${TORCH#torch==}" 2>/dev/null && return
   local pip=("$VENV/bin/python" -m pip --disable-pip-version-check)
-  if "${pip[@]}" install -q --no-deps "$TORCH+cpu" 2>/dev/null; then
-    :
-  elif "${pip[@]}" install -q --no-deps --index-url https://download.pytorch.org/whl/cpu "$TORCH" 2>/dev/null; then
-    :
-  else
-    echo "no CPU build of $TORCH was found; taking the package index's build, about 3 GB to download and 7 GB on disk with its CUDA libraries"
-  fi
+  "$VENV/bin/python" -c 'import sys, torch; sys.exit(torch.__version__.split("+")[0] != sys.argv[1])' "${TORCH#torch==}" 2>/dev/null && return
+  "${pip[@]}" install -q "$TORCH+cpu" 2>/dev/null && return
+  echo "pip finds no CPU build of $TORCH; taking the index's own: about 3 GB to download and 7 GB on disk with its CUDA libraries"
   "${pip[@]}" install -q "$TORCH"
 }
 
