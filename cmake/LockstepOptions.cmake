@@ -31,3 +31,28 @@ endif()
 if(LOCKSTEP_FUZZ)
   target_compile_options(lockstep_flags INTERFACE -fsanitize=fuzzer-no-link)
 endif()
+
+if(LOCKSTEP_CUDA)
+  include(CheckLanguage)
+  check_language(CUDA)
+  if(NOT CMAKE_CUDA_COMPILER)
+    message(FATAL_ERROR "LOCKSTEP_CUDA=ON needs nvcc of CUDA 12 or newer, and found none. Put it on PATH or set CUDACXX to it; "
+      "without a CUDA toolkit build the CPU backend alone: cmake --preset cpu")
+  endif()
+  # wgmma and TMA need the "a": sm_90a code runs on Hopper only.
+  set(CMAKE_CUDA_ARCHITECTURES 90a)
+  # A binary needs the driver alone where it runs.
+  set(CMAKE_CUDA_RUNTIME_LIBRARY Static)
+  enable_language(CUDA)
+  # After enable_language, and with the flag by name, because CMake 3.25 does not know that nvcc speaks C++20.
+  if(NOT CMAKE_CUDA20_STANDARD_COMPILE_OPTION)
+    set(CMAKE_CUDA20_STANDARD_COMPILE_OPTION "-std=c++20")
+    set(CMAKE_CUDA20_EXTENSION_COMPILE_OPTION "-std=c++20")
+  endif()
+  set(CMAKE_CUDA_STANDARD 20)
+  set(CMAKE_CUDA_STANDARD_REQUIRED ON)
+  find_package(CUDAToolkit REQUIRED)
+  # -fmad=false is -ffp-contract=off for device code: where a fused multiply-add is meant, the code says __fmaf_rn.
+  target_compile_options(lockstep_flags INTERFACE
+    "$<$<COMPILE_LANGUAGE:CUDA>:-fmad=false;-Werror=all-warnings;-Xcompiler=-ffp-contract=off,-Wall,-Wextra,-Werror,-Wno-sign-compare>")
+endif()

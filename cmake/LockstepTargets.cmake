@@ -35,3 +35,11 @@ function(lockstep_fuzz name)
   target_link_libraries(${name} PRIVATE lockstep_flags ${ARG_DEPS})
   target_link_options(${name} PRIVATE -fsanitize=fuzzer)
 endfunction()
+
+# lockstep_cuda_test(NAME SRCS a_test.cu DEPS x): a lockstep_test with the label cuda. It skips its device part, and says why, where there is no GPU.
+if(LOCKSTEP_CUDA)
+  function(lockstep_cuda_test name)
+    lockstep_test(${name} ${ARGN})
+    set_tests_properties(${name} PROPERTIES LABELS "cpp;cuda" RESOURCE_LOCK gpu)
+  endfunction()
+endif()

@@ -31,6 +31,7 @@ enum class GdnProgram : uint8_t {
 // Tile order of attention's online softmax. Tiles are counted from absolute position 0.
 enum class AttentionProgram : uint8_t {
   kTiles128Forward,  // cuDNN: 128-key tiles, from key 0 forwards
+  kTiles512Forward,  // PyTorch's flash attention for CPUs: 512-key tiles, from key 0 forwards
   kTiles64Backward,  // FlashAttention-2: 64-key tiles, from the diagonal backwards
 };
 

@@ -18,18 +18,19 @@ TEST(Numerics, PresetsAreFoundByTheirNames) {
   }
 }
 
-TEST(Numerics, TheTwoBf16ProfilesDifferInTheGdnProgramOnly) {
+TEST(Numerics, TheTwoBf16ProfilesDifferInTheirGdnAndAttentionPrograms) {
   const NumericsProfile hf = FindNumericsProfile("hf").value();
   const NumericsProfile torch = FindNumericsProfile("hf-torch").value();
   EXPECT_EQ(hf.gdn, GdnProgram::kChunkBf16);
   EXPECT_EQ(torch.gdn, GdnProgram::kChunkFp32);
+  EXPECT_EQ(hf.attention, AttentionProgram::kTiles128Forward);
+  EXPECT_EQ(torch.attention, AttentionProgram::kTiles512Forward);
   for (const NumericsProfile& p : {hf, torch}) {
     EXPECT_EQ(p.weights, DType::kBF16);
     EXPECT_EQ(p.activations, DType::kBF16);
     EXPECT_EQ(p.kv, DType::kBF16);
     EXPECT_EQ(p.conv, ConvCasts::kTwo);
     EXPECT_EQ(p.gated_norm, GatedNormCasts::kThree);
-    EXPECT_EQ(p.attention, AttentionProgram::kTiles128Forward);
     EXPECT_EQ(p.attention_p, DType::kBF16);
     EXPECT_EQ(p.logits, DType::kBF16);
   }

@@ -1,4 +1,4 @@
-// One row of one head, over tiles of 128 or 64 keys counted from position 0, in the program's order; keys out of sight
+// One row of one head, over tiles of 64, 128 or 512 keys counted from position 0, in the program's order; keys out of sight
 // take no part at all:
 //
 //   s_j = scale * (chain over d of q_d k_jd);   m' = max(m, max of the tile's s);   c = e^(m - m')
@@ -31,7 +31,20 @@
 #define LOCKSTEP_KERNELS_CPU_ATTENTION_ONCE_
 namespace lockstep {
 
-constexpr int64_t kMaxTile = 128;
+constexpr int64_t kMaxTile = 512;
+
+inline int64_t TileKeys(AttentionProgram program) {
+  switch (program) {
+    case AttentionProgram::kTiles128Forward:
+      return 128;
+    case AttentionProgram::kTiles512Forward:
+      return 512;
+    case AttentionProgram::kTiles64Backward:
+      return 64;
+  }
+  LOCKSTEP_CHECK(false, "unknown attention program {}", static_cast<int>(program));
+  return 0;
+}
 
 // A block of consecutive positions of one sequence, for the query heads of one kv head: row r * group + h of the block
 // is head h of position r.
@@ -62,7 +75,7 @@ struct AttentionScratch {
         sum(max + RoundUp(rows)) {}
 
   float* q;    // [rows, head_dim]
-  float* p;    // [rows, 128]: scores, then numerators
+  float* p;    // [rows, kMaxTile]: scores, then numerators
   float* o;    // [rows, value_pitch]
   float* max;  // [rows]: m
   float* sum;  // [rows]: l
@@ -94,7 +107,7 @@ HWY_INLINE float MaxLane(VF v) {
   return *std::max_element(lanes, lanes + kLanes);
 }
 
-// Scores of one row's tile into numerators, and its m, l and o brought to the new maximum. p: [128], lanes of keys
+// Scores of one row's tile into numerators, and its m, l and o brought to the new maximum. p: [kMaxTile], lanes of keys
 // tile_begin + i.
 template <bool kRoundP>
 void SoftmaxTile(Visible keys, int64_t tile_begin, float scale, float* p, float* o, int64_t value_pitch, float* max,
@@ -209,8 +222,8 @@ void Block(const AttentionBlock& b) {
   std::fill_n(s.max, rows, -std::numeric_limits<float>::infinity());
   std::fill_n(s.sum, rows, 0.0f);
 
-  const bool forward = b.profile.attention == AttentionProgram::kTiles128Forward;
-  const int64_t tile = forward ? 128 : 64;
+  const bool forward = b.profile.attention != AttentionProgram::kTiles64Backward;
+  const int64_t tile = TileKeys(b.profile.attention);
   const int64_t lowest = b.shape.window > 0 ? std::max<int64_t>(0, b.position - b.shape.window + 1) : 0;
   const int64_t first_tile = lowest / tile;
   const int64_t tiles = (b.position + b.q.rows - 1) / tile + 1 - first_tile;

@@ -158,7 +158,8 @@ const Case kCases[] = {
 };
 
 const std::vector<int64_t> kLengths = {1, 15, 16, 17, 63, 64, 65, 128, 300};
-constexpr AttentionProgram kPrograms[] = {AttentionProgram::kTiles128Forward, AttentionProgram::kTiles64Backward};
+constexpr AttentionProgram kPrograms[] = {AttentionProgram::kTiles128Forward, AttentionProgram::kTiles64Backward,
+                                            AttentionProgram::kTiles512Forward};
 
 class AttentionTest : public ::testing::TestWithParam<Case> {};
 

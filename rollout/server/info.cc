@@ -23,6 +23,18 @@ std::string Dtype(DType dtype) {
   return std::string(DTypeName(dtype));
 }
 
+const char* AttentionName(AttentionProgram program) {
+  switch (program) {
+    case AttentionProgram::kTiles128Forward:
+      return "tiles128_forward";
+    case AttentionProgram::kTiles512Forward:
+      return "tiles512_forward";
+    case AttentionProgram::kTiles64Backward:
+      return "tiles64_backward";
+  }
+  return "";
+}
+
 void FillNumerics(const NumericsProfile& profile, v1::NumericsInfo* out) {
   out->set_profile(std::string(profile.name));
   out->set_description(std::string(profile.description));
@@ -32,8 +44,7 @@ void FillNumerics(const NumericsProfile& profile, v1::NumericsInfo* out) {
   out->set_gdn_program(profile.gdn == GdnProgram::kChunkBf16 ? "chunk_bf16" : "chunk_fp32");
   out->set_conv_casts(profile.conv == ConvCasts::kTwo ? "two" : "one");
   out->set_gated_norm_casts(profile.gated_norm == GatedNormCasts::kThree ? "three" : "one");
-  out->set_attention_program(profile.attention == AttentionProgram::kTiles128Forward ? "tiles128_forward"
-                                                                                     : "tiles64_backward");
+  out->set_attention_program(AttentionName(profile.attention));
   out->set_attention_p_dtype(Dtype(profile.attention_p));
   out->set_logits_dtype(Dtype(profile.logits));
   out->set_verified_against(std::string(profile.verified_against));
