@@ -35,6 +35,12 @@ enum class AttentionProgram : uint8_t {
   kTiles64Backward,  // FlashAttention-2: 64-key tiles, from the diagonal backwards
 };
 
+// The exponential of attention's softmax numerators.
+enum class AttentionExp : uint8_t {
+  kExact,     // within 1 ulp
+  kTorchCpu,  // what PyTorch's flash attention for CPUs takes for bf16: a cubic, within 1.1e-4, of AVX-512 builds
+};
+
 // The three-operation tail of the gated output norm: normalise, times weight, times silu(gate).
 enum class GatedNormCasts : uint8_t {
   kThree,  // each product rounded to the activation dtype (transformers)
@@ -57,6 +63,7 @@ struct NumericsProfile {
   ConvCasts conv;
   GatedNormCasts gated_norm;
   AttentionProgram attention;
+  AttentionExp attention_exp;
   DType attention_p;  // softmax numerators as they enter P.V
   DType logits;       // what logits are rounded to before log_softmax in fp32
 

@@ -25,6 +25,8 @@ TEST(Numerics, TheTwoBf16ProfilesDifferInTheirGdnAndAttentionPrograms) {
   EXPECT_EQ(torch.gdn, GdnProgram::kChunkFp32);
   EXPECT_EQ(hf.attention, AttentionProgram::kTiles128Forward);
   EXPECT_EQ(torch.attention, AttentionProgram::kTiles512Forward);
+  EXPECT_EQ(hf.attention_exp, AttentionExp::kExact);
+  EXPECT_EQ(torch.attention_exp, AttentionExp::kTorchCpu);
   for (const NumericsProfile& p : {hf, torch}) {
     EXPECT_EQ(p.weights, DType::kBF16);
     EXPECT_EQ(p.activations, DType::kBF16);

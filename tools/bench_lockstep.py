@@ -92,22 +92,17 @@ def measure(binary, spec, numerics):
 
 
 def measure_flatness(binary, model, vocab_size, threads, lengths, new_tokens=128):
-    """Milliseconds per decoded token, and microseconds per prompt token over the last 2,048 of them, of one sequence at
-    each context length.
+    """One sequence at each context length, best of three: milliseconds per decoded token, and microseconds per prompt
+    token over the whole prompt.
     """
     rows = []
     with Worker(binary, model, "--threads", str(threads)) as worker:
-
-        def best_of_three(length):
+        for length in lengths:
             runs = []
             for repeat in range(3):
                 prompt = [(7 * i + i * i // 5 + repeat) % vocab_size for i in range(length)]
                 _, (done,) = worker.generate([prompt], new_tokens)
-                runs.append((done.counters.prefill_ms, done.counters.decode_ms / (new_tokens - 1)))
-            return min(prefill for prefill, _ in runs), min(decode for _, decode in runs)
-
-        for length in lengths:
-            shorter, _ = best_of_three(length - 2048)
-            prefill, decode = best_of_three(length)
-            rows.append({"context": length, "decode_ms": decode, "prefill_us": 1e3 * (prefill - shorter) / 2048})
+                runs.append((done.counters.decode_ms / (new_tokens - 1), 1e3 * done.counters.prefill_ms / length))
+            decode, prefill = (min(values) for values in zip(*runs))
+            rows.append({"context": length, "decode_ms": decode, "prefill_us": prefill})
     return rows

@@ -1,5 +1,5 @@
-// One row of one head, over tiles of 64, 128 or 512 keys counted from position 0, in the program's order; keys out of sight
-// take no part at all:
+// One row of one head, over tiles of 64, 128 or 512 keys counted from position 0, in the program's order; keys out of
+// sight take no part at all:
 //
 //   s_j = scale * (chain over d of q_d k_jd);   m' = max(m, max of the tile's s);   c = e^(m - m')
 //   p_j = e^(s_j - m');   l = fma(l, c, sum of the tile's p)        sum: lane j % 16 adds ascending j, then a tree
@@ -107,9 +107,27 @@ HWY_INLINE float MaxLane(VF v) {
   return *std::max_element(lanes, lanes + kLanes);
 }
 
+// AttentionExp::kTorchCpu, for x <= 0: 2^(x log2 e) by the exponent's bits, with a cubic in the fraction for what a
+// straight line misses. Coefficients: PyTorch 2.13, Vectorized<float>::fexp_u20. Its result is a bf16 numerator's to
+// within a tenth of a rounding.
+VF TorchExp(VF x) {
+  const DF df;
+  const hn::RebindToSigned<DF> di;
+  const VF y = hn::Mul(x, hn::Set(df, 1.44269504f));
+  const VF f = hn::Sub(y, hn::Floor(y));
+  VF c = hn::MulAdd(f, hn::Set(df, -0.079204240219773236f), hn::Set(df, -0.22433836478672356f));
+  c = hn::MulAdd(c, f, hn::Set(df, 0.30354260500649682f));
+  c = hn::MulAdd(c, f, hn::Set(df, 0.00010703434948458272f));
+  const VF bits = hn::MulAdd(hn::Sub(y, c), hn::Set(df, 8388608.0f), hn::Set(df, 1065353216.0f));
+  // Below -87.3 the exponent would underflow; -inf, a key out of sight, is there too.
+  const auto tiny = hn::Lt(x, hn::Set(df, -87.33654f));
+  const VF safe = hn::IfThenZeroElse(tiny, bits);
+  return hn::IfThenZeroElse(tiny, hn::BitCast(df, hn::ConvertTo(di, safe)));
+}
+
 // Scores of one row's tile into numerators, and its m, l and o brought to the new maximum. p: [kMaxTile], lanes of keys
 // tile_begin + i.
-template <bool kRoundP>
+template <bool kRoundP, bool kTorchExp>
 void SoftmaxTile(Visible keys, int64_t tile_begin, float scale, float* p, float* o, int64_t value_pitch, float* max,
                  float* sum) {
   const DF df;
@@ -136,7 +154,8 @@ void SoftmaxTile(Visible keys, int64_t tile_begin, float scale, float* p, float*
       const int64_t at = i + static_cast<int64_t>(part * kLanes);
       if (at >= end) break;
       // Keys out of sight have s = -inf, so e^(s - m) is exactly 0 and adding it changes nothing.
-      const VF e = Exp(hn::Sub(hn::Load(df, p + at), m));
+      const VF x = hn::Sub(hn::Load(df, p + at), m);
+      const VF e = kTorchExp ? TorchExp(x) : Exp(x);
       total.part[part] = hn::Add(total.part[part], e);
       hn::Store(RoundIf<kRoundP>(e), df, p + at);
     }
@@ -163,7 +182,7 @@ void AddValues(const AttentionBlock& b, int64_t rows, int64_t begin, int64_t end
 }
 
 // One tile for the block's positions [first, last), all of which see some of it.
-template <class T, bool kRoundP>
+template <class T, bool kRoundP, bool kTorchExp>
 void Tile(const AttentionBlock& b, const AttentionScratch& s, int64_t first, int64_t last, int64_t tile_begin,
           int64_t tile_end) {
   const int64_t group = b.shape.heads / b.shape.kv_heads;
@@ -189,7 +208,8 @@ void Tile(const AttentionBlock& b, const AttentionScratch& s, int64_t first, int
   for (int64_t r = first; r < last; ++r) {
     const Visible keys = VisibleKeys(b, r, tile_begin, tile_end);
     for (int64_t h = r * group; h < (r + 1) * group; ++h) {
-      SoftmaxTile<kRoundP>(keys, tile_begin, b.shape.scale, s.p + h * kMaxTile, s.o + h * vp, vp, s.max + h, s.sum + h);
+      SoftmaxTile<kRoundP, kTorchExp>(keys, tile_begin, b.shape.scale, s.p + h * kMaxTile, s.o + h * vp, vp, s.max + h,
+                                      s.sum + h);
     }
   }
   // The chain of each row ascends: keys only it sees before the shared ones, the shared ones for all rows at once, the
@@ -208,7 +228,7 @@ void Tile(const AttentionBlock& b, const AttentionScratch& s, int64_t first, int
   }
 }
 
-template <class T, bool kRoundP>
+template <class T, bool kRoundP, bool kTorchExp>
 void Block(const AttentionBlock& b) {
   const DF df;
   const int64_t group = b.shape.heads / b.shape.kv_heads;
@@ -237,7 +257,7 @@ void Block(const AttentionBlock& b) {
     };
     while (first < last && !sees(first)) ++first;
     while (first < last && !sees(last - 1)) --last;
-    if (first < last) Tile<T, kRoundP>(b, s, first, last, begin, begin + tile);
+    if (first < last) Tile<T, kRoundP, kTorchExp>(b, s, first, last, begin, begin + tile);
   }
 
   const bool bf16 = b.profile.activations == DType::kBF16;
@@ -252,13 +272,20 @@ void Block(const AttentionBlock& b) {
   }
 }
 
-void AttentionBlockImpl(const AttentionBlock& b) {
+template <class T>
+void TypedBlock(const AttentionBlock& b) {
   const bool round_p = b.profile.attention_p == DType::kBF16;
-  if (b.profile.kv == DType::kBF16) {
-    (round_p ? Block<uint16_t, true> : Block<uint16_t, false>)(b);
+  const bool torch_exp = b.profile.attention_exp == AttentionExp::kTorchCpu;
+  if (round_p) {
+    (torch_exp ? Block<T, true, true> : Block<T, true, false>)(b);
   } else {
-    (round_p ? Block<float, true> : Block<float, false>)(b);
+    LOCKSTEP_CHECK(!torch_exp, "AttentionExp::kTorchCpu goes with bf16 numerators");
+    Block<T, false, false>(b);
   }
+}
+
+void AttentionBlockImpl(const AttentionBlock& b) {
+  (b.profile.kv == DType::kBF16 ? TypedBlock<uint16_t> : TypedBlock<float>)(b);
 }
 
 }  // namespace

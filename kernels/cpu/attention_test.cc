@@ -159,13 +159,13 @@ const Case kCases[] = {
 
 const std::vector<int64_t> kLengths = {1, 15, 16, 17, 63, 64, 65, 128, 300};
 constexpr AttentionProgram kPrograms[] = {AttentionProgram::kTiles128Forward, AttentionProgram::kTiles64Backward,
-                                            AttentionProgram::kTiles512Forward};
+                                          AttentionProgram::kTiles512Forward};
 
 class AttentionTest : public ::testing::TestWithParam<Case> {};
 
 TEST_P(AttentionTest, MatchesFp64) {
   const AttentionShape& shape = GetParam().shape;
-  for (const char* name : {"fp32", "hf"}) {
+  for (const char* name : {"fp32", "hf", "hf-torch"}) {
     for (const AttentionProgram program : kPrograms) {
       const NumericsProfile profile = ProfileWith(name, program);
       const bool bf16 = profile.activations == DType::kBF16;
@@ -178,7 +178,7 @@ TEST_P(AttentionTest, MatchesFp64) {
 
 TEST_P(AttentionTest, NeitherScheduleNorPageSizeShowsInTheBits) {
   const AttentionShape& shape = GetParam().shape;
-  for (const char* name : {"fp32", "hf"}) {
+  for (const char* name : {"fp32", "hf", "hf-torch"}) {
     for (const AttentionProgram program : kPrograms) {
       const NumericsProfile profile = ProfileWith(name, program);
       SequenceInputs inputs = MakeInputs(shape, kLengths, profile.activations == DType::kBF16, 2);
@@ -201,7 +201,7 @@ TEST_P(AttentionTest, NeitherScheduleNorPageSizeShowsInTheBits) {
 TEST_P(AttentionTest, NoInstructionSetShowsInTheBits) {
   const AttentionShape& shape = GetParam().shape;
   const std::vector<int64_t> lengths = {150, 40};
-  for (const char* name : {"fp32", "hf"}) {
+  for (const char* name : {"fp32", "hf", "hf-torch"}) {
     for (const AttentionProgram program : kPrograms) {
       const NumericsProfile profile = ProfileWith(name, program);
       SequenceInputs inputs = MakeInputs(shape, lengths, profile.activations == DType::kBF16, 3);

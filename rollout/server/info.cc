@@ -45,6 +45,7 @@ void FillNumerics(const NumericsProfile& profile, v1::NumericsInfo* out) {
   out->set_conv_casts(profile.conv == ConvCasts::kTwo ? "two" : "one");
   out->set_gated_norm_casts(profile.gated_norm == GatedNormCasts::kThree ? "three" : "one");
   out->set_attention_program(AttentionName(profile.attention));
+  out->set_attention_exp(profile.attention_exp == AttentionExp::kTorchCpu ? "torch_cpu" : "exact");
   out->set_attention_p_dtype(Dtype(profile.attention_p));
   out->set_logits_dtype(Dtype(profile.logits));
   out->set_verified_against(std::string(profile.verified_against));
