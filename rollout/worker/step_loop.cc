@@ -66,8 +66,7 @@ void StepLoop::Submit(RequestSpec spec, std::shared_ptr<RequestSink> sink, absl:
   const RequestSpec& s = request->spec;
 
   const bool scoring = s.n == 0;
-  const bool penalties = s.sampling.repetition_penalty != 1.0f || s.sampling.presence_penalty != 0.0f ||
-                         s.sampling.frequency_penalty != 0.0f;
+  const bool penalties = NeedsCounts(s.sampling);
   const uint64_t group = s.n > 1 ? next_id_ : 0;
   const StopMatcher stop(s.stop, s.sampling.min_tokens, token_bytes_);
   for (int32_t i = 0; i < std::max(s.n, 1); ++i) {
