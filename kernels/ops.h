@@ -6,33 +6,40 @@
 // is free.
 //
 // Activations live in the backend's own container: on CPU always fp32 words, holding values already rounded to
-// `profile.activations` (so a bf16 activation is a bf16 value in an fp32 word). All methods are called by one thread,
-// the step loop; they may use all of the backend's threads inside. Shapes are CHECKed: a wrong shape here is a bug of
-// the caller, not bad input.
+// `profile.activations` (so a bf16 activation is a bf16 value in an fp32 word); on CUDA bf16 words in device memory. All
+// methods are called by one thread, the step loop; they may use all of the backend's threads inside, or return before
+// the device has done the work: results on the host wait for Synchronize(). Shapes are CHECKed: a wrong shape here is a
+// bug of the caller, not bad input. What the device itself reports goes to status().
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
 #include "kernels/numerics.h"
 #include "rollout/base/thread_pool.h"
 
 namespace lockstep {
 
-// A matrix of activations [rows, width]; row r begins at data + r * stride (in elements of the container type).
+// A matrix of activations [rows, width] of `dtype`; row r begins at data + r * stride elements.
 struct Rows {
-  float* data = nullptr;
+  void* data = nullptr;
   int64_t rows = 0;
   int64_t width = 0;
   int64_t stride = 0;
+  DType dtype = DType::kF32;
 
-  float* row(int64_t r) const { return data + r * stride; }
+  float* row(int64_t r) const { return static_cast<float*>(data) + r * stride; }  // kF32 only
   // Columns [begin, begin + count) of the same rows: how one operand is taken out of a fused projection's output.
-  Rows columns(int64_t begin, int64_t count) const { return {data + begin, rows, count, stride}; }
-  Rows slice(int64_t begin, int64_t count) const { return {data + begin * stride, count, width, stride}; }
+  Rows columns(int64_t begin, int64_t count) const { return {At(begin), rows, count, stride, dtype}; }
+  Rows slice(int64_t begin, int64_t count) const { return {At(begin * stride), count, width, stride, dtype}; }
+
+ private:
+  void* At(int64_t element) const { return static_cast<std::byte*>(data) + element * DTypeBytes(dtype); }
 };
 
 // A matrix as a checkpoint holds it: row-major [rows, cols] of `dtype`, in host memory.
@@ -61,14 +68,42 @@ class EmbeddingTable {
   virtual int64_t bytes() const = 0;
 };
 
+// A small weight of a norm, a convolution or a gate; made by Ops::PackVector.
+class VectorWeight {
+ public:
+  virtual ~VectorWeight() = default;
+  virtual const void* data() const = 0;  // [size] of dtype()
+  virtual int64_t size() const = 0;
+  virtual DType dtype() const = 0;
+  const float* floats() const { return static_cast<const float*>(data()); }  // kF32 only
+  int64_t bytes() const { return size() * DTypeBytes(dtype()); }
+};
+
+// Memory of the backend's device, given back with the object.
+class DeviceMemory {
+ public:
+  virtual ~DeviceMemory() = default;
+  virtual std::byte* data() const = 0;
+  virtual int64_t bytes() const = 0;
+};
+
 // The rows of one sequence inside a step's batch: rows [row_begin, row_begin + row_count) are its positions [position,
 // position + row_count).
 struct Piece {
   int64_t row_begin = 0;
   int64_t row_count = 0;
   int64_t position = 0;
-  std::byte* gdn_state = nullptr;       // this layer's part of the sequence's state slot (GDN layers)
+  std::byte* gdn_state = nullptr;       // set by a backend that works from host pointers; see GdnLayer
   const int32_t* page_table = nullptr;  // [ceil((position + row_count) / page_size)] page ids (attention layers)
+  int32_t slot = 0;                     // of the sequence's state
+};
+
+// One step's rows. Host memory; read by BeginStep.
+struct StepBatch {
+  std::span<const int32_t> tokens;      // [rows], in [0, vocab)
+  std::span<const int64_t> positions;   // [rows]
+  std::span<const Piece> pieces;        // in ascending order of rows, covering all of them
+  std::span<const int64_t> logit_rows;  // ascending; the rows whose logits will be asked for
 };
 
 struct GdnShape {
@@ -95,7 +130,19 @@ struct AttentionShape {
 // keys and values.
 struct KvLayer {
   std::byte* base = nullptr;  // page p begins at base + p * Ops::KvPageBytes(...)
-  int64_t page_size = 0;      // positions; a multiple of 16
+  int64_t page_size = 0;      // positions; a multiple of Ops::kv_page_multiple()
+};
+
+// How much of a step to compute, padding included.
+struct StepRows {
+  int64_t rows = 0;        // at least the batch's
+  int64_t logit_rows = 0;  // of the first block of logits, at most Ops::max_logit_rows()
+};
+
+// One GDN layer's states: that of slot s begins at base + s * slot_stride.
+struct GdnLayer {
+  std::byte* base = nullptr;
+  int64_t slot_stride = 0;  // bytes
 };
 
 constexpr int64_t kGdnChunk = 64;
@@ -107,25 +154,58 @@ class Ops {
   virtual const NumericsProfile& profile() const = 0;
   virtual ThreadPool& threads() = 0;
 
-  // Stacks `parts` (same cols) along the output dimension, converts to profile().weights and packs. Output column order
-  // is the parts' row order.
-  virtual std::unique_ptr<LinearWeight> PackLinear(std::span<const HostMatrix> parts) = 0;
-  virtual std::unique_ptr<EmbeddingTable> PackEmbedding(const HostMatrix& table) = 0;
+  // The first error of the device since the last call of status(), with the operation's name; after one, results of the
+  // step mean nothing.
+  virtual absl::Status status() = 0;
+  // Waits until everything asked for has happened.
+  virtual void Synchronize() = 0;
 
-  // out[r] = table[tokens[r]]. Tokens are in [0, vocab).
-  virtual void Embed(std::span<const int32_t> tokens, const EmbeddingTable& table, Rows out) = 0;
+  // What the backend may still take of its device's memory, in bytes.
+  virtual int64_t AvailableMemory() const = 0;
+  // Zeroed, 256-byte aligned. RESOURCE_EXHAUSTED if there is not as much.
+  virtual absl::StatusOr<std::unique_ptr<DeviceMemory>> Allocate(int64_t bytes) = 0;
+  // Within the device, ordered with the operations.
+  virtual void Copy(std::byte* to, const std::byte* from, int64_t bytes) = 0;
+  // To host memory: [rows, width] as fp32, with no gaps. Waits.
+  virtual std::vector<float> Download(Rows rows) = 0;
+
+  // Container of activations, and of what stays fp32 whatever the profile (g).
+  virtual DType activation_dtype() const = 0;
+  virtual DType logit_dtype() const = 0;
+  // Rows of logits worth computing at a time.
+  virtual int64_t max_logit_rows() const = 0;
+
+  // Stacks `parts` (same cols) along the output dimension, converts to profile().weights and packs. Output column order
+  // is the parts' row order. RESOURCE_EXHAUSTED if the device's memory does not suffice.
+  virtual absl::StatusOr<std::unique_ptr<LinearWeight>> PackLinear(std::span<const HostMatrix> parts) = 0;
+  virtual absl::StatusOr<std::unique_ptr<EmbeddingTable>> PackEmbedding(const HostMatrix& table) = 0;
+  // `exact`: kept in fp32 whatever the profile; else values are exact in profile().weights and may be held in it.
+  virtual absl::StatusOr<std::unique_ptr<VectorWeight>> PackVector(std::span<const float> values, bool exact) = 0;
+
+  // Begins a step: the operations below that depend on sequences work on this batch until the next call. Returns how
+  // much to compute: a backend that replays recorded steps pads to a size it has; what it computes in the padding goes
+  // nowhere.
+  virtual StepRows BeginStep(const StepBatch& batch) = 0;
+  // Runs `step`, which asks for the same operations each time for the same StepRows: a backend may record and replay
+  // them instead.
+  virtual void RunStep(absl::FunctionRef<void()> step) = 0;
+
+  // out[r] = table[tokens[r]], of the batch.
+  virtual void Embed(const EmbeddingTable& table, Rows out) = 0;
+  // out[i] = x[batch.logit_rows[begin + i]], i < out.rows; rows past the batch's count mean nothing.
+  virtual void GatherLogitRows(Rows x, int64_t begin, Rows out) = 0;
 
   // out = x W^T, rounded to profile().activations. Each output is one fp32 accumulator over ascending k.
   virtual void Linear(Rows x, const LinearWeight& weight, Rows out) = 0;
   // The same, rounded to profile().logits.
   virtual void Logits(Rows x, const LinearWeight& weight, Rows out) = 0;
 
-  // out = x / sqrt(mean(x^2) + eps) * weight; fp32 inside, one rounding. weight: [width] fp32. out may be x.
-  virtual void RmsNorm(Rows x, const float* weight, float eps, Rows out) = 0;
+  // out = x / sqrt(mean(x^2) + eps) * weight; fp32 inside, one rounding. weight: [width]. out may be x.
+  virtual void RmsNorm(Rows x, const VectorWeight& weight, float eps, Rows out) = 0;
   // residual = round(residual + x); out = RmsNorm(residual). Pre-norm layers.
-  virtual void AddRmsNorm(Rows x, Rows residual, const float* weight, float eps, Rows out) = 0;
+  virtual void AddRmsNorm(Rows x, Rows residual, const VectorWeight& weight, float eps, Rows out) = 0;
   // residual = round(residual + RmsNorm(x)). Post-norm layers.
-  virtual void RmsNormAdd(Rows x, const float* weight, float eps, Rows residual) = 0;
+  virtual void RmsNormAdd(Rows x, const VectorWeight& weight, float eps, Rows residual) = 0;
   // residual = round(residual + x).
   virtual void Add(Rows x, Rows residual) = 0;
 
@@ -133,42 +213,40 @@ class Ops {
   virtual void SwiGlu(Rows gate_up, Rows out) = 0;
 
   // Rotates pairs (i, i + head_dim / 2) of every head in place, as HF's rotate_half: angle = position * inv_freq[i], in
-  // fp32; cos and sin are multiplied by `attention_scaling`. positions: [rows]; inv_freq: [head_dim / 2].
-  virtual void Rope(Rows x, std::span<const int64_t> positions, std::span<const float> inv_freq,
-                    float attention_scaling, int64_t head_dim) = 0;
+  // fp32; cos and sin are multiplied by `attention_scaling`. inv_freq: [head_dim / 2], exact.
+  virtual void Rope(Rows x, const VectorWeight& inv_freq, float attention_scaling, int64_t head_dim) = 0;
 
+  // A page's positions must be a multiple of this.
+  virtual int64_t kv_page_multiple() const = 0;
   // Bytes of one layer's page. Pages are multiples of 64 bytes.
   virtual int64_t KvPageBytes(const AttentionShape& shape, int64_t page_size) const = 0;
   // Stores k, v [rows, kv_heads * head_dim] of every piece into its pages.
-  virtual void WriteKv(Rows k, Rows v, const AttentionShape& shape, std::span<const Piece> pieces,
-                       const KvLayer& kv) = 0;
+  virtual void WriteKv(Rows k, Rows v, const AttentionShape& shape, const KvLayer& kv) = 0;
   // out [rows, heads * head_dim]: causal attention of each row over positions [0, its own] of its sequence, all already
   // in the pages.
-  virtual void Attention(Rows q, const AttentionShape& shape, std::span<const Piece> pieces, const KvLayer& kv,
-                         Rows out) = 0;
+  virtual void Attention(Rows q, const AttentionShape& shape, const KvLayer& kv, Rows out) = 0;
 
   // Bytes of one GDN layer's state for one sequence: convolution tail, FP32 state at the last chunk boundary, and the
   // open chunk's rows. A multiple of 64.
   virtual int64_t GdnStateBytes(const GdnShape& shape) const = 0;
-  // Makes `state` that of a sequence with no tokens.
-  virtual void GdnResetState(const GdnShape& shape, std::byte* state) = 0;
+  // Makes the slot's state that of a sequence with no tokens.
+  virtual void GdnResetState(const GdnShape& shape, const GdnLayer& layer, int32_t slot) = 0;
 
   // Causal depthwise convolution (width conv_width, over channels [q | k | v]) and SiLU, from and into the state's
-  // convolution tail. in, out: [rows, conv_channels]; weight: [conv_channels, conv_width] fp32, oldest tap first. out
-  // must not overlap in.
-  virtual void GdnConv(Rows in, const float* weight, const GdnShape& shape, std::span<const Piece> pieces,
+  // convolution tail. in, out: [rows, conv_channels]; weight: [conv_channels, conv_width], oldest tap first. out
+  // must not overlap in. q and k are l2-normalised here or in GdnChunk, as the backend likes.
+  virtual void GdnConv(Rows in, const VectorWeight& weight, const GdnShape& shape, const GdnLayer& layer,
                        Rows out) = 0;
   // beta = sigmoid(b) (times 2 if neg_eigval; rounded after each), g = -exp(A_log) * softplus(a + dt_bias) in fp32.
-  // a, b, beta, g: [rows, value_heads]; A_log, dt_bias: [value_heads] fp32.
-  virtual void GdnGates(Rows a, Rows b, const float* a_log, const float* dt_bias, bool neg_eigval, Rows beta,
-                        Rows g) = 0;
-  // The chunk program. qkv: [rows, conv_channels], the convolution's output; q and k are l2-normalised inside, q scaled
-  // by key_dim^-0.5. out: [rows, value_width]. Positions of a piece continue where the state stands.
-  virtual void GdnChunk(Rows qkv, Rows beta, Rows g, const GdnShape& shape, std::span<const Piece> pieces,
-                        Rows out) = 0;
+  // a, b, beta: [rows, value_heads]; g: the same in fp32; A_log, dt_bias: [value_heads], exact.
+  virtual void GdnGates(Rows a, Rows b, const VectorWeight& a_log, const VectorWeight& dt_bias, bool neg_eigval,
+                        Rows beta, Rows g) = 0;
+  // The chunk program. qkv: [rows, conv_channels], GdnConv's output; q is scaled by key_dim^-0.5. out: [rows,
+  // value_width]. Positions of a piece continue where the state stands.
+  virtual void GdnChunk(Rows qkv, Rows beta, Rows g, const GdnShape& shape, const GdnLayer& layer, Rows out) = 0;
   // out = x / sqrt(mean(x^2) + eps) * weight * silu(gate), per head of head_dim columns. weight: [head_dim]. out may be
   // x.
-  virtual void GatedRmsNorm(Rows x, Rows gate, const float* weight, float eps, int64_t head_dim, Rows out) = 0;
+  virtual void GatedRmsNorm(Rows x, Rows gate, const VectorWeight& weight, float eps, int64_t head_dim, Rows out) = 0;
 };
 
 // The CPU backend (Highway; best instruction set at run time). `threads` must outlive it.

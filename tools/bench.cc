@@ -28,6 +28,8 @@ ABSL_FLAG(int32_t, threads, static_cast<int32_t>(std::max(1u, std::thread::hardw
 ABSL_FLAG(std::vector<std::string>, batch, std::vector<std::string>({"1", "8", "32"}), "sequences at once");
 ABSL_FLAG(std::vector<std::string>, context, std::vector<std::string>({"64", "1024"}), "tokens of every prompt");
 ABSL_FLAG(int32_t, steps, 32, "decode steps to time at each point");
+ABSL_FLAG(std::string, backend, "cpu", "cpu or cuda");
+ABSL_FLAG(bool, cuda_graphs, true, "record decode steps and replay them");
 ABSL_FLAG(int32_t, max_batch_tokens, 512, "prefill budget of a step");
 ABSL_FLAG(std::string, json, "", "also write the results to this file");
 
@@ -38,31 +40,6 @@ using Clock = std::chrono::steady_clock;
 
 double Milliseconds(Clock::duration d) {
   return std::chrono::duration<double, std::milli>(d).count();
-}
-
-// Bytes per second this machine reads from memory with all threads: the best of several passes over a buffer far larger
-// than the caches.
-double MeasureReadBandwidth(ThreadPool& threads) {
-  constexpr int64_t kBytes = int64_t{1} << 29;
-  std::vector<uint64_t> buffer(kBytes / 8, 1);
-  std::vector<uint64_t> sums(threads.threads(), 0);
-  double best = 0;
-  for (int pass = 0; pass < 5; ++pass) {
-    const auto start = Clock::now();
-    threads.ParallelFor(static_cast<int64_t>(buffer.size()), 1 << 17, [&](int64_t begin, int64_t end, int thread) {
-      // Independent sums, so that the loop waits for memory and not for additions.
-      uint64_t s[8] = {};
-      for (int64_t i = begin; i < end; i += 8) {
-        for (int j = 0; j < 8; ++j) s[j] += buffer[i + j];
-      }
-      for (uint64_t x : s) sums[thread] += x;
-    });
-    best = std::max(best, static_cast<double>(kBytes) / (Milliseconds(Clock::now() - start) * 1e-3));
-  }
-  uint64_t total = 0;
-  for (uint64_t s : sums) total += s;
-  LOCKSTEP_CHECK(total == 5 * buffer.size(), "the bandwidth loop was optimised away");
-  return best;
 }
 
 struct Point {
@@ -81,7 +58,7 @@ double FloorBytes(const LocalModel& model, const MemoryPlan& memory, int64_t pag
   const double weights = static_cast<double>(memory.weights - model.weights.embedding->bytes());
   const double kv = static_cast<double>(memory.kv_page) / static_cast<double>(page_size) * static_cast<double>(context);
   double state = 0;
-  const double state_bytes = model.ops->profile().gdn == GdnProgram::kChunkBf16 ? 2 : 4;
+  const double state_bytes = model.ops().profile().gdn == GdnProgram::kChunkBf16 ? 2 : 4;
   for (const LayerSpec& layer : model.spec.layers) {
     if (layer.mixer == MixerKind::kGatedDeltaNet) {
       state += state_bytes * static_cast<double>(layer.gdn.value_heads * layer.gdn.key_dim * layer.gdn.value_dim);
@@ -154,10 +131,12 @@ absl::Status Bench() {
   LOCKSTEP_ASSIGN_OR_RETURN(const std::vector<int64_t> batches, Numbers("batch", absl::GetFlag(FLAGS_batch)));
   LOCKSTEP_ASSIGN_OR_RETURN(const std::vector<int64_t> contexts, Numbers("context", absl::GetFlag(FLAGS_context)));
   LOCKSTEP_ASSIGN_OR_RETURN(const std::unique_ptr<LocalModel> model,
-                            LoadLocalModel(dir, numerics, absl::GetFlag(FLAGS_threads)));
-  const double bandwidth = MeasureReadBandwidth(*model->threads);
-  std::printf("%s, numerics %s, %d threads; memory reads %.1f GB/s\n", dir.c_str(), numerics.c_str(),
-              model->threads->threads(), bandwidth * 1e-9);
+                            LoadLocalModel(dir, numerics, absl::GetFlag(FLAGS_threads),
+                                           {.name = absl::GetFlag(FLAGS_backend),
+                                            .cuda_graphs = absl::GetFlag(FLAGS_cuda_graphs)}));
+  const double bandwidth = model->backend->MeasureReadBandwidth();
+  std::printf("%s, numerics %s, %s; memory reads %.1f GB/s\n", dir.c_str(), numerics.c_str(),
+              model->backend->device().c_str(), bandwidth * 1e-9);
   std::printf("%8s %9s %15s %11s %11s %12s %11s %7s\n", "batch", "context", "prefill tok/s", "step ms", "slowest ms",
               "decode tok/s", "floor ms", "ratio");
   nlohmann::json results = nlohmann::json::array();
@@ -183,7 +162,8 @@ absl::Status Bench() {
   const std::string path = absl::GetFlag(FLAGS_json);
   if (path.empty()) return absl::OkStatus();
   std::ofstream out(path);
-  out << nlohmann::json{{"threads", model->threads->threads()},
+  out << nlohmann::json{{"device", model->backend->device()},
+                        {"threads", model->threads->threads()},
                         {"numerics", numerics},
                         {"read_gb_s", bandwidth * 1e-9},
                         {"results", results}}

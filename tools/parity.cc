@@ -21,10 +21,14 @@
 ABSL_FLAG(std::string, model, "", "checkpoint directory (required)");
 ABSL_FLAG(std::string, numerics, "hf-torch", "numerics profile");
 ABSL_FLAG(int32_t, threads, static_cast<int32_t>(std::max(1u, std::thread::hardware_concurrency())), "threads");
+ABSL_FLAG(std::string, backend, "cpu", "cpu or cuda");
+ABSL_FLAG(bool, cuda_graphs, true, "on cuda: record decode steps and replay them");
 ABSL_FLAG(int32_t, prompts, 16, "random prompts, of 1 to --prompt_tokens tokens");
 ABSL_FLAG(int32_t, prompt_tokens, 200, "longest prompt");
 ABSL_FLAG(int32_t, max_tokens, 96, "generated tokens a prompt");
 ABSL_FLAG(int32_t, schedules, 8, "random schedules to repeat the generation in");
+ABSL_FLAG(int32_t, sequences, 32, "most sequences at once in a schedule");
+ABSL_FLAG(int32_t, log2_budget, 10, "largest prefill budget of a schedule, as a power of 2");
 ABSL_FLAG(float, temperature, 1.0f, "sampling temperature");
 ABSL_FLAG(uint64_t, seed, 1, "of prompts, draws and schedules");
 
@@ -32,7 +36,7 @@ namespace lockstep {
 namespace {
 
 struct Options {
-  int prompts, prompt_tokens, max_tokens, schedules;
+  int prompts, prompt_tokens, max_tokens, schedules, sequences, log2_budget;
   float temperature;
   uint64_t seed;
 };
@@ -99,16 +103,22 @@ absl::StatusOr<std::vector<std::shared_ptr<CollectingSink>>> Run(LocalModel& mod
 
 absl::StatusOr<bool> CheckParity(const std::string& dir, const std::string& numerics, int threads,
                                  const Options& options) {
-  LOCKSTEP_ASSIGN_OR_RETURN(const std::unique_ptr<LocalModel> model, LoadLocalModel(dir, numerics, threads));
-  LOCKSTEP_ASSIGN_OR_RETURN(const std::unique_ptr<LocalModel> single, LoadLocalModel(dir, numerics, 1));
+  const BackendOptions backend{.name = absl::GetFlag(FLAGS_backend), .cuda_graphs = absl::GetFlag(FLAGS_cuda_graphs)};
+  LOCKSTEP_ASSIGN_OR_RETURN(const std::unique_ptr<LocalModel> model, LoadLocalModel(dir, numerics, threads, backend));
+  // On a device the number of host threads computes nothing.
+  std::unique_ptr<LocalModel> single;
+  if (backend.name == "cpu") {
+    LOCKSTEP_ASSIGN_OR_RETURN(single, LoadLocalModel(dir, numerics, 1, backend));
+  }
   const std::vector<RequestSpec> requests = MakeRequests(model->spec, options);
   const int64_t longest = options.prompt_tokens + options.max_tokens;
   const LoopConfig alone{
       .page_size = 64, .max_batch_tokens = longest, .max_sequences = 4, .max_kv_tokens = 4 * longest + 256};
 
+  LOCKSTEP_ASSIGN_OR_RETURN(const LocalLoop alone_loop, MakeLocalLoop(*model, alone));
   std::vector<std::shared_ptr<CollectingSink>> expected;
   for (const RequestSpec& request : requests) {
-    LOCKSTEP_ASSIGN_OR_RETURN(auto sinks, Run(*model, alone, {request}));
+    const auto sinks = RunAll(*alone_loop.loop, {request});
     for (const CollectedSample& sample : sinks[0]->samples()) {
       if (sample.result.finish == FinishKind::kAborted) {
         return absl::InternalError(absl::StrCat(request.request_id, ": ", sample.result.abort_message));
@@ -136,7 +146,7 @@ absl::StatusOr<bool> CheckParity(const std::string& dir, const std::string& nume
       forced.logprobs = {.raw = true, .temperature = true};
       forced.prompt_logprobs = {static_cast<int64_t>(requests[i].prompt.size()),
                                 static_cast<int64_t>(forced.prompt.size())};
-      LOCKSTEP_ASSIGN_OR_RETURN(auto sinks, Run(*model, alone, {forced}));
+      const auto sinks = RunAll(*alone_loop.loop, {forced});
       for (size_t t = 0; t < sample.tokens.size(); ++t)
         score.Add(sample.logprobs[t].raw, sinks[0]->prompt_logprobs()[t].raw);
     }
@@ -149,14 +159,14 @@ absl::StatusOr<bool> CheckParity(const std::string& dir, const std::string& nume
     return low + static_cast<int64_t>(rng() % static_cast<uint64_t>(high - low + 1));
   };
   for (int s = 0; s < options.schedules; ++s) {
-    LoopConfig config{.page_size = 16 << pick(0, 4),
-                      .max_batch_tokens = 1 << pick(2, 10),
-                      .max_sequences = pick(1, 32),
+    LoopConfig config{.page_size = model->ops().kv_page_multiple() << pick(0, 2),
+                      .max_batch_tokens = 1 << pick(2, options.log2_budget),
+                      .max_sequences = pick(1, options.sequences),
                       .max_kv_tokens = 0};
     const bool tight = s % 2 == 1;  // memory for about two sequences: preemption and recomputation
-    config.max_kv_tokens = tight ? 2 * longest + 2 * config.page_size : longest * 32;
+    config.max_kv_tokens = tight ? 2 * longest + 2 * config.page_size : longest * options.sequences;
     if (s % 4 >= 2) config.disturb_seed = rng();
-    LocalModel& m = s % 3 == 2 ? *single : *model;
+    LocalModel& m = s % 3 == 2 && single != nullptr ? *single : *model;
     std::vector<size_t> order(requests.size());
     for (size_t i = 0; i < order.size(); ++i) order[i] = i;
     std::shuffle(order.begin(), order.end(), rng);
@@ -190,7 +200,7 @@ absl::StatusOr<bool> CheckParity(const std::string& dir, const std::string& nume
 
 absl::StatusOr<Options> ReadOptions() {
   const Options o{absl::GetFlag(FLAGS_prompts),   absl::GetFlag(FLAGS_prompt_tokens), absl::GetFlag(FLAGS_max_tokens),
-                  absl::GetFlag(FLAGS_schedules), absl::GetFlag(FLAGS_temperature),   absl::GetFlag(FLAGS_seed)};
+                  absl::GetFlag(FLAGS_schedules), absl::GetFlag(FLAGS_sequences), absl::GetFlag(FLAGS_log2_budget), absl::GetFlag(FLAGS_temperature),   absl::GetFlag(FLAGS_seed)};
   const auto check = [](const char* flag, int value, int low, int high) {
     if (value >= low && value <= high) return absl::OkStatus();
     return absl::InvalidArgumentError(
@@ -200,6 +210,8 @@ absl::StatusOr<Options> ReadOptions() {
   LOCKSTEP_RETURN_IF_ERROR(check("prompt_tokens", o.prompt_tokens, 1, 1 << 20));
   LOCKSTEP_RETURN_IF_ERROR(check("max_tokens", o.max_tokens, 1, 1 << 20));
   LOCKSTEP_RETURN_IF_ERROR(check("schedules", o.schedules, 1, 100000));
+  LOCKSTEP_RETURN_IF_ERROR(check("sequences", o.sequences, 1, 4096));
+  LOCKSTEP_RETURN_IF_ERROR(check("log2_budget", o.log2_budget, 2, 14));
   LOCKSTEP_RETURN_IF_ERROR(check("threads", absl::GetFlag(FLAGS_threads), 1, 1024));
   if (!(o.temperature >= 0))
     return absl::InvalidArgumentError(

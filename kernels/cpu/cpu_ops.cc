@@ -1,5 +1,9 @@
 #include "kernels/cpu/cpu_ops.h"
 
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
 #include "hwy/highway.h"
 #include "kernels/cpu/attention.h"
 #include "kernels/cpu/embedding.h"
@@ -14,8 +18,34 @@
 #include "kernels/cpu/rope.h"
 #include "kernels/cpu/swiglu.h"
 #include "rollout/base/check.h"
+#include "rollout/base/memory.h"
+#include "rollout/base/status.h"
 
 namespace lockstep {
+namespace {
+
+class CpuMemory final : public DeviceMemory {
+ public:
+  explicit CpuMemory(Arena arena) : arena_(std::move(arena)) {}
+  std::byte* data() const override { return arena_.data(); }
+  int64_t bytes() const override { return arena_.bytes(); }
+
+ private:
+  Arena arena_;
+};
+
+class CpuVector final : public VectorWeight {
+ public:
+  explicit CpuVector(std::span<const float> values) : values_(values.begin(), values.end()) {}
+  const void* data() const override { return values_.data(); }
+  int64_t size() const override { return static_cast<int64_t>(values_.size()); }
+  DType dtype() const override { return DType::kF32; }
+
+ private:
+  std::vector<float> values_;
+};
+
+}  // namespace
 
 CpuOps::CpuOps(const NumericsProfile& profile, ThreadPool* threads)
     : profile_(profile), scratch_(threads->threads()), context_{profile_, *threads, scratch_} {
@@ -28,14 +58,49 @@ CpuOps::CpuOps(const NumericsProfile& profile, ThreadPool* threads)
                  "profile {}: the CPU backend computes in bfloat16 or float32, not float16", profile_.name);
 }
 
-std::unique_ptr<LinearWeight> CpuOps::PackLinear(std::span<const HostMatrix> parts) {
+int64_t CpuOps::AvailableMemory() const {
+  return lockstep::AvailableMemory();
+}
+absl::StatusOr<std::unique_ptr<DeviceMemory>> CpuOps::Allocate(int64_t bytes) {
+  LOCKSTEP_ASSIGN_OR_RETURN(Arena arena, Arena::Map(bytes));
+  return std::make_unique<CpuMemory>(std::move(arena));
+}
+void CpuOps::Copy(std::byte* to, const std::byte* from, int64_t bytes) {
+  std::memcpy(to, from, bytes);
+}
+std::vector<float> CpuOps::Download(Rows rows) {
+  std::vector<float> values;
+  for (int64_t r = 0; r < rows.rows; ++r) values.insert(values.end(), rows.row(r), rows.row(r) + rows.width);
+  return values;
+}
+
+absl::StatusOr<std::unique_ptr<LinearWeight>> CpuOps::PackLinear(std::span<const HostMatrix> parts) {
   return CpuPackLinear(context_, parts);
 }
-std::unique_ptr<EmbeddingTable> CpuOps::PackEmbedding(const HostMatrix& table) {
+absl::StatusOr<std::unique_ptr<EmbeddingTable>> CpuOps::PackEmbedding(const HostMatrix& table) {
   return CpuPackEmbedding(context_, table);
 }
-void CpuOps::Embed(std::span<const int32_t> tokens, const EmbeddingTable& table, Rows out) {
-  CpuEmbed(context_, tokens, table, out);
+absl::StatusOr<std::unique_ptr<VectorWeight>> CpuOps::PackVector(std::span<const float> values, bool) {
+  return std::make_unique<CpuVector>(values);
+}
+
+StepRows CpuOps::BeginStep(const StepBatch& batch) {
+  batch_ = batch;
+  return {static_cast<int64_t>(batch.tokens.size()),
+          std::min(static_cast<int64_t>(batch.logit_rows.size()), max_logit_rows())};
+}
+std::span<const Piece> CpuOps::PiecesOf(const GdnLayer& layer) {
+  pieces_.assign(batch_.pieces.begin(), batch_.pieces.end());
+  for (Piece& piece : pieces_) piece.gdn_state = layer.base + piece.slot * layer.slot_stride;
+  return pieces_;
+}
+
+void CpuOps::Embed(const EmbeddingTable& table, Rows out) {
+  CpuEmbed(context_, batch_.tokens, table, out);
+}
+void CpuOps::GatherLogitRows(Rows x, int64_t begin, Rows out) {
+  for (int64_t i = 0; i < out.rows; ++i)
+    std::memcpy(out.row(i), x.row(batch_.logit_rows[begin + i]), x.width * sizeof(float));
 }
 void CpuOps::Linear(Rows x, const LinearWeight& weight, Rows out) {
   CpuLinear(context_, x, weight, out);
@@ -43,14 +108,14 @@ void CpuOps::Linear(Rows x, const LinearWeight& weight, Rows out) {
 void CpuOps::Logits(Rows x, const LinearWeight& weight, Rows out) {
   CpuLogits(context_, x, weight, out);
 }
-void CpuOps::RmsNorm(Rows x, const float* weight, float eps, Rows out) {
-  CpuRmsNorm(context_, x, weight, eps, out);
+void CpuOps::RmsNorm(Rows x, const VectorWeight& weight, float eps, Rows out) {
+  CpuRmsNorm(context_, x, weight.floats(), eps, out);
 }
-void CpuOps::AddRmsNorm(Rows x, Rows residual, const float* weight, float eps, Rows out) {
-  CpuAddRmsNorm(context_, x, residual, weight, eps, out);
+void CpuOps::AddRmsNorm(Rows x, Rows residual, const VectorWeight& weight, float eps, Rows out) {
+  CpuAddRmsNorm(context_, x, residual, weight.floats(), eps, out);
 }
-void CpuOps::RmsNormAdd(Rows x, const float* weight, float eps, Rows residual) {
-  CpuRmsNormAdd(context_, x, weight, eps, residual);
+void CpuOps::RmsNormAdd(Rows x, const VectorWeight& weight, float eps, Rows residual) {
+  CpuRmsNormAdd(context_, x, weight.floats(), eps, residual);
 }
 void CpuOps::Add(Rows x, Rows residual) {
   CpuAdd(context_, x, residual);
@@ -58,37 +123,37 @@ void CpuOps::Add(Rows x, Rows residual) {
 void CpuOps::SwiGlu(Rows gate_up, Rows out) {
   CpuSwiGlu(context_, gate_up, out);
 }
-void CpuOps::Rope(Rows x, std::span<const int64_t> positions, std::span<const float> inv_freq, float attention_scaling,
-                  int64_t head_dim) {
-  CpuRope(context_, x, positions, inv_freq, attention_scaling, head_dim);
+void CpuOps::Rope(Rows x, const VectorWeight& inv_freq, float attention_scaling, int64_t head_dim) {
+  CpuRope(context_, x, batch_.positions, {inv_freq.floats(), static_cast<size_t>(inv_freq.size())}, attention_scaling,
+          head_dim);
 }
 int64_t CpuOps::KvPageBytes(const AttentionShape& shape, int64_t page_size) const {
   return CpuKvPageBytes(context_, shape, page_size);
 }
-void CpuOps::WriteKv(Rows k, Rows v, const AttentionShape& shape, std::span<const Piece> pieces, const KvLayer& kv) {
-  CpuWriteKv(context_, k, v, shape, pieces, kv);
+void CpuOps::WriteKv(Rows k, Rows v, const AttentionShape& shape, const KvLayer& kv) {
+  CpuWriteKv(context_, k, v, shape, batch_.pieces, kv);
 }
-void CpuOps::Attention(Rows q, const AttentionShape& shape, std::span<const Piece> pieces, const KvLayer& kv,
-                       Rows out) {
-  CpuAttention(context_, q, shape, pieces, kv, out);
+void CpuOps::Attention(Rows q, const AttentionShape& shape, const KvLayer& kv, Rows out) {
+  CpuAttention(context_, q, shape, batch_.pieces, kv, out);
 }
 int64_t CpuOps::GdnStateBytes(const GdnShape& shape) const {
   return CpuGdnStateBytes(context_, shape);
 }
-void CpuOps::GdnResetState(const GdnShape& shape, std::byte* state) {
-  CpuGdnResetState(context_, shape, state);
+void CpuOps::GdnResetState(const GdnShape& shape, const GdnLayer& layer, int32_t slot) {
+  CpuGdnResetState(context_, shape, layer.base + slot * layer.slot_stride);
 }
-void CpuOps::GdnConv(Rows in, const float* weight, const GdnShape& shape, std::span<const Piece> pieces, Rows out) {
-  CpuGdnConv(context_, in, weight, shape, pieces, out);
+void CpuOps::GdnConv(Rows in, const VectorWeight& weight, const GdnShape& shape, const GdnLayer& layer, Rows out) {
+  CpuGdnConv(context_, in, weight.floats(), shape, PiecesOf(layer), out);
 }
-void CpuOps::GdnGates(Rows a, Rows b, const float* a_log, const float* dt_bias, bool neg_eigval, Rows beta, Rows g) {
-  CpuGdnGates(context_, a, b, a_log, dt_bias, neg_eigval, beta, g);
+void CpuOps::GdnGates(Rows a, Rows b, const VectorWeight& a_log, const VectorWeight& dt_bias, bool neg_eigval,
+                      Rows beta, Rows g) {
+  CpuGdnGates(context_, a, b, a_log.floats(), dt_bias.floats(), neg_eigval, beta, g);
 }
-void CpuOps::GdnChunk(Rows qkv, Rows beta, Rows g, const GdnShape& shape, std::span<const Piece> pieces, Rows out) {
-  CpuGdnChunk(context_, qkv, beta, g, shape, pieces, out);
+void CpuOps::GdnChunk(Rows qkv, Rows beta, Rows g, const GdnShape& shape, const GdnLayer& layer, Rows out) {
+  CpuGdnChunk(context_, qkv, beta, g, shape, PiecesOf(layer), out);
 }
-void CpuOps::GatedRmsNorm(Rows x, Rows gate, const float* weight, float eps, int64_t head_dim, Rows out) {
-  CpuGatedRmsNorm(context_, x, gate, weight, eps, head_dim, out);
+void CpuOps::GatedRmsNorm(Rows x, Rows gate, const VectorWeight& weight, float eps, int64_t head_dim, Rows out) {
+  CpuGatedRmsNorm(context_, x, gate, weight.floats(), eps, head_dim, out);
 }
 
 std::unique_ptr<Ops> MakeCpuOps(const NumericsProfile& profile, ThreadPool* threads) {

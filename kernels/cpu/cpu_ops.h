@@ -4,6 +4,7 @@
 
 #include <memory>
 #include <span>
+#include <vector>
 
 #include "kernels/cpu/context.h"
 #include "kernels/ops.h"
@@ -16,34 +17,55 @@ class CpuOps final : public Ops {
 
   const NumericsProfile& profile() const override { return profile_; }
   ThreadPool& threads() override { return context_.threads; }
+  absl::Status status() override { return absl::OkStatus(); }
+  void Synchronize() override {}
 
-  std::unique_ptr<LinearWeight> PackLinear(std::span<const HostMatrix> parts) override;
-  std::unique_ptr<EmbeddingTable> PackEmbedding(const HostMatrix& table) override;
-  void Embed(std::span<const int32_t> tokens, const EmbeddingTable& table, Rows out) override;
+  int64_t AvailableMemory() const override;
+  absl::StatusOr<std::unique_ptr<DeviceMemory>> Allocate(int64_t bytes) override;
+  void Copy(std::byte* to, const std::byte* from, int64_t bytes) override;
+  std::vector<float> Download(Rows rows) override;
+  DType activation_dtype() const override { return DType::kF32; }
+  DType logit_dtype() const override { return DType::kF32; }
+  int64_t max_logit_rows() const override { return 64; }
+
+  absl::StatusOr<std::unique_ptr<LinearWeight>> PackLinear(std::span<const HostMatrix> parts) override;
+  absl::StatusOr<std::unique_ptr<EmbeddingTable>> PackEmbedding(const HostMatrix& table) override;
+  absl::StatusOr<std::unique_ptr<VectorWeight>> PackVector(std::span<const float> values, bool exact) override;
+
+  StepRows BeginStep(const StepBatch& batch) override;
+  void RunStep(absl::FunctionRef<void()> step) override { step(); }
+
+  void Embed(const EmbeddingTable& table, Rows out) override;
+  void GatherLogitRows(Rows x, int64_t begin, Rows out) override;
   void Linear(Rows x, const LinearWeight& weight, Rows out) override;
   void Logits(Rows x, const LinearWeight& weight, Rows out) override;
-  void RmsNorm(Rows x, const float* weight, float eps, Rows out) override;
-  void AddRmsNorm(Rows x, Rows residual, const float* weight, float eps, Rows out) override;
-  void RmsNormAdd(Rows x, const float* weight, float eps, Rows residual) override;
+  void RmsNorm(Rows x, const VectorWeight& weight, float eps, Rows out) override;
+  void AddRmsNorm(Rows x, Rows residual, const VectorWeight& weight, float eps, Rows out) override;
+  void RmsNormAdd(Rows x, const VectorWeight& weight, float eps, Rows residual) override;
   void Add(Rows x, Rows residual) override;
   void SwiGlu(Rows gate_up, Rows out) override;
-  void Rope(Rows x, std::span<const int64_t> positions, std::span<const float> inv_freq, float attention_scaling,
-            int64_t head_dim) override;
+  void Rope(Rows x, const VectorWeight& inv_freq, float attention_scaling, int64_t head_dim) override;
+  int64_t kv_page_multiple() const override { return 16; }
   int64_t KvPageBytes(const AttentionShape& shape, int64_t page_size) const override;
-  void WriteKv(Rows k, Rows v, const AttentionShape& shape, std::span<const Piece> pieces, const KvLayer& kv) override;
-  void Attention(Rows q, const AttentionShape& shape, std::span<const Piece> pieces, const KvLayer& kv,
-                 Rows out) override;
+  void WriteKv(Rows k, Rows v, const AttentionShape& shape, const KvLayer& kv) override;
+  void Attention(Rows q, const AttentionShape& shape, const KvLayer& kv, Rows out) override;
   int64_t GdnStateBytes(const GdnShape& shape) const override;
-  void GdnResetState(const GdnShape& shape, std::byte* state) override;
-  void GdnConv(Rows in, const float* weight, const GdnShape& shape, std::span<const Piece> pieces, Rows out) override;
-  void GdnGates(Rows a, Rows b, const float* a_log, const float* dt_bias, bool neg_eigval, Rows beta, Rows g) override;
-  void GdnChunk(Rows qkv, Rows beta, Rows g, const GdnShape& shape, std::span<const Piece> pieces, Rows out) override;
-  void GatedRmsNorm(Rows x, Rows gate, const float* weight, float eps, int64_t head_dim, Rows out) override;
+  void GdnResetState(const GdnShape& shape, const GdnLayer& layer, int32_t slot) override;
+  void GdnConv(Rows in, const VectorWeight& weight, const GdnShape& shape, const GdnLayer& layer, Rows out) override;
+  void GdnGates(Rows a, Rows b, const VectorWeight& a_log, const VectorWeight& dt_bias, bool neg_eigval, Rows beta,
+                Rows g) override;
+  void GdnChunk(Rows qkv, Rows beta, Rows g, const GdnShape& shape, const GdnLayer& layer, Rows out) override;
+  void GatedRmsNorm(Rows x, Rows gate, const VectorWeight& weight, float eps, int64_t head_dim, Rows out) override;
 
  private:
+  // The batch's pieces with their states in `layer`.
+  std::span<const Piece> PiecesOf(const GdnLayer& layer);
+
   const NumericsProfile profile_;
   ThreadScratch scratch_;
   const CpuContext context_;
+  StepBatch batch_;
+  std::vector<Piece> pieces_;
 };
 
 }  // namespace lockstep

@@ -32,27 +32,28 @@ TEST(CpuOps, AnMlpThroughTheInterface) {
   table.Fill(1, true);
   const HostMatrix parts[] = {{stacked.data(), hidden, hidden, DType::kF32},
                               {stacked.data() + hidden * hidden, hidden, hidden, DType::kF32}};
-  const auto weight = ops->PackLinear(parts);
-  const auto embedding = ops->PackEmbedding({table.row(0), 3, hidden, DType::kF32});
-  const std::vector<float> ones(hidden, 1.0f);
+  const auto weight = *ops->PackLinear(parts);
+  const auto embedding = *ops->PackEmbedding({table.row(0), 3, hidden, DType::kF32});
+  const auto ones = *ops->PackVector(std::vector<float>(hidden, 1.0f), /*exact=*/false);
   const std::vector<int32_t> tokens = {2, 0};
   Matrix x(2, hidden);
   Matrix norm(2, hidden);
   Matrix gate_up(2, 2 * hidden);
   Matrix logits(2, 2 * hidden);
   Matrix out(2, hidden);
-  ops->Embed(tokens, *embedding, x.view());
-  ops->RmsNorm(x.view(), ones.data(), 1e-6f, norm.view());
+  ops->BeginStep({.tokens = tokens});
+  ops->Embed(*embedding, x.view());
+  ops->RmsNorm(x.view(), *ones, 1e-6f, norm.view());
   ops->Linear(norm.view(), *weight, gate_up.view());
   ops->Logits(norm.view(), *weight, logits.view());
   ops->SwiGlu(gate_up.view(), out.view());
   Matrix residual = x;
   ops->Add(out.view(), residual.view());
   Matrix post = x;
-  ops->RmsNormAdd(out.view(), ones.data(), 1e-6f, post.view());
+  ops->RmsNormAdd(out.view(), *ones, 1e-6f, post.view());
   Matrix fused = x;
   Matrix fused_norm(2, hidden);
-  ops->AddRmsNorm(out.view(), fused.view(), ones.data(), 1e-6f, fused_norm.view());
+  ops->AddRmsNorm(out.view(), fused.view(), *ones, 1e-6f, fused_norm.view());
   for (int64_t r = 0; r < 2; ++r) {
     for (int64_t i = 0; i < hidden; ++i) {
       EXPECT_EQ(x.at(r, i), table.at(tokens[r], i));

@@ -10,10 +10,11 @@
 
 #include "absl/status/statusor.h"
 #include "kernels/ops.h"
-#include "rollout/engine/memory.h"
+#include "rollout/engine/backend.h"
 #include "rollout/model/forward.h"
 #include "rollout/model/spec.h"
 #include "rollout/model/weights.h"
+#include "rollout/engine/row_sampler.h"
 #include "sampler/sampler.h"
 
 namespace lockstep {
@@ -49,18 +50,6 @@ struct StateCopy {
   int32_t from_page = -1, to_page = -1;  // -1: none
 };
 
-// What to make of one row's logits. Several tasks may name one row (samples that fork from it).
-struct RowTask {
-  int64_t piece = 0;  // index into StepInput::pieces
-  int64_t row = 0;    // within the piece
-  const SamplingParams* params = nullptr;
-  const LogprobOptions* options = nullptr;
-  const TokenHistory* history = nullptr;
-  DrawKey key;          // sampling
-  bool forced = false;  // score `forced_token` instead of sampling
-  int32_t forced_token = 0;
-};
-
 struct StepInput {
   std::span<const int32_t> reset_slots;  // cleared first
   std::span<const EnginePiece> pieces;
@@ -70,37 +59,45 @@ struct StepInput {
 
 class Engine {
  public:
-  // All must outlive it. RESOURCE_EXHAUSTED if the memory cannot be mapped.
-  static absl::StatusOr<std::unique_ptr<Engine>> Create(const ModelSpec& spec, const ModelWeights& weights, Ops& ops,
-                                                        const EngineConfig& config);
+  // All must outlive it. RESOURCE_EXHAUSTED if the device's memory does not suffice.
+  static absl::StatusOr<std::unique_ptr<Engine>> Create(const ModelSpec& spec, const ModelWeights& weights,
+                                                        Backend& backend, const EngineConfig& config);
 
-  // Returns one result per task, in order: the token drawn (or forced) with its log-probabilities.
-  std::vector<absl::StatusOr<SampledToken>> Step(const StepInput& input);
+  // Returns one result per task, in order: the token drawn (or forced) with its log-probabilities. An error of the step
+  // itself is the device's and names the operation: nothing can be computed after it.
+  absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Step(const StepInput& input);
 
   const MemoryPlan& memory() const { return memory_; }
   const EngineConfig& config() const { return config_; }
 
  private:
-  Engine(const ModelSpec& spec, const ModelWeights& weights, Ops& ops, const EngineConfig& config);
-  std::byte* slot(int32_t index) { return states_.data() + index * layout_.bytes; }
+  Engine(const ModelSpec& spec, Ops& ops, const EngineConfig& config);
   void ResetSlot(int32_t index);
   void Copy(const StateCopy& copy);
-  void RunTasks(const StepInput& input, std::span<const int64_t> first_row,
-                std::vector<absl::StatusOr<SampledToken>>& results);
+  // Which rows' logits the tasks need (logit_rows_) and the tasks in that order (order_, logits_index_).
+  void PlanLogits(const StepInput& input, std::span<const int64_t> first_row);
+  // Samples the tasks of logit rows [begin, end) from the block of logits that begins at row `begin`.
+  void Sample(const StepInput& input, Rows logits, int64_t begin, int64_t end);
 
   const ModelSpec& spec_;
   Ops& ops_;
   EngineConfig config_;
   StateLayout layout_;
-  ForwardPass forward_;
-  Arena states_;
-  Arena kv_;
-  std::vector<KvLayer> kv_layers_;  // by layer; base is null for GDN layers
+  std::unique_ptr<ForwardPass> forward_;
+  std::unique_ptr<RowSampler> sampler_;
+  std::unique_ptr<DeviceMemory> states_;
+  std::unique_ptr<DeviceMemory> kv_;
+  std::vector<KvLayer> kv_layers_;      // by layer; base is null for GDN layers
+  std::vector<GdnLayer> state_layers_;  // by layer; base is null for attention layers
   MemoryPlan memory_;
-  std::vector<SamplerScratch> scratch_;  // by thread
+  // The step in preparation; members to keep their memory from step to step.
   std::vector<int32_t> tokens_;
   std::vector<int64_t> positions_;
-  std::vector<SequencePiece> pieces_;
+  std::vector<Piece> pieces_;
+  std::vector<int64_t> logit_rows_;    // distinct rows of tasks, ascending
+  std::vector<size_t> order_;          // tasks by their row
+  std::vector<int64_t> logits_index_;  // by place in order_: index into logit_rows_
+  std::vector<SampleTask> sample_tasks_;
 };
 
 }  // namespace lockstep

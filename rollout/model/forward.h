@@ -3,30 +3,16 @@
 #pragma once
 
 #include <cstdint>
+#include <memory>
 #include <span>
 #include <vector>
 
+#include "absl/status/statusor.h"
 #include "kernels/ops.h"
 #include "rollout/model/spec.h"
 #include "rollout/model/weights.h"
 
 namespace lockstep {
-
-// The rows of one sequence in a step: rows [row_begin, row_begin + row_count) of the batch are its positions [position,
-// position + row_count).
-struct SequencePiece {
-  int64_t row_begin = 0;
-  int64_t row_count = 0;
-  int64_t position = 0;
-  std::byte* state = nullptr;           // the sequence's slot: all GDN layers' states, StateLayout::offsets apart
-  const int32_t* page_table = nullptr;  // [ceil((position + row_count) / page_size)]
-};
-
-struct ForwardBatch {
-  std::span<const int32_t> tokens;     // [rows]
-  std::span<const int64_t> positions;  // [rows]
-  std::span<const SequencePiece> pieces;
-};
 
 // Where each GDN layer's state lies inside a sequence's slot.
 struct StateLayout {
@@ -40,38 +26,42 @@ int64_t KvBytesPerPage(const ModelSpec& spec, const Ops& ops, int64_t page_size)
 
 class ForwardPass {
  public:
-  // All must outlive it. `max_rows`: the most rows of one step; buffers for them are allocated here.
-  ForwardPass(const ModelSpec& spec, const ModelWeights& weights, Ops& ops, const StateLayout& layout,
-              int64_t max_rows);
+  ~ForwardPass();
+  // Allocates the activations of steps of at most `max_rows` rows. All arguments must outlive it.
+  static absl::StatusOr<std::unique_ptr<ForwardPass>> Create(const ModelSpec& spec, const ModelWeights& weights,
+                                                             Ops& ops, int64_t max_rows);
+  // Bytes of the activations that Create would allocate.
+  static int64_t BufferBytes(const ModelSpec& spec, const Ops& ops, int64_t max_rows);
 
-  // kv: by layer; entries of GDN layers are not read. Afterwards hidden() holds the rows' residual stream.
-  void Run(const ForwardBatch& batch, std::span<const KvLayer> kv);
+  // The current batch of `ops`, computed over `rows` rows (what BeginStep returned). kv, states: by layer; entries of
+  // the other kind are not read. Afterwards Logits() may be asked for.
+  void Run(int64_t rows, std::span<const KvLayer> kv, std::span<const GdnLayer> states);
 
-  // logits [rows.size(), vocab] of the given rows of the last Run: final norm and head. At most kLogitRows rows.
-  static constexpr int64_t kLogitRows = 64;
-  Rows Logits(std::span<const int64_t> rows);
+  // Final norm and head of the batch's logit rows [begin, begin + count): [count, vocab]. At most Ops::max_logit_rows()
+  // at a time; the same memory each time.
+  Rows Logits(int64_t begin, int64_t count);
+  // Where Logits(..., count) puts its result.
+  Rows logits(int64_t count) const;
 
   int64_t max_rows() const { return max_rows_; }
-  // Of the activations.
-  int64_t buffer_bytes() const;
+  int64_t buffer_bytes() const { return memory_->bytes(); }
 
  private:
-  Rows Take(std::vector<float>& buffer, int64_t rows, int64_t width) const;
-  void Mixer(const LayerSpec& layer, const LayerWeights& weights, Rows in, const ForwardBatch& batch,
-             std::span<const Piece> pieces, const KvLayer& kv, Rows out);
-  void AttentionMixer(const LayerSpec& layer, const AttentionWeights& weights, Rows in, const ForwardBatch& batch,
-                      std::span<const Piece> pieces, const KvLayer& kv, Rows out);
-  void GdnMixer(const LayerSpec& layer, const GdnWeights& weights, Rows in, std::span<const Piece> pieces, Rows out);
+  ForwardPass(const ModelSpec& spec, const ModelWeights& weights, Ops& ops, int64_t max_rows);
+  struct Buffers;
+  // Rows [rows, width] in a buffer's memory.
+  static Rows Take(const Rows& buffer, int64_t rows, int64_t width);
+  void AttentionMixer(size_t layer, const AttentionWeights& weights, Rows in, const KvLayer& kv, Rows out);
+  void GdnMixer(const LayerSpec& layer, const GdnWeights& weights, Rows in, const GdnLayer& state, Rows out);
   void Mlp(const LayerWeights& weights, Rows in, Rows out);
 
   const ModelSpec& spec_;
   const ModelWeights& weights_;
   Ops& ops_;
-  const StateLayout& layout_;
   int64_t max_rows_;
-  std::vector<Piece> pieces_;
-  // Activations, [max_rows, width] each. wide_: a fused projection or gate_up; mixed_: what a mixer makes of it.
-  std::vector<float> residual_, normed_, branch_, wide_, mixed_, conv_, gates_, logits_;
+  std::unique_ptr<DeviceMemory> memory_;
+  std::unique_ptr<Buffers> buffers_;
+  std::vector<std::unique_ptr<VectorWeight>> inv_freq_;  // by layer; null: no RoPE
 };
 
 }  // namespace lockstep

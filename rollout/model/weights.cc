@@ -64,7 +64,7 @@ class Loader {
       Check(tensor, parts.back().values());
     }
     if (!status_.ok()) return nullptr;
-    std::unique_ptr<LinearWeight> packed = ops_.PackLinear(matrices);
+    std::unique_ptr<LinearWeight> packed = Kept(ops_.PackLinear(matrices));
     for (const std::string& name : names) Done(Only(name));
     return packed;
   }
@@ -76,15 +76,33 @@ class Loader {
     Check(tensor, aligned.values());
     if (!status_.ok()) return nullptr;
     const HostMatrix matrix = Matrix(tensor, aligned.values());
-    std::unique_ptr<EmbeddingTable> packed = ops_.PackEmbedding(matrix);
-    if (head != nullptr) *head = ops_.PackLinear({&matrix, 1});
+    std::unique_ptr<EmbeddingTable> packed = Kept(ops_.PackEmbedding(matrix));
+    if (head != nullptr) *head = Kept(ops_.PackLinear({&matrix, 1}));
     Done(tensor);
     return packed;
   }
 
   // A small tensor in fp32, its parts one after the other.
-  FloatVector ExactVector(const std::string& name) {
-    FloatVector out;
+  std::unique_ptr<VectorWeight> ExactVector(const std::string& name) { return Pack(Values(name), /*exact=*/true); }
+
+  // The same, rounded to the dtype in which the trainer holds its parameters.
+  std::unique_ptr<VectorWeight> Vector(const std::string& name) { return Pack(Rounded(name), /*exact=*/false); }
+  // Rounded, but computed with in fp32.
+  std::unique_ptr<VectorWeight> RoundedExactVector(const std::string& name) {
+    return Pack(Rounded(name), /*exact=*/true);
+  }
+
+ private:
+  // What the backend made, or null and its error kept.
+  template <class T>
+  std::unique_ptr<T> Kept(absl::StatusOr<std::unique_ptr<T>> made) {
+    if (made.ok()) return *std::move(made);
+    if (status_.ok()) status_ = made.status();
+    return nullptr;
+  }
+
+  std::vector<float> Values(const std::string& name) {
+    std::vector<float> out;
     for (const CheckpointTensor& tensor : Get(name)) {
       const AlignedTensor aligned(tensor);
       Check(tensor, aligned.values());
@@ -94,17 +112,18 @@ class Loader {
     }
     return out;
   }
-
-  // The same, rounded to the dtype in which the trainer holds its parameters.
-  FloatVector Vector(const std::string& name) {
-    FloatVector out = ExactVector(name);
+  std::vector<float> Rounded(const std::string& name) {
+    std::vector<float> out = Values(name);
     if (ops_.profile().weights == DType::kBF16) {
       for (float& value : out) value = RoundBf16(value);
     }
     return out;
   }
+  std::unique_ptr<VectorWeight> Pack(const std::vector<float>& values, bool exact) {
+    if (!status_.ok()) return nullptr;
+    return Kept(ops_.PackVector(values, exact));
+  }
 
- private:
   const std::vector<CheckpointTensor>& Get(const std::string& name) const {
     const auto found = tensors_.find(name);
     LOCKSTEP_CHECK(found != tensors_.end(), "tensor {} is loaded but was not resolved", name);
@@ -153,7 +172,7 @@ LayerWeights LoadLayer(Loader& loader, const LayerSpec& spec, const std::string&
     layer.gdn.conv = loader.Vector(p + "conv1d.weight");
     // transformers creates A_log in fp32 whatever the model's dtype, and keeps what it loads into it in fp32.
     layer.gdn.a_log = loader.ExactVector(p + "A_log");
-    layer.gdn.dt_bias = loader.Vector(p + "dt_bias");
+    layer.gdn.dt_bias = loader.RoundedExactVector(p + "dt_bias");
     layer.gdn.o_norm = loader.Vector(p + "o_norm.weight");
   } else {
     const std::string p = prefix + "self_attn.";
@@ -183,7 +202,7 @@ int64_t LayerBytes(const LayerWeights& layer) {
   }
   for (const auto* vector : {&layer.attention.q_norm, &layer.attention.k_norm, &layer.gdn.conv, &layer.gdn.a_log,
                              &layer.gdn.dt_bias, &layer.gdn.o_norm, &layer.mixer_norm, &layer.mlp_norm}) {
-    bytes += static_cast<int64_t>(vector->size() * sizeof(float));
+    bytes += *vector == nullptr ? 0 : (*vector)->bytes();
   }
   return bytes;
 }
@@ -193,7 +212,7 @@ int64_t LayerBytes(const LayerWeights& layer) {
 int64_t ModelWeights::bytes() const {
   int64_t total = embedding == nullptr ? 0 : embedding->bytes();
   for (const LayerWeights& layer : layers) total += LayerBytes(layer);
-  return total + LinearBytes(head) + static_cast<int64_t>(final_norm.size() * sizeof(float));
+  return total + LinearBytes(head) + (final_norm == nullptr ? 0 : final_norm->bytes());
 }
 
 absl::StatusOr<ModelWeights> LoadModelWeights(const std::filesystem::path& dir, const ModelSpec& spec, Ops& ops) {

@@ -12,14 +12,11 @@
 
 namespace lockstep {
 
-// 1-d tensors and convolution kernels, always fp32 (a bf16 value is exact in it).
-using FloatVector = std::vector<float>;
-
 struct AttentionWeights {
   std::unique_ptr<LinearWeight> qkv;  // rows: q [heads * head_dim], k [kv_heads * head_dim], v [kv_heads * head_dim]
   std::unique_ptr<LinearWeight> o;    // [hidden, heads * head_dim]
-  FloatVector q_norm;                 // [heads * head_dim]
-  FloatVector k_norm;                 // [kv_heads * head_dim]
+  std::unique_ptr<VectorWeight> q_norm;                 // [heads * head_dim]
+  std::unique_ptr<VectorWeight> k_norm;                 // [kv_heads * head_dim]
 };
 
 struct GdnWeights {
@@ -27,17 +24,17 @@ struct GdnWeights {
       qkv_g;  // rows: q [key_width], k [key_width], v [value_width], g (output gate) [value_width]
   std::unique_ptr<LinearWeight> ab;  // rows: a [value_heads], b [value_heads]
   std::unique_ptr<LinearWeight> o;   // [hidden, value_width]
-  FloatVector conv;                  // [conv_channels, conv_width], channels [q | k | v], oldest tap first
-  FloatVector a_log;                 // [value_heads]
-  FloatVector dt_bias;               // [value_heads]
-  FloatVector o_norm;                // [value_dim]
+  std::unique_ptr<VectorWeight> conv;                  // [conv_channels, conv_width], channels [q | k | v], oldest tap first
+  std::unique_ptr<VectorWeight> a_log;                 // [value_heads]
+  std::unique_ptr<VectorWeight> dt_bias;               // [value_heads]
+  std::unique_ptr<VectorWeight> o_norm;                // [value_dim]
 };
 
 struct LayerWeights {
   AttentionWeights attention;  // one of the two is filled, by the layer's mixer
   GdnWeights gdn;
-  FloatVector mixer_norm;                 // kPre: input_layernorm; kPost: post_attention_layernorm
-  FloatVector mlp_norm;                   // kPre: post_attention_layernorm; kPost: post_feedforward_layernorm
+  std::unique_ptr<VectorWeight> mixer_norm;                 // kPre: input_layernorm; kPost: post_attention_layernorm
+  std::unique_ptr<VectorWeight> mlp_norm;                   // kPre: post_attention_layernorm; kPost: post_feedforward_layernorm
   std::unique_ptr<LinearWeight> gate_up;  // rows: gate [intermediate], up [intermediate]
   std::unique_ptr<LinearWeight> down;     // [hidden, intermediate]
 };
@@ -45,10 +42,10 @@ struct LayerWeights {
 struct ModelWeights {
   std::unique_ptr<EmbeddingTable> embedding;  // [vocab, hidden]
   std::vector<LayerWeights> layers;
-  FloatVector final_norm;              // [hidden]
+  std::unique_ptr<VectorWeight> final_norm;              // [hidden]
   std::unique_ptr<LinearWeight> head;  // [vocab, hidden]; packed from the embedding when tied
 
-  int64_t bytes() const;
+  int64_t bytes() const;  // as held by the backend
 };
 
 // Loads every tensor the spec names from DIR/model.safetensors or the shards of DIR/model.safetensors.index.json.

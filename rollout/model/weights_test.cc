@@ -42,13 +42,25 @@ struct RecordedEmbedding : EmbeddingTable {
   int64_t bytes() const override { return rows * cols * 4; }
 };
 
+struct RecordedVector : VectorWeight {
+  explicit RecordedVector(std::span<const float> v) : values(v.begin(), v.end()) {}
+  std::vector<float> values;
+  const void* data() const override { return values.data(); }
+  int64_t size() const override { return static_cast<int64_t>(values.size()); }
+  DType dtype() const override { return DType::kF32; }
+};
+
+std::vector<float> Floats(const std::unique_ptr<VectorWeight>& vector) {
+  return {vector->floats(), vector->floats() + vector->size()};
+}
+
 class RecordingOps : public Ops {
  public:
   explicit RecordingOps(DType weights = DType::kF32) { profile_.weights = weights; }
 
   const NumericsProfile& profile() const override { return profile_; }
   ThreadPool& threads() override { return threads_; }
-  std::unique_ptr<LinearWeight> PackLinear(std::span<const HostMatrix> parts) override {
+  absl::StatusOr<std::unique_ptr<LinearWeight>> PackLinear(std::span<const HostMatrix> parts) override {
     auto packed = std::make_unique<RecordedLinear>();
     for (const HostMatrix& part : parts) {
       EXPECT_EQ(reinterpret_cast<uintptr_t>(part.data) % DTypeBytes(part.dtype), 0) << "unaligned";
@@ -60,7 +72,7 @@ class RecordingOps : public Ops {
     }
     return packed;
   }
-  std::unique_ptr<EmbeddingTable> PackEmbedding(const HostMatrix& table) override {
+  absl::StatusOr<std::unique_ptr<EmbeddingTable>> PackEmbedding(const HostMatrix& table) override {
     auto packed = std::make_unique<RecordedEmbedding>();
     packed->rows = table.rows;
     packed->cols = table.cols;
@@ -68,24 +80,41 @@ class RecordingOps : public Ops {
     return packed;
   }
 
-  void Embed(std::span<const int32_t>, const EmbeddingTable&, Rows) override { FAIL(); }
+  absl::StatusOr<std::unique_ptr<VectorWeight>> PackVector(std::span<const float> values, bool) override {
+    return std::make_unique<RecordedVector>(values);
+  }
+
+  absl::Status status() override { return absl::OkStatus(); }
+  void Synchronize() override {}
+  int64_t AvailableMemory() const override { return 0; }
+  absl::StatusOr<std::unique_ptr<DeviceMemory>> Allocate(int64_t) override { return absl::UnimplementedError(""); }
+  void Copy(std::byte*, const std::byte*, int64_t) override { FAIL(); }
+  std::vector<float> Download(Rows) override { return {}; }
+  DType activation_dtype() const override { return DType::kF32; }
+  DType logit_dtype() const override { return DType::kF32; }
+  int64_t max_logit_rows() const override { return 1; }
+  int64_t kv_page_multiple() const override { return 16; }
+  StepRows BeginStep(const StepBatch&) override { return {}; }
+  void RunStep(absl::FunctionRef<void()>) override { FAIL(); }
+  void Embed(const EmbeddingTable&, Rows) override { FAIL(); }
+  void GatherLogitRows(Rows, int64_t, Rows) override { FAIL(); }
   void Linear(Rows, const LinearWeight&, Rows) override { FAIL(); }
   void Logits(Rows, const LinearWeight&, Rows) override { FAIL(); }
-  void RmsNorm(Rows, const float*, float, Rows) override { FAIL(); }
-  void AddRmsNorm(Rows, Rows, const float*, float, Rows) override { FAIL(); }
-  void RmsNormAdd(Rows, const float*, float, Rows) override { FAIL(); }
+  void RmsNorm(Rows, const VectorWeight&, float, Rows) override { FAIL(); }
+  void AddRmsNorm(Rows, Rows, const VectorWeight&, float, Rows) override { FAIL(); }
+  void RmsNormAdd(Rows, const VectorWeight&, float, Rows) override { FAIL(); }
   void Add(Rows, Rows) override { FAIL(); }
   void SwiGlu(Rows, Rows) override { FAIL(); }
-  void Rope(Rows, std::span<const int64_t>, std::span<const float>, float, int64_t) override { FAIL(); }
+  void Rope(Rows, const VectorWeight&, float, int64_t) override { FAIL(); }
   int64_t KvPageBytes(const AttentionShape&, int64_t) const override { return 0; }
-  void WriteKv(Rows, Rows, const AttentionShape&, std::span<const Piece>, const KvLayer&) override { FAIL(); }
-  void Attention(Rows, const AttentionShape&, std::span<const Piece>, const KvLayer&, Rows) override { FAIL(); }
+  void WriteKv(Rows, Rows, const AttentionShape&, const KvLayer&) override { FAIL(); }
+  void Attention(Rows, const AttentionShape&, const KvLayer&, Rows) override { FAIL(); }
   int64_t GdnStateBytes(const GdnShape&) const override { return 0; }
-  void GdnResetState(const GdnShape&, std::byte*) override { FAIL(); }
-  void GdnConv(Rows, const float*, const GdnShape&, std::span<const Piece>, Rows) override { FAIL(); }
-  void GdnGates(Rows, Rows, const float*, const float*, bool, Rows, Rows) override { FAIL(); }
-  void GdnChunk(Rows, Rows, Rows, const GdnShape&, std::span<const Piece>, Rows) override { FAIL(); }
-  void GatedRmsNorm(Rows, Rows, const float*, float, int64_t, Rows) override { FAIL(); }
+  void GdnResetState(const GdnShape&, const GdnLayer&, int32_t) override { FAIL(); }
+  void GdnConv(Rows, const VectorWeight&, const GdnShape&, const GdnLayer&, Rows) override { FAIL(); }
+  void GdnGates(Rows, Rows, const VectorWeight&, const VectorWeight&, bool, Rows, Rows) override { FAIL(); }
+  void GdnChunk(Rows, Rows, Rows, const GdnShape&, const GdnLayer&, Rows) override { FAIL(); }
+  void GatedRmsNorm(Rows, Rows, const VectorWeight&, float, int64_t, Rows) override { FAIL(); }
 
  private:
   NumericsProfile profile_{};
@@ -179,7 +208,7 @@ std::vector<float> Stack(const Tensors& tensors, const std::vector<std::string>&
 void ExpectLoaded(const ModelWeights& weights, const Tensors& t) {
   EXPECT_EQ(dynamic_cast<const RecordedEmbedding&>(*weights.embedding).values,
             t.at("model.embed_tokens.weight").second);
-  EXPECT_EQ(weights.final_norm, t.at("model.norm.weight").second);
+  EXPECT_EQ(Floats(weights.final_norm), t.at("model.norm.weight").second);
   for (size_t i = 0; i < weights.layers.size(); ++i) {
     const LayerWeights& layer = weights.layers[i];
     const std::string p = LayerPrefix(static_cast<int64_t>(i));
@@ -191,21 +220,21 @@ void ExpectLoaded(const ModelWeights& weights, const Tensors& t) {
                 Stack(t, {m + "q_proj.weight", m + "k_proj.weight", m + "v_proj.weight", m + "g_proj.weight"}));
       EXPECT_EQ(Values(layer.gdn.ab), Stack(t, {m + "a_proj.weight", m + "b_proj.weight"}));
       EXPECT_EQ(Values(layer.gdn.o), t.at(m + "o_proj.weight").second);
-      EXPECT_EQ(layer.gdn.conv, t.at(m + "conv1d.weight").second);
-      EXPECT_EQ(layer.gdn.a_log, t.at(m + "A_log").second);
-      EXPECT_EQ(layer.gdn.dt_bias, t.at(m + "dt_bias").second);
-      EXPECT_EQ(layer.gdn.o_norm, t.at(m + "o_norm.weight").second);
-      EXPECT_EQ(layer.mixer_norm, t.at(p + "input_layernorm.weight").second);
-      EXPECT_EQ(layer.mlp_norm, t.at(p + "post_attention_layernorm.weight").second);
+      EXPECT_EQ(Floats(layer.gdn.conv), t.at(m + "conv1d.weight").second);
+      EXPECT_EQ(Floats(layer.gdn.a_log), t.at(m + "A_log").second);
+      EXPECT_EQ(Floats(layer.gdn.dt_bias), t.at(m + "dt_bias").second);
+      EXPECT_EQ(Floats(layer.gdn.o_norm), t.at(m + "o_norm.weight").second);
+      EXPECT_EQ(Floats(layer.mixer_norm), t.at(p + "input_layernorm.weight").second);
+      EXPECT_EQ(Floats(layer.mlp_norm), t.at(p + "post_attention_layernorm.weight").second);
       EXPECT_EQ(layer.attention.qkv, nullptr);
     } else {
       const std::string m = p + "self_attn.";
       EXPECT_EQ(Values(layer.attention.qkv), Stack(t, {m + "q_proj.weight", m + "k_proj.weight", m + "v_proj.weight"}));
       EXPECT_EQ(Values(layer.attention.o), t.at(m + "o_proj.weight").second);
-      EXPECT_EQ(layer.attention.q_norm, t.at(m + "q_norm.weight").second);
-      EXPECT_EQ(layer.attention.k_norm, t.at(m + "k_norm.weight").second);
-      EXPECT_EQ(layer.mixer_norm, t.at(p + "post_attention_layernorm.weight").second);
-      EXPECT_EQ(layer.mlp_norm, t.at(p + "post_feedforward_layernorm.weight").second);
+      EXPECT_EQ(Floats(layer.attention.q_norm), t.at(m + "q_norm.weight").second);
+      EXPECT_EQ(Floats(layer.attention.k_norm), t.at(m + "k_norm.weight").second);
+      EXPECT_EQ(Floats(layer.mixer_norm), t.at(p + "post_attention_layernorm.weight").second);
+      EXPECT_EQ(Floats(layer.mlp_norm), t.at(p + "post_feedforward_layernorm.weight").second);
       EXPECT_EQ(layer.gdn.qkv_g, nullptr);
     }
   }
@@ -451,12 +480,12 @@ TEST(LoadModelWeights, SmallTensorsAreRoundedToTheProfile) {
     EXPECT_NE(values, tensors.at(name).second);
     return values;
   };
-  EXPECT_EQ(gdn.a_log, tensors.at("model.layers.0.linear_attn.A_log").second);
-  EXPECT_EQ(gdn.dt_bias, rounded("model.layers.0.linear_attn.dt_bias"));
-  EXPECT_EQ(gdn.conv, rounded("model.layers.0.linear_attn.conv1d.weight"));
-  EXPECT_EQ(gdn.o_norm, rounded("model.layers.0.linear_attn.o_norm.weight"));
-  EXPECT_EQ(weights->final_norm, rounded("model.norm.weight"));
-  EXPECT_EQ(weights->layers[1].attention.q_norm, rounded("model.layers.1.self_attn.q_norm.weight"));
+  EXPECT_EQ(Floats(gdn.a_log), tensors.at("model.layers.0.linear_attn.A_log").second);
+  EXPECT_EQ(Floats(gdn.dt_bias), rounded("model.layers.0.linear_attn.dt_bias"));
+  EXPECT_EQ(Floats(gdn.conv), rounded("model.layers.0.linear_attn.conv1d.weight"));
+  EXPECT_EQ(Floats(gdn.o_norm), rounded("model.layers.0.linear_attn.o_norm.weight"));
+  EXPECT_EQ(Floats(weights->final_norm), rounded("model.norm.weight"));
+  EXPECT_EQ(Floats(weights->layers[1].attention.q_norm), rounded("model.layers.1.self_attn.q_norm.weight"));
 
   RecordingOps half(DType::kF16);
   EXPECT_EQ(LoadModelWeights(dir.path(), spec, half).status().code(), absl::StatusCode::kUnimplemented);

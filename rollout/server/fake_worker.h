@@ -37,6 +37,7 @@ class FakeWorker final : public WorkerInterface {
   absl::Status Submit(RequestSpec spec, std::shared_ptr<RequestSink> sink) override;
   void Abort(const std::string& request_id, std::optional<int32_t> sample, AbortReason reason) override;
   WorkerLoad Load() const override;
+  absl::Status Health() const override { return absl::OkStatus(); }
   WeightVersion weight_version() const override;
   void Drain(absl::Time deadline) override;
 

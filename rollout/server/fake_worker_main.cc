@@ -14,7 +14,7 @@ absl::StatusOr<lockstep::ServingModel> MakeFake(const lockstep::WorkerOptions& o
   const double next_version = absl::GetFlag(FLAGS_fake_next_version_seconds);
   return lockstep::MakeFakeModel(
       {.vocab_size = absl::GetFlag(FLAGS_fake_vocab_size),
-       .max_sequences = options.max_sequences,
+       .max_sequences = options.max_sequences > 0 ? options.max_sequences : 64,
        .max_waiting_sequences = options.max_waiting_sequences,
        .step = absl::Milliseconds(absl::GetFlag(FLAGS_fake_step_ms)),
        .next_version_after = next_version < 0 ? absl::InfiniteDuration() : absl::Seconds(next_version)});

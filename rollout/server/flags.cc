@@ -25,7 +25,7 @@ ABSL_FLAG(std::string, backend, "cpu", "What computes: cpu, or cuda (in builds t
 ABSL_FLAG(std::string, numerics, "auto",
           "Numerics profile: whose casts and order of arithmetic to reproduce. hf-torch: transformers' PyTorch code; "
           "hf: transformers with fla's kernels; "
-          "fp32: no rounding below fp32. auto: hf-torch for a bfloat16 checkpoint, else fp32.");
+          "fp32: no rounding below fp32. auto: for a bfloat16 checkpoint hf-torch on cpu and hf on cuda, else fp32.");
 ABSL_FLAG(std::string, listen, "127.0.0.1:50051",
           "HOST:PORT of the data plane (lockstep.v1.Rollout). Port 0 picks a free one. There is no authentication: "
           "keep to loopback "
@@ -35,13 +35,17 @@ ABSL_FLAG(std::string, control_listen, "127.0.0.1:50052",
 
 ABSL_FLAG(int32_t, threads, 0, "Threads that compute. 0: all cores this process may use.");
 ABSL_FLAG(double, memory_gb, 0,
-          "Memory for KV pages and recurrent states, in GB (1e9 bytes). 0: half of what is free once the weights are "
-          "loaded.");
-ABSL_FLAG(int64_t, page_size, 64, "Tokens per KV page. A multiple of 16.");
-ABSL_FLAG(int64_t, max_batch_tokens, 512,
+          "Memory for KV pages and recurrent states, in GB (1e9 bytes). 0: by --memory_fraction.");
+ABSL_FLAG(double, memory_fraction, 0,
+          "Share of the memory that is free once the weights are loaded (cuda: of the GPU's) to use for activations, KV "
+          "pages and recurrent states. 0: 0.5 on cpu, 0.9 on cuda.");
+ABSL_FLAG(int32_t, cuda_device, 0, "Which GPU, as CUDA numbers them.");
+ABSL_FLAG(bool, cuda_graphs, true, "Record decode steps once for each batch size and replay them.");
+ABSL_FLAG(int64_t, page_size, 64, "Tokens per KV page. A multiple of 16 (cuda: of 64).");
+ABSL_FLAG(int64_t, max_batch_tokens, 0,
           "Tokens one step computes at most, decoding and prefill together. Larger: better throughput; smaller: "
-          "steadier latency.");
-ABSL_FLAG(int64_t, max_sequences, 64, "Sequences that run at once.");
+          "steadier latency. 0: 512 on cpu, 4096 on cuda.");
+ABSL_FLAG(int64_t, max_sequences, 0, "Sequences that run at once. 0: 64 on cpu, 256 on cuda.");
 
 ABSL_FLAG(int64_t, max_waiting_sequences, 4096,
           "Sequences accepted but not running; past it requests are RESOURCE_EXHAUSTED.");
@@ -72,7 +76,8 @@ const std::vector<FlagGroup>& Groups() {
   static const auto* groups = new std::vector<FlagGroup>{
       {"What to serve", {"model", "backend", "numerics"}},
       {"Where", {"listen", "control_listen"}},
-      {"Engine", {"threads", "memory_gb", "page_size", "max_batch_tokens", "max_sequences"}},
+      {"Engine", {"threads", "cuda_device", "cuda_graphs", "memory_fraction", "memory_gb", "page_size", "max_batch_tokens",
+        "max_sequences"}},
       {"Limits",
        {"max_waiting_sequences", "max_prompt_tokens", "max_n", "max_request_bytes", "max_buffered_mb",
         "max_retained_mb", "reattach_seconds", "max_version_wait_seconds"}},
@@ -175,6 +180,9 @@ absl::StatusOr<WorkerOptions> ReadWorkerOptions() {
   options.page_size = absl::GetFlag(FLAGS_page_size);
   options.max_batch_tokens = absl::GetFlag(FLAGS_max_batch_tokens);
   options.max_sequences = absl::GetFlag(FLAGS_max_sequences);
+  options.memory_fraction = absl::GetFlag(FLAGS_memory_fraction);
+  options.cuda_device = absl::GetFlag(FLAGS_cuda_device);
+  options.cuda_graphs = absl::GetFlag(FLAGS_cuda_graphs);
   options.max_waiting_sequences = absl::GetFlag(FLAGS_max_waiting_sequences);
   return options;
 }

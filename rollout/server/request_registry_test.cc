@@ -24,6 +24,7 @@ class NoteWorker final : public WorkerInterface {
     aborts[request_id] = reason;
   }
   WorkerLoad Load() const override { return {}; }
+  absl::Status Health() const override { return absl::OkStatus(); }
   WeightVersion weight_version() const override { return {}; }
   void Drain(absl::Time) override {}
   std::map<std::string, AbortReason> aborts;

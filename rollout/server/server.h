@@ -35,6 +35,7 @@ class RolloutServer {
   // With the ports that were picked.
   const std::string& data_address() const { return data_address_; }
   const std::string& control_address() const { return control_address_; }
+  absl::Status WorkerHealth() const { return model_.worker->Health(); }
 
   // Refuses new requests, lets those in flight finish until `deadline`, ends the rest with what they have, gives
   // streams until `deadline`, and `delivery` at least, to be read, and closes the ports.

@@ -24,6 +24,7 @@ namespace {
 
 // After a drain every stream's client gets at least this long to read what it was waiting for.
 constexpr absl::Duration kDelivery = absl::Seconds(2);
+constexpr absl::Duration kHealthInterval = absl::Milliseconds(200);
 
 // Takes SIGTERM and SIGINT on a thread of its own: they are blocked in every other (threads inherit the mask). Before
 // the worker serves there is nothing to drain and a signal ends the process; then the first one asks for the drain and
@@ -48,7 +49,10 @@ class TerminationSignals {
   }
 
   void SetServing() { state_->serving = true; }
-  void WaitUntilRequested() { state_->requested.WaitForNotification(); }
+  // False: not within `timeout`.
+  bool WaitUntilRequested(absl::Duration timeout) {
+    return state_->requested.WaitForNotificationWithTimeout(timeout);
+  }
 
  private:
   struct State {
@@ -91,7 +95,13 @@ int WorkerMain(int argc, char** argv,
               (*server)->control_address().c_str());
   std::fflush(stdout);
 
-  signals.WaitUntilRequested();
+  while (!signals.WaitUntilRequested(kHealthInterval)) {
+    const absl::Status health = (*server)->WorkerHealth();
+    if (health.ok()) continue;
+    // Every request has its error by now; what is left is to say so to readers and to the supervisor.
+    (*server)->Drain(absl::Now(), kDelivery);
+    return Fail(health);
+  }
   spdlog::info("draining for at most {} s; a second signal ends the process at once",
                absl::ToDoubleSeconds(flags->drain));
   (*server)->Drain(absl::Now() + flags->drain, kDelivery);

@@ -11,13 +11,14 @@
 namespace lockstep {
 
 absl::StatusOr<std::unique_ptr<LocalModel>> LoadLocalModel(const std::filesystem::path& dir,
-                                                           const std::string& numerics, int threads) {
+                                                           const std::string& numerics, int threads,
+                                                           const BackendOptions& backend) {
   LOCKSTEP_ASSIGN_OR_RETURN(const NumericsProfile profile, FindNumericsProfile(numerics));
   auto model = std::make_unique<LocalModel>();
   LOCKSTEP_ASSIGN_OR_RETURN(model->spec, LoadModelSpec(dir));
   model->threads = std::make_unique<ThreadPool>(threads);
-  model->ops = MakeCpuOps(profile, model->threads.get());
-  LOCKSTEP_ASSIGN_OR_RETURN(model->weights, LoadModelWeights(dir, model->spec, *model->ops));
+  LOCKSTEP_ASSIGN_OR_RETURN(model->backend, MakeBackend(backend, profile, model->threads.get()));
+  LOCKSTEP_ASSIGN_OR_RETURN(model->weights, LoadModelWeights(dir, model->spec, model->ops()));
   const std::filesystem::path tokenizer = dir / "tokenizer.json";
   if (std::filesystem::exists(tokenizer)) {
     LOCKSTEP_ASSIGN_OR_RETURN(model->token_bytes, TokenBytes::Load(tokenizer));
@@ -26,8 +27,8 @@ absl::StatusOr<std::unique_ptr<LocalModel>> LoadLocalModel(const std::filesystem
 }
 
 absl::StatusOr<LoopConfig> FitMemory(const LocalModel& model, LoopConfig config, int64_t bytes, int64_t min_tokens) {
-  const int64_t slot = MakeStateLayout(model.spec, *model.ops).bytes;
-  const int64_t page = KvBytesPerPage(model.spec, *model.ops, config.page_size);
+  const int64_t slot = MakeStateLayout(model.spec, model.ops()).bytes;
+  const int64_t page = KvBytesPerPage(model.spec, model.ops(), config.page_size);
   if (page == 0) {
     const int64_t slots = slot == 0 ? config.max_sequences : std::min(config.max_sequences, bytes / slot);
     if (slots < 1)
@@ -53,11 +54,11 @@ absl::StatusOr<LoopConfig> FitMemory(const LocalModel& model, LoopConfig config,
 }
 
 absl::StatusOr<LocalLoop> MakeLocalLoop(LocalModel& model, const LoopConfig& config) {
-  const bool has_kv = KvBytesPerPage(model.spec, *model.ops, config.page_size) > 0;
+  const bool has_kv = KvBytesPerPage(model.spec, model.ops(), config.page_size) > 0;
   const int64_t pages = has_kv ? (config.max_kv_tokens + config.page_size - 1) / config.page_size : 0;
   LOCKSTEP_CHECK(!has_kv || pages > 0, "a model with attention needs KV pages");
   LocalLoop local;
-  LOCKSTEP_ASSIGN_OR_RETURN(local.engine, Engine::Create(model.spec, model.weights, *model.ops,
+  LOCKSTEP_ASSIGN_OR_RETURN(local.engine, Engine::Create(model.spec, model.weights, *model.backend,
                                                          {.page_size = config.page_size,
                                                           .slots = config.max_sequences,
                                                           .pages = pages,

@@ -10,6 +10,7 @@
 
 #include "absl/status/statusor.h"
 #include "kernels/ops.h"
+#include "rollout/engine/backend.h"
 #include "rollout/engine/engine.h"
 #include "rollout/model/spec.h"
 #include "rollout/model/tokenizer.h"
@@ -21,14 +22,17 @@ namespace lockstep {
 struct LocalModel {
   ModelSpec spec;
   std::unique_ptr<ThreadPool> threads;
-  std::unique_ptr<Ops> ops;
+  std::unique_ptr<Backend> backend;
   ModelWeights weights;
   std::optional<TokenBytes> token_bytes;  // nullopt: the directory has no tokenizer.json
+
+  Ops& ops() const { return backend->ops(); }
 };
 
-// Loads DIR for the CPU backend under the named numerics profile.
+// Loads DIR onto a backend under the named numerics profile.
 absl::StatusOr<std::unique_ptr<LocalModel>> LoadLocalModel(const std::filesystem::path& dir,
-                                                           const std::string& numerics, int threads);
+                                                           const std::string& numerics, int threads,
+                                                           const BackendOptions& backend);
 
 struct LoopConfig {
   int64_t page_size = 64;

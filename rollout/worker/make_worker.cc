@@ -11,7 +11,6 @@
 #include "absl/strings/str_format.h"
 #include "nlohmann/json.hpp"
 #include "rollout/base/status.h"
-#include "rollout/engine/memory.h"
 #include "rollout/worker/local_model.h"
 #include "rollout/worker/worker.h"
 #include "spdlog/spdlog.h"
@@ -25,14 +24,14 @@ int UsableCores() {
   return sched_getaffinity(0, sizeof(set), &set) == 0 ? std::max(CPU_COUNT(&set), 1) : 1;
 }
 
-// bfloat16 weights are served as a bf16 trainer computes on a CPU, anything else in fp32. The parse errors are
+// bfloat16 weights are served as a bf16 trainer computes on such a device, anything else in fp32. The parse errors are
 // LoadModelSpec's to report.
-std::string DefaultNumerics(const std::filesystem::path& dir) {
+std::string DefaultNumerics(const std::filesystem::path& dir, const std::string& backend) {
   std::ifstream in(dir / "config.json");
   const nlohmann::json config = nlohmann::json::parse(in, nullptr, /*allow_exceptions=*/false);
   if (!config.is_object()) return "fp32";
   for (const char* key : {"dtype", "torch_dtype"}) {
-    if (config.contains(key) && config[key] == "bfloat16") return "hf-torch";
+    if (config.contains(key) && config[key] == "bfloat16") return backend == "cuda" ? "hf" : "hf-torch";
   }
   return "fp32";
 }
@@ -44,26 +43,19 @@ absl::Status CheckRange(const char* flag, int64_t value, int64_t low, int64_t hi
 }
 
 absl::Status Validate(const WorkerOptions& options) {
-  if (options.backend == "cuda") {
-    return absl::UnimplementedError("--backend: value \"cuda\": this build has no CUDA backend; want \"cpu\"");
-  }
-  if (options.backend != "cpu") {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--backend: value \"", options.backend, "\" is unknown; want \"cpu\" or \"cuda\""));
-  }
   LOCKSTEP_RETURN_IF_ERROR(CheckRange("threads", options.threads, 0, 1024));
   LOCKSTEP_RETURN_IF_ERROR(CheckRange("page_size", options.page_size, 16, 1024));
-  if (options.page_size % 16 != 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--page_size: value ", options.page_size, " is wrong; want a multiple of 16"));
-  }
-  LOCKSTEP_RETURN_IF_ERROR(CheckRange("max_batch_tokens", options.max_batch_tokens, 1, 65536));
-  LOCKSTEP_RETURN_IF_ERROR(CheckRange("max_sequences", options.max_sequences, 1, 65536));
+  LOCKSTEP_RETURN_IF_ERROR(CheckRange("max_batch_tokens", options.max_batch_tokens, 0, 65536));
+  LOCKSTEP_RETURN_IF_ERROR(CheckRange("max_sequences", options.max_sequences, 0, 65536));
   LOCKSTEP_RETURN_IF_ERROR(CheckRange("max_waiting_sequences", options.max_waiting_sequences, 1, 1 << 24));
   // Written so that NaN fails too.
   if (!(options.memory_gb >= 0 && options.memory_gb <= 1e6)) {
     return absl::InvalidArgumentError(absl::StrCat("--memory_gb: value ", options.memory_gb,
-                                                   " is out of range; want 0 (half of what is free) to 1e6"));
+                                                   " is out of range; want 0 (by --memory_fraction) to 1e6"));
+  }
+  if (!(options.memory_fraction >= 0 && options.memory_fraction <= 1)) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--memory_fraction: value ", options.memory_fraction, " is out of range; want 0 (the default) to 1"));
   }
   return absl::OkStatus();
 }
@@ -89,19 +81,35 @@ struct Owned {
 
 absl::StatusOr<ServingModel> MakeWorker(const WorkerOptions& options) {
   LOCKSTEP_RETURN_IF_ERROR(Validate(options));
-  const std::string numerics = options.numerics.empty() ? DefaultNumerics(options.model_dir) : options.numerics;
+  const bool cuda = options.backend == "cuda";
+  const std::string numerics =
+      options.numerics.empty() ? DefaultNumerics(options.model_dir, options.backend) : options.numerics;
   const int threads = options.threads == 0 ? UsableCores() : options.threads;
   auto owned = std::make_shared<Owned>();
-  LOCKSTEP_ASSIGN_OR_RETURN(owned->model, LoadLocalModel(options.model_dir, numerics, threads));
+  LOCKSTEP_ASSIGN_OR_RETURN(owned->model, LoadLocalModel(options.model_dir, numerics, threads,
+                                                          {.name = options.backend,
+                                                           .device = options.cuda_device,
+                                                           .cuda_graphs = options.cuda_graphs}));
   LocalModel& model = *owned->model;
 
   // A decode row for every sequence fits a step; less would hold some back for no reason.
-  const int64_t max_batch_tokens = std::max(options.max_batch_tokens, options.max_sequences);
-  const int64_t budget = options.memory_gb > 0 ? static_cast<int64_t>(options.memory_gb * 1e9) : AvailableMemory() / 2;
+  const int64_t max_sequences = options.max_sequences > 0 ? options.max_sequences : cuda ? 256 : 64;
+  const int64_t max_batch_tokens =
+      std::max(options.max_batch_tokens > 0 ? options.max_batch_tokens : cuda ? 4096 : 512, max_sequences);
+  if (options.page_size % model.ops().kv_page_multiple() != 0) {
+    return absl::InvalidArgumentError(absl::StrCat("--page_size: value ", options.page_size,
+                                                   " is wrong; want a multiple of ", model.ops().kv_page_multiple()));
+  }
+  const double fraction = options.memory_fraction > 0 ? options.memory_fraction : cuda ? 0.9 : 0.5;
+  const int64_t budget =
+      options.memory_gb > 0
+          ? static_cast<int64_t>(options.memory_gb * 1e9)
+          : static_cast<int64_t>(fraction * static_cast<double>(model.ops().AvailableMemory())) -
+                (cuda ? ForwardPass::BufferBytes(model.spec, model.ops(), max_batch_tokens) : 0);
   LOCKSTEP_ASSIGN_OR_RETURN(const LoopConfig config, FitMemory(model,
                                                                {.page_size = options.page_size,
                                                                 .max_batch_tokens = max_batch_tokens,
-                                                                .max_sequences = options.max_sequences},
+                                                                .max_sequences = max_sequences},
                                                                budget, /*min_tokens=*/options.page_size));
   LOCKSTEP_ASSIGN_OR_RETURN(LocalLoop local, MakeLocalLoop(model, config));
   LogMemory(local.engine->memory(), config.page_size);
@@ -109,7 +117,8 @@ absl::StatusOr<ServingModel> MakeWorker(const WorkerOptions& options) {
   ServingModel serving;
   serving.name = std::filesystem::weakly_canonical(options.model_dir).filename().string();
   serving.spec = model.spec;
-  serving.profile = model.ops->profile();
+  serving.profile = model.ops().profile();
+  serving.device = model.backend->device();
   serving.has_tokenizer = model.token_bytes.has_value();
   serving.max_sequence_tokens =
       local.engine->config().pages == 0

@@ -18,12 +18,15 @@ namespace lockstep {
 struct WorkerOptions {
   std::filesystem::path model_dir;
   std::string backend = "cpu";
-  std::string numerics;  // profile name; empty: "hf-torch" for a bfloat16 checkpoint, else "fp32"
+  std::string numerics;  // profile name; empty: for a bfloat16 checkpoint "hf-torch" on cpu and "hf" on cuda, else "fp32"
   int threads = 0;       // 0: the cores this process may use
-  double memory_gb = 0;  // for KV pages and state slots, 1e9 bytes; 0: half of what is free once the weights are loaded
-  int64_t page_size = 64;          // tokens per KV page
-  int64_t max_batch_tokens = 512;  // decode rows and prefill tokens of one step
-  int64_t max_sequences = 64;      // running at once
+  int cuda_device = 0;
+  bool cuda_graphs = true;       // record decode steps and replay them
+  double memory_gb = 0;          // for KV pages and state slots, 1e9 bytes; 0: by memory_fraction
+  double memory_fraction = 0;    // of the memory that is free once the weights are loaded; 0: 0.5 on cpu, 0.9 on cuda
+  int64_t page_size = 64;        // tokens per KV page
+  int64_t max_batch_tokens = 0;  // decode rows and prefill tokens of one step; 0: 512 on cpu, 4096 on cuda
+  int64_t max_sequences = 0;     // running at once; 0: 64 on cpu, 256 on cuda
   int64_t max_waiting_sequences = 4096;
 };
 
@@ -32,6 +35,7 @@ struct ServingModel {
   std::string name;  // last component of the checkpoint's path
   ModelSpec spec;
   NumericsProfile profile{};
+  std::string device;  // for people
   bool has_tokenizer = false;  // stop strings can be matched
   int64_t max_sequence_tokens =
       0;  // prompt and completion: what the model and the memory allow, at most spec.max_position

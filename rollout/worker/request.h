@@ -157,6 +157,8 @@ class WorkerInterface {
   virtual void Abort(const std::string& request_id, std::optional<int32_t> sample, AbortReason reason) = 0;
   virtual WorkerLoad Load() const = 0;
   virtual WeightVersion weight_version() const = 0;
+  // Not ok once the device has failed: what was in flight has ended, Submit is refused, and the process should end.
+  virtual absl::Status Health() const = 0;
   // Refuses new requests from now on; returns once all accepted ones have finished, or at `deadline` after aborting the
   // rest as kShutdown.
   virtual void Drain(absl::Time deadline) = 0;

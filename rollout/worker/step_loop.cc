@@ -93,7 +93,8 @@ void StepLoop::Abort(const std::string& request_id, std::optional<int32_t> sampl
   if (it == requests_.end()) return;
   for (SequenceId id : std::vector<SequenceId>(it->second->live)) {
     Sequence& sequence = Get(id);
-    if (!sample || sequence.sample == *sample) FinishAborted(sequence, reason, "", now);
+    if (sample && sequence.sample != *sample) continue;
+    FinishAborted(sequence, reason, reason == AbortReason::kInternal ? std::string(failure_.message()) : "", now);
   }
 }
 
@@ -147,6 +148,10 @@ void StepLoop::PlanSample(Sequence& sequence, int64_t piece_index, const Planned
 }
 
 bool StepLoop::Step() {
+  if (!failure_.ok()) {
+    AbortAll(AbortReason::kInternal, absl::Now());
+    return false;
+  }
   const absl::Time start = absl::Now();
   const StepPlan plan = scheduler_.Plan();
   for (SequenceId id : plan.preempted) {
@@ -183,9 +188,15 @@ bool StepLoop::Step() {
       copies_.push_back({fork.from_slot, fork.to_slot, fork.from_page, fork.to_page});
     }
   }
-  std::vector<absl::StatusOr<SampledToken>> results =
+  absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> step =
       engine_.Step({.reset_slots = plan.reset_slots, .pieces = pieces_, .tasks = tasks_, .copies = copies_});
   scheduler_.Apply(plan);
+  if (!step.ok()) {
+    failure_ = step.status();
+    AbortAll(AbortReason::kInternal, absl::Now());
+    return false;
+  }
+  std::vector<absl::StatusOr<SampledToken>>& results = *step;
 
   const absl::Time now = absl::Now();
   for (size_t t = 0; t < results.size(); ++t) {

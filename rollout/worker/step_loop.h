@@ -38,8 +38,10 @@ class StepLoop {
   // Ends requests whose deadline or time budget has passed. Returns the next such time.
   absl::Time Expire(absl::Time now);
 
-  // Runs one step. False: no request is in flight.
+  // Runs one step. False: no request is in flight, or the device has failed.
   bool Step();
+  // Not ok once the device has failed: every request was ended with this error, and no step can run again.
+  const absl::Status& failure() const { return failure_; }
 
   bool idle() const { return requests_.empty(); }
   int64_t waiting_sequences() const { return scheduler_.waiting(); }
@@ -64,6 +66,7 @@ class StepLoop {
   std::multimap<absl::Time, std::string> expiries_;
   SequenceId next_id_ = 1;
   WorkerLoad totals_;
+  absl::Status failure_;
 
   // The step in preparation; members to keep their memory from step to step.
   struct TaskOwner {

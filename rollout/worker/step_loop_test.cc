@@ -162,7 +162,9 @@ TEST_F(StepLoopTest, AbortingALeaderInPrefillLosesNothingOfTheOthers) {
 }
 
 TEST_F(StepLoopTest, NonFiniteLogitsAbortTheSampleAndNameTheReason) {
-  model_->weights.final_norm[0] = std::numeric_limits<float>::quiet_NaN();
+  std::vector<float> norm(model_->spec.hidden_size, 1.0f);
+  norm[0] = std::numeric_limits<float>::quiet_NaN();
+  model_->weights.final_norm = *model_->ops().PackVector(norm, /*exact=*/true);
   const auto sink = Submit(Request("a", 10, 5, 2));
   while (loop().Step()) {
   }

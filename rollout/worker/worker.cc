@@ -25,6 +25,7 @@ Worker::~Worker() {
 absl::Status Worker::Submit(RequestSpec spec, std::shared_ptr<RequestSink> sink) {
   LOCKSTEP_RETURN_IF_ERROR(loop_->CheckFits(spec));
   absl::MutexLock lock(&mutex_);
+  if (!failure_.ok()) return absl::UnavailableError("this worker's device has failed; send the request to another");
   if (draining_ || stop_)
     return absl::UnavailableError("this worker is draining and takes no new requests; send it to another");
   const int64_t samples = std::max(spec.n, 1);
@@ -54,6 +55,11 @@ WorkerLoad Worker::Load() const {
   WorkerLoad load = load_;
   load.waiting_sequences += submitting_;
   return load;
+}
+
+absl::Status Worker::Health() const {
+  absl::MutexLock lock(&mutex_);
+  return failure_;
 }
 
 void Worker::Drain(absl::Time deadline) {
@@ -87,6 +93,7 @@ void Worker::Run() {
     loop_->Step();
     {
       absl::MutexLock lock(&mutex_);
+      failure_ = loop_->failure();
       load_ = loop_->Load();
       idle_ = loop_->idle();
     }

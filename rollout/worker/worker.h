@@ -29,6 +29,7 @@ class Worker : public WorkerInterface {
   void Abort(const std::string& request_id, std::optional<int32_t> sample, AbortReason reason) override;
   WorkerLoad Load() const override;
   WeightVersion weight_version() const override { return {}; }
+  absl::Status Health() const override;
   void Drain(absl::Time deadline) override;
 
  private:
@@ -47,6 +48,7 @@ class Worker : public WorkerInterface {
   bool idle_ ABSL_GUARDED_BY(mutex_) = true;        // nothing in flight, as of the last step boundary
   bool draining_ ABSL_GUARDED_BY(mutex_) = false;
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
+  absl::Status failure_ ABSL_GUARDED_BY(mutex_);  // of the device
   std::thread thread_;
 };
 

@@ -222,7 +222,10 @@ TEST(Invariance, GenerateEqualsItselfAndScoreUnderRandomSchedules) {
 TEST(Invariance, AnotherModelGivesOtherBits) {
   const auto a = MakeRandomModel(ModelKind::kHybrid, "fp32", 1, 1);
   const auto b = MakeRandomModel(ModelKind::kHybrid, "fp32", 1, 1);
-  b->weights.layers[0].gdn.a_log[0] = std::nextafter(b->weights.layers[0].gdn.a_log[0], 10.0f);
+  std::unique_ptr<VectorWeight>& a_log = b->weights.layers[0].gdn.a_log;
+  std::vector<float> nudged(a_log->floats(), a_log->floats() + a_log->size());
+  nudged[0] = std::nextafter(nudged[0], 10.0f);
+  a_log = *b->ops().PackVector(nudged, /*exact=*/true);
   Random random(7);
   std::vector<RequestSpec> requests = RandomRequests(a->spec, random);
   const RequestSpec score = ScoreOf(requests[0], {.tokens = std::vector<int32_t>(64, 5)});

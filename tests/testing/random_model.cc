@@ -12,30 +12,34 @@ class RandomWeights {
  public:
   RandomWeights(uint64_t seed, Ops& ops) : rng_(seed), ops_(ops) {}
 
-  FloatVector Vector(int64_t n, float mean, float std) {
+  std::unique_ptr<VectorWeight> Vector(int64_t n, float mean, float std) {
+    return *ops_.PackVector(Values(n, mean, std), /*exact=*/true);
+  }
+
+  std::unique_ptr<LinearWeight> Linear(int64_t out, int64_t in) {
+    const std::vector<float> v = Values(out * in, 0, 1.2f / std::sqrt(static_cast<float>(in)));
+    const HostMatrix part{v.data(), out, in, DType::kF32};
+    return *ops_.PackLinear({&part, 1});
+  }
+
+  std::unique_ptr<EmbeddingTable> Embedding(int64_t vocab, int64_t hidden) {
+    const std::vector<float> v = Values(vocab * hidden, 0, 1);
+    return *ops_.PackEmbedding({v.data(), vocab, hidden, DType::kF32});
+  }
+
+ private:
+  std::vector<float> Values(int64_t n, float mean, float std) {
     std::normal_distribution<float> normal(mean, std);
-    FloatVector v(n);
+    std::vector<float> v(n);
     for (float& x : v) x = normal(rng_);
     return v;
   }
 
-  std::unique_ptr<LinearWeight> Linear(int64_t out, int64_t in) {
-    const FloatVector v = Vector(out * in, 0, 1.2f / std::sqrt(static_cast<float>(in)));
-    const HostMatrix part{v.data(), out, in, DType::kF32};
-    return ops_.PackLinear({&part, 1});
-  }
-
-  std::unique_ptr<EmbeddingTable> Embedding(int64_t vocab, int64_t hidden) {
-    const FloatVector v = Vector(vocab * hidden, 0, 1);
-    return ops_.PackEmbedding({v.data(), vocab, hidden, DType::kF32});
-  }
-
- private:
   std::mt19937_64 rng_;
   Ops& ops_;
 };
 
-LayerSpec GdnLayer(int64_t key_heads, int64_t value_heads, int64_t key_dim, int64_t value_dim, bool neg_eigval) {
+LayerSpec MakeGdnLayer(int64_t key_heads, int64_t value_heads, int64_t key_dim, int64_t value_dim, bool neg_eigval) {
   LayerSpec layer;
   layer.mixer = MixerKind::kGatedDeltaNet;
   layer.norm = NormPlacement::kPre;
@@ -44,7 +48,7 @@ LayerSpec GdnLayer(int64_t key_heads, int64_t value_heads, int64_t key_dim, int6
   return layer;
 }
 
-LayerSpec AttentionLayer(int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t window, bool rope) {
+LayerSpec MakeAttentionLayer(int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t window, bool rope) {
   LayerSpec layer;
   layer.mixer = window > 0 ? MixerKind::kSlidingAttention : MixerKind::kFullAttention;
   layer.norm = NormPlacement::kPost;
@@ -90,16 +94,16 @@ ModelSpec RandomSpec(ModelKind kind) {
   spec.max_position = 4096;
   switch (kind) {
     case ModelKind::kHybrid:
-      spec.layers = {GdnLayer(2, 2, 24, 40, true), AttentionLayer(3, 3, 16, 0, false)};
+      spec.layers = {MakeGdnLayer(2, 2, 24, 40, true), MakeAttentionLayer(3, 3, 16, 0, false)};
       break;
     case ModelKind::kHybridGroupedRope:
-      spec.layers = {GdnLayer(1, 3, 16, 32, false), AttentionLayer(4, 2, 12, 0, true)};
+      spec.layers = {MakeGdnLayer(1, 3, 16, 32, false), MakeAttentionLayer(4, 2, 12, 0, true)};
       break;
     case ModelKind::kDenseSliding:
-      spec.layers = {AttentionLayer(3, 3, 16, 37, true), AttentionLayer(3, 3, 16, 0, true)};
+      spec.layers = {MakeAttentionLayer(3, 3, 16, 37, true), MakeAttentionLayer(3, 3, 16, 0, true)};
       break;
     case ModelKind::kAllGdn:
-      spec.layers = {GdnLayer(2, 2, 16, 24, true), GdnLayer(2, 4, 16, 24, false)};
+      spec.layers = {MakeGdnLayer(2, 2, 16, 24, true), MakeGdnLayer(2, 4, 16, 24, false)};
       break;
   }
   return spec;
@@ -112,8 +116,8 @@ std::unique_ptr<LocalModel> MakeRandomModel(ModelKind kind, const std::string& n
   model->threads = std::make_unique<ThreadPool>(threads);
   const absl::StatusOr<NumericsProfile> profile = FindNumericsProfile(numerics);
   LOCKSTEP_CHECK(profile.ok(), "{}", std::string(profile.status().message()));
-  model->ops = MakeCpuOps(*profile, model->threads.get());
-  RandomWeights random(seed, *model->ops);
+  model->backend = MakeCpuBackend(*profile, model->threads.get());
+  RandomWeights random(seed, model->ops());
   ModelWeights& w = model->weights;
   w.embedding = random.Embedding(spec.vocab_size, spec.hidden_size);
   for (const LayerSpec& layer : spec.layers) {

@@ -1,4 +1,4 @@
-#include "rollout/engine/memory.h"
+#include "rollout/base/memory.h"
 
 #include <sys/mman.h>
 

@@ -1,0 +1,42 @@
+// A backend: where the model runs. The CPU is always there; CUDA if the build has it and the machine a GPU for it.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <string_view>
+
+#include "absl/status/statusor.h"
+#include "kernels/numerics.h"
+#include "kernels/ops.h"
+#include "rollout/base/thread_pool.h"
+#include "rollout/engine/row_sampler.h"
+
+namespace lockstep {
+
+struct BackendOptions {
+  std::string name = "cpu";  // "cpu" or "cuda"
+  int device = 0;            // CUDA device ordinal
+  bool cuda_graphs = true;   // record decode steps and replay them
+  int64_t max_rows = 512;    // of one step
+};
+
+class Backend {
+ public:
+  virtual ~Backend() = default;
+  virtual std::string_view name() const = 0;
+  virtual std::string device() const = 0;  // for people: "NVIDIA H200 (sm_90, 141 GB)"
+  virtual Ops& ops() = 0;
+  // Bytes per second the device reads from its memory, measured now: what floors are computed from.
+  virtual double MeasureReadBandwidth() = 0;
+  // For rows of `vocab` logits. The backend must outlive it.
+  virtual absl::StatusOr<std::unique_ptr<RowSampler>> MakeSampler(int64_t vocab) = 0;
+};
+
+// `threads` must outlive it. INVALID_ARGUMENT for an unknown name; UNIMPLEMENTED for "cuda" in a build without it;
+// FAILED_PRECONDITION, saying what is there and what is needed, where the machine has no GPU this build runs on.
+absl::StatusOr<std::unique_ptr<Backend>> MakeBackend(const BackendOptions& options, const NumericsProfile& profile,
+                                                     ThreadPool* threads);
+std::unique_ptr<Backend> MakeCpuBackend(const NumericsProfile& profile, ThreadPool* threads);
+
+}  // namespace lockstep

@@ -1,0 +1,46 @@
+// From rows of logits, wherever they lie, to tokens and log-probabilities: what a backend makes of sampler/sampler.h.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <span>
+#include <vector>
+
+#include "absl/status/statusor.h"
+#include "kernels/ops.h"
+#include "rollout/base/thread_pool.h"
+#include "sampler/sampler.h"
+
+namespace lockstep {
+
+// What to make of one row's logits. Several tasks may name one row (samples that fork from it).
+struct RowTask {
+  int64_t piece = 0;  // index into StepInput::pieces
+  int64_t row = 0;    // within the piece
+  const SamplingParams* params = nullptr;
+  const LogprobOptions* options = nullptr;
+  const TokenHistory* history = nullptr;
+  DrawKey key;          // sampling
+  bool forced = false;  // score `forced_token` instead of sampling
+  int32_t forced_token = 0;
+};
+
+struct SampleTask {
+  int64_t logits_row = 0;
+  const RowTask* task = nullptr;
+};
+
+class RowSampler {
+ public:
+  virtual ~RowSampler() = default;
+  // Starts `tasks` on `logits` [rows, vocab] (values of the backend's logit_dtype()). What the tasks point to must stay
+  // until Collect; `logits` may be overwritten by operations asked for later.
+  virtual void Enqueue(Rows logits, std::span<const SampleTask> tasks) = 0;
+  // The results of everything enqueued since the last call, in order. Waits for them.
+  virtual std::vector<absl::StatusOr<SampledToken>> Collect() = 0;
+};
+
+// sampler/sampler.h on host memory, a task a thread. `threads` must outlive it.
+std::unique_ptr<RowSampler> MakeCpuRowSampler(ThreadPool& threads);
+
+}  // namespace lockstep
