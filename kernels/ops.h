@@ -104,6 +104,7 @@ struct StepBatch {
   std::span<const int64_t> positions;   // [rows]
   std::span<const Piece> pieces;        // in ascending order of rows, covering all of them
   std::span<const int64_t> logit_rows;  // ascending; the rows whose logits will be asked for
+  int64_t page_size = 0;                // positions of a KV page; 0: no page tables
 };
 
 struct GdnShape {
@@ -131,6 +132,7 @@ struct AttentionShape {
 struct KvLayer {
   std::byte* base = nullptr;  // page p begins at base + p * Ops::KvPageBytes(...)
   int64_t page_size = 0;      // positions; a multiple of Ops::kv_page_multiple()
+  int64_t page_count = 0;
 };
 
 // How much of a step to compute, padding included.
@@ -212,9 +214,9 @@ class Ops {
   // out = silu(gate) * up with silu rounded first; gate_up: [rows, 2 * out.width], gate in the first half.
   virtual void SwiGlu(Rows gate_up, Rows out) = 0;
 
-  // Rotates pairs (i, i + head_dim / 2) of every head in place, as HF's rotate_half: angle = position * inv_freq[i], in
+  // Rotates pairs (i, i + head_dim / 2) of every head of q and k in place, as HF's rotate_half: angle = position * inv_freq[i], in
   // fp32; cos and sin are multiplied by `attention_scaling`. inv_freq: [head_dim / 2], exact.
-  virtual void Rope(Rows x, const VectorWeight& inv_freq, float attention_scaling, int64_t head_dim) = 0;
+  virtual void Rope(Rows q, Rows k, const VectorWeight& inv_freq, float attention_scaling, int64_t head_dim) = 0;
 
   // A page's positions must be a multiple of this.
   virtual int64_t kv_page_multiple() const = 0;
@@ -234,9 +236,10 @@ class Ops {
 
   // Causal depthwise convolution (width conv_width, over channels [q | k | v]) and SiLU, from and into the state's
   // convolution tail. in, out: [rows, conv_channels]; weight: [conv_channels, conv_width], oldest tap first. out
-  // must not overlap in. q and k are l2-normalised here or in GdnChunk, as the backend likes.
+  // must not overlap in. q and k are l2-normalised here if normalises_in_conv(), else in GdnChunk.
   virtual void GdnConv(Rows in, const VectorWeight& weight, const GdnShape& shape, const GdnLayer& layer,
                        Rows out) = 0;
+  virtual bool normalises_in_conv() const = 0;
   // beta = sigmoid(b) (times 2 if neg_eigval; rounded after each), g = -exp(A_log) * softplus(a + dt_bias) in fp32.
   // a, b, beta: [rows, value_heads]; g: the same in fp32; A_log, dt_bias: [value_heads], exact.
   virtual void GdnGates(Rows a, Rows b, const VectorWeight& a_log, const VectorWeight& dt_bias, bool neg_eigval,

@@ -123,9 +123,10 @@ void CpuOps::Add(Rows x, Rows residual) {
 void CpuOps::SwiGlu(Rows gate_up, Rows out) {
   CpuSwiGlu(context_, gate_up, out);
 }
-void CpuOps::Rope(Rows x, const VectorWeight& inv_freq, float attention_scaling, int64_t head_dim) {
-  CpuRope(context_, x, batch_.positions, {inv_freq.floats(), static_cast<size_t>(inv_freq.size())}, attention_scaling,
-          head_dim);
+void CpuOps::Rope(Rows q, Rows k, const VectorWeight& inv_freq, float attention_scaling, int64_t head_dim) {
+  const std::span<const float> frequencies(inv_freq.floats(), static_cast<size_t>(inv_freq.size()));
+  CpuRope(context_, q, batch_.positions, frequencies, attention_scaling, head_dim);
+  CpuRope(context_, k, batch_.positions, frequencies, attention_scaling, head_dim);
 }
 int64_t CpuOps::KvPageBytes(const AttentionShape& shape, int64_t page_size) const {
   return CpuKvPageBytes(context_, shape, page_size);

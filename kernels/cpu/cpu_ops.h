@@ -44,7 +44,7 @@ class CpuOps final : public Ops {
   void RmsNormAdd(Rows x, const VectorWeight& weight, float eps, Rows residual) override;
   void Add(Rows x, Rows residual) override;
   void SwiGlu(Rows gate_up, Rows out) override;
-  void Rope(Rows x, const VectorWeight& inv_freq, float attention_scaling, int64_t head_dim) override;
+  void Rope(Rows q, Rows k, const VectorWeight& inv_freq, float attention_scaling, int64_t head_dim) override;
   int64_t kv_page_multiple() const override { return 16; }
   int64_t KvPageBytes(const AttentionShape& shape, int64_t page_size) const override;
   void WriteKv(Rows k, Rows v, const AttentionShape& shape, const KvLayer& kv) override;
@@ -52,6 +52,7 @@ class CpuOps final : public Ops {
   int64_t GdnStateBytes(const GdnShape& shape) const override;
   void GdnResetState(const GdnShape& shape, const GdnLayer& layer, int32_t slot) override;
   void GdnConv(Rows in, const VectorWeight& weight, const GdnShape& shape, const GdnLayer& layer, Rows out) override;
+  bool normalises_in_conv() const override { return false; }
   void GdnGates(Rows a, Rows b, const VectorWeight& a_log, const VectorWeight& dt_bias, bool neg_eigval, Rows beta,
                 Rows g) override;
   void GdnChunk(Rows qkv, Rows beta, Rows g, const GdnShape& shape, const GdnLayer& layer, Rows out) override;

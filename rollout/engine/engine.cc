@@ -37,13 +37,18 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const ModelSpec& spec, co
     if (layer.mixer == MixerKind::kGatedDeltaNet) {
       state = {engine->states_->data() + engine->layout_.offsets[i], engine->layout_.bytes};
     } else {
-      kv = {base, config.page_size};
+      kv = {base, config.page_size, config.pages};
       base += ops.KvPageBytes(layer.attention, config.page_size) * config.pages;
     }
     engine->kv_layers_.push_back(kv);
     engine->state_layers_.push_back(state);
   }
   return engine;
+}
+
+void Engine::set_trace(Trace* trace) {
+  trace_ = trace;
+  forward_->set_trace(trace);
 }
 
 void Engine::ResetSlot(int32_t index) {
@@ -84,7 +89,8 @@ absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Engine::Step(const Ste
   }
   PlanLogits(input, first_row);
 
-  const StepRows padded = ops_.BeginStep({tokens_, positions_, pieces_, logit_rows_});
+  const StepRows padded = ops_.BeginStep({tokens_, positions_, pieces_, logit_rows_, kv_->bytes() > 0 ? config_.page_size : 0});
+  if (trace_ != nullptr) trace_->BeginStep(positions_, logit_rows_);
   ops_.RunStep([&] {
     forward_->Run(padded.rows, kv_layers_, state_layers_);
     if (padded.logit_rows > 0) forward_->Logits(0, padded.logit_rows);

@@ -67,6 +67,9 @@ class Engine {
   // itself is the device's and names the operation: nothing can be computed after it.
   absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Step(const StepInput& input);
 
+  // Records every operation of the steps that follow; null: none. Only with a backend that does not replay steps.
+  void set_trace(Trace* trace);
+
   const MemoryPlan& memory() const { return memory_; }
   const EngineConfig& config() const { return config_; }
 
@@ -90,6 +93,7 @@ class Engine {
   std::vector<KvLayer> kv_layers_;      // by layer; base is null for GDN layers
   std::vector<GdnLayer> state_layers_;  // by layer; base is null for attention layers
   MemoryPlan memory_;
+  Trace* trace_ = nullptr;
   // The step in preparation; members to keep their memory from step to step.
   std::vector<int32_t> tokens_;
   std::vector<int64_t> positions_;

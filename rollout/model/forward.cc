@@ -138,34 +138,44 @@ Rows ForwardPass::Take(const Rows& buffer, int64_t rows, int64_t width) {
   return {buffer.data, rows, width, Aligned(width), buffer.dtype};
 }
 
+void ForwardPass::Record(int64_t layer, const char* name, Rows rows, const Trace::Parts& parts) {
+  if (trace_ != nullptr) trace_->Record(ops_, layer, name, rows, ops_.profile().activations, parts);
+}
+
 void ForwardPass::Run(int64_t rows, std::span<const KvLayer> kv, std::span<const GdnLayer> states) {
   LOCKSTEP_CHECK(rows >= 1 && rows <= max_rows_, "{} rows of {}", rows, max_rows_);
   const Rows residual = Take(buffers_->residual, rows, spec_.hidden_size);
   const Rows normed = Take(buffers_->normed, rows, spec_.hidden_size);
   const Rows branch = Take(buffers_->branch, rows, spec_.hidden_size);
   ops_.Embed(*weights_.embedding, residual);
+  Record(-1, "embed", residual);
   for (size_t i = 0; i < spec_.layers.size(); ++i) {
     const LayerSpec& layer = spec_.layers[i];
     const LayerWeights& w = weights_.layers[i];
     const auto mixer = [&](Rows in) {
       if (IsGdn(layer)) {
-        GdnMixer(layer, w.gdn, in, states[i], branch);
+        GdnMixer(i, w.gdn, in, states[i], branch);
       } else {
         AttentionMixer(i, w.attention, in, kv[i], branch);
       }
     };
     if (layer.norm == NormPlacement::kPre) {
       ops_.RmsNorm(residual, *w.mixer_norm, spec_.norm_eps, normed);
+      Record(i, "input_norm", normed);
       mixer(normed);
       ops_.AddRmsNorm(branch, residual, *w.mlp_norm, spec_.norm_eps, normed);
-      Mlp(w, normed, branch);
+      Record(i, "residual_mid", residual);
+      Record(i, "mlp_norm", normed);
+      Mlp(i, w, normed, branch);
       ops_.Add(branch, residual);
     } else {
       mixer(residual);
       ops_.RmsNormAdd(branch, *w.mixer_norm, spec_.norm_eps, residual);
-      Mlp(w, residual, branch);
+      Record(i, "residual_mid", residual);
+      Mlp(i, w, residual, branch);
       ops_.RmsNormAdd(branch, *w.mlp_norm, spec_.norm_eps, residual);
     }
+    Record(i, "residual", residual);
   }
 }
 
@@ -174,6 +184,10 @@ Rows ForwardPass::Logits(int64_t begin, int64_t count) {
   ops_.GatherLogitRows(Take(buffers_->residual, max_rows_, spec_.hidden_size), begin, gathered);
   ops_.RmsNorm(gathered, *weights_.final_norm, spec_.norm_eps, gathered);
   ops_.Logits(gathered, *weights_.head, logits(count));
+  if (trace_ != nullptr) {
+    trace_->RecordLogitRows(ops_, "final_norm", gathered, ops_.profile().activations, begin);
+    trace_->RecordLogitRows(ops_, "logits", logits(count), ops_.profile().logits, begin);
+  }
   return logits(count);
 }
 
@@ -187,46 +201,68 @@ void ForwardPass::AttentionMixer(size_t index, const AttentionWeights& weights, 
   const int64_t q_width = AttentionWidth(layer), kv_width = KvWidth(layer);
   const Rows qkv = Take(buffers_->wide, in.rows, q_width + 2 * kv_width);
   ops_.Linear(in, *weights.qkv, qkv);
+  Record(index, "qkv", qkv, {{"q", q_width}, {"k", kv_width}, {"v", kv_width}});
   const Rows q = qkv.columns(0, q_width), k = qkv.columns(q_width, kv_width),
              v = qkv.columns(q_width + kv_width, kv_width);
   ops_.RmsNorm(q, *weights.q_norm, spec_.norm_eps, q);
   ops_.RmsNorm(k, *weights.k_norm, spec_.norm_eps, k);
+  Record(index, "q_norm", q);
+  Record(index, "k_norm", k);
   if (layer.rope) {
-    ops_.Rope(q, *inv_freq_[index], layer.rope->attention_scaling, shape.head_dim);
-    ops_.Rope(k, *inv_freq_[index], layer.rope->attention_scaling, shape.head_dim);
+    ops_.Rope(q, k, *inv_freq_[index], layer.rope->attention_scaling, shape.head_dim);
+    Record(index, "rope_q", q);
+    Record(index, "rope_k", k);
   }
   ops_.WriteKv(k, v, shape, kv);
   const Rows mixed = Take(buffers_->mixed, in.rows, q_width);
   ops_.Attention(q, shape, kv, mixed);
+  Record(index, "attn_out", mixed);
   ops_.Linear(mixed, *weights.o, out);
+  Record(index, "mixer_out", out);
 }
 
-void ForwardPass::GdnMixer(const LayerSpec& layer, const GdnWeights& weights, Rows in, const GdnLayer& state,
-                           Rows out) {
+void ForwardPass::GdnMixer(size_t index, const GdnWeights& weights, Rows in, const GdnLayer& state, Rows out) {
+  const LayerSpec& layer = spec_.layers[index];
   const GdnShape& shape = layer.gdn;
-  const Rows projected = Take(buffers_->wide, in.rows, shape.conv_channels() + shape.value_width());
+  const int64_t keys = shape.key_width(), values = shape.value_width(), heads = shape.value_heads;
+  const Rows projected = Take(buffers_->wide, in.rows, shape.conv_channels() + values);
   ops_.Linear(in, *weights.qkv_g, projected);
-  const Rows ab = Take(buffers_->ab, in.rows, BetaColumn(shape) + shape.value_heads);
-  const Rows beta = ab.columns(BetaColumn(shape), shape.value_heads);
-  const Rows g = Take(buffers_->g, in.rows, shape.value_heads);
-  ops_.Linear(in, *weights.ab, ab.columns(0, 2 * shape.value_heads));
-  ops_.GdnGates(ab.columns(0, shape.value_heads), ab.columns(shape.value_heads, shape.value_heads), *weights.a_log,
-                *weights.dt_bias, layer.gdn_neg_eigval, beta, g);
+  Record(index, "qkv_g", projected, {{"q", keys}, {"k", keys}, {"v", values}, {"g", values}});
+  const Rows ab = Take(buffers_->ab, in.rows, BetaColumn(shape) + heads);
+  const Rows beta = ab.columns(BetaColumn(shape), heads);
+  const Rows g = Take(buffers_->g, in.rows, heads);
+  ops_.Linear(in, *weights.ab, ab.columns(0, 2 * heads));
+  Record(index, "ab", ab.columns(0, 2 * heads), {{"a", heads}, {"b", heads}});
+  ops_.GdnGates(ab.columns(0, heads), ab.columns(heads, heads), *weights.a_log, *weights.dt_bias, layer.gdn_neg_eigval,
+                beta, g);
+  Record(index, "beta", beta);
+  if (trace_ != nullptr) trace_->Record(ops_, static_cast<int64_t>(index), "g", g, DType::kF32);
   const Rows conv = Take(buffers_->conv, in.rows, shape.conv_channels());
   ops_.GdnConv(projected.columns(0, shape.conv_channels()), *weights.conv, shape, state, conv);
-  const Rows mixed = Take(buffers_->mixed, in.rows, shape.value_width());
+  if (ops_.normalises_in_conv()) {
+    Record(index, "qk_l2", conv.columns(0, 2 * keys), {{"q", keys}, {"k", keys}});
+  } else {
+    Record(index, "conv", conv, {{"q", keys}, {"k", keys}, {"v", values}});
+  }
+  const Rows mixed = Take(buffers_->mixed, in.rows, values);
   ops_.GdnChunk(conv, beta, g, shape, state, mixed);
-  ops_.GatedRmsNorm(mixed, projected.columns(shape.conv_channels(), shape.value_width()), *weights.o_norm,
-                    layer.gdn_norm_eps, shape.value_dim, mixed);
+  Record(index, "gdn_out", mixed);
+  ops_.GatedRmsNorm(mixed, projected.columns(shape.conv_channels(), values), *weights.o_norm, layer.gdn_norm_eps,
+                    shape.value_dim, mixed);
+  Record(index, "gated_norm", mixed);
   ops_.Linear(mixed, *weights.o, out);
+  Record(index, "mixer_out", out);
 }
 
-void ForwardPass::Mlp(const LayerWeights& weights, Rows in, Rows out) {
+void ForwardPass::Mlp(size_t index, const LayerWeights& weights, Rows in, Rows out) {
   const Rows gate_up = Take(buffers_->wide, in.rows, 2 * spec_.intermediate_size);
   const Rows mixed = Take(buffers_->mixed, in.rows, spec_.intermediate_size);
   ops_.Linear(in, *weights.gate_up, gate_up);
+  Record(index, "gate_up", gate_up, {{"gate", spec_.intermediate_size}, {"up", spec_.intermediate_size}});
   ops_.SwiGlu(gate_up, mixed);
+  Record(index, "swiglu", mixed);
   ops_.Linear(mixed, *weights.down, out);
+  Record(index, "mlp_out", out);
 }
 
 }  // namespace lockstep

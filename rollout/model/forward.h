@@ -10,6 +10,7 @@
 #include "absl/status/statusor.h"
 #include "kernels/ops.h"
 #include "rollout/model/spec.h"
+#include "rollout/model/trace.h"
 #include "rollout/model/weights.h"
 
 namespace lockstep {
@@ -43,6 +44,9 @@ class ForwardPass {
   // Where Logits(..., count) puts its result.
   Rows logits(int64_t count) const;
 
+  // Records every operation of the runs that follow; null: none.
+  void set_trace(Trace* trace) { trace_ = trace; }
+
   int64_t max_rows() const { return max_rows_; }
   int64_t buffer_bytes() const { return memory_->bytes(); }
 
@@ -51,9 +55,10 @@ class ForwardPass {
   struct Buffers;
   // Rows [rows, width] in a buffer's memory.
   static Rows Take(const Rows& buffer, int64_t rows, int64_t width);
+  void Record(int64_t layer, const char* name, Rows rows, const Trace::Parts& parts = {});
   void AttentionMixer(size_t layer, const AttentionWeights& weights, Rows in, const KvLayer& kv, Rows out);
-  void GdnMixer(const LayerSpec& layer, const GdnWeights& weights, Rows in, const GdnLayer& state, Rows out);
-  void Mlp(const LayerWeights& weights, Rows in, Rows out);
+  void GdnMixer(size_t layer, const GdnWeights& weights, Rows in, const GdnLayer& state, Rows out);
+  void Mlp(size_t layer, const LayerWeights& weights, Rows in, Rows out);
 
   const ModelSpec& spec_;
   const ModelWeights& weights_;
@@ -61,6 +66,7 @@ class ForwardPass {
   int64_t max_rows_;
   std::unique_ptr<DeviceMemory> memory_;
   std::unique_ptr<Buffers> buffers_;
+  Trace* trace_ = nullptr;
   std::vector<std::unique_ptr<VectorWeight>> inv_freq_;  // by layer; null: no RoPE
 };
 

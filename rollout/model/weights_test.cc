@@ -105,13 +105,14 @@ class RecordingOps : public Ops {
   void RmsNormAdd(Rows, const VectorWeight&, float, Rows) override { FAIL(); }
   void Add(Rows, Rows) override { FAIL(); }
   void SwiGlu(Rows, Rows) override { FAIL(); }
-  void Rope(Rows, const VectorWeight&, float, int64_t) override { FAIL(); }
+  void Rope(Rows, Rows, const VectorWeight&, float, int64_t) override { FAIL(); }
   int64_t KvPageBytes(const AttentionShape&, int64_t) const override { return 0; }
   void WriteKv(Rows, Rows, const AttentionShape&, const KvLayer&) override { FAIL(); }
   void Attention(Rows, const AttentionShape&, const KvLayer&, Rows) override { FAIL(); }
   int64_t GdnStateBytes(const GdnShape&) const override { return 0; }
   void GdnResetState(const GdnShape&, const GdnLayer&, int32_t) override { FAIL(); }
   void GdnConv(Rows, const VectorWeight&, const GdnShape&, const GdnLayer&, Rows) override { FAIL(); }
+  bool normalises_in_conv() const override { return false; }
   void GdnGates(Rows, Rows, const VectorWeight&, const VectorWeight&, bool, Rows, Rows) override { FAIL(); }
   void GdnChunk(Rows, Rows, Rows, const GdnShape&, const GdnLayer&, Rows) override { FAIL(); }
   void GatedRmsNorm(Rows, Rows, const VectorWeight&, float, int64_t, Rows) override { FAIL(); }
