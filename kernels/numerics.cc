@@ -8,7 +8,7 @@
 namespace lockstep {
 namespace {
 
-constexpr std::array<NumericsProfile, 3> kProfiles = {{
+constexpr std::array<NumericsProfile, 4> kProfiles = {{
     {
         .name = "hf",
         .description = "transformers with flash-linear-attention's kernels on a GPU, bf16",
@@ -19,6 +19,21 @@ constexpr std::array<NumericsProfile, 3> kProfiles = {{
         .conv = ConvCasts::kTwo,
         .gated_norm = GatedNormCasts::kThree,
         .attention = AttentionProgram::kTiles128Forward,
+        .attention_exp = AttentionExp::kExact,
+        .attention_p = DType::kBF16,
+        .logits = DType::kBF16,
+        .verified_against = "",
+    },
+    {
+        .name = "hf-flash",
+        .description = "hf with attn_implementation flash: PyTorch's flash backend of attention instead of cuDNN's",
+        .weights = DType::kBF16,
+        .activations = DType::kBF16,
+        .kv = DType::kBF16,
+        .gdn = GdnProgram::kChunkBf16,
+        .conv = ConvCasts::kTwo,
+        .gated_norm = GatedNormCasts::kThree,
+        .attention = AttentionProgram::kTiles64Backward,
         .attention_exp = AttentionExp::kExact,
         .attention_p = DType::kBF16,
         .logits = DType::kBF16,

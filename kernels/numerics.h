@@ -72,7 +72,7 @@ struct NumericsProfile {
   std::string_view verified_against;
 };
 
-// All presets: "hf", "hf-torch", "fp32".
+// All presets: "hf", "hf-flash", "hf-torch", "fp32".
 std::span<const NumericsProfile> NumericsProfiles();
 // NOT_FOUND lists the known names.
 absl::StatusOr<NumericsProfile> FindNumericsProfile(std::string_view name);

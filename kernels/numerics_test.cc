@@ -9,7 +9,7 @@ namespace {
 using ::testing::HasSubstr;
 
 TEST(Numerics, PresetsAreFoundByTheirNames) {
-  ASSERT_EQ(NumericsProfiles().size(), 3u);
+  ASSERT_EQ(NumericsProfiles().size(), 4u);
   for (const NumericsProfile& profile : NumericsProfiles()) {
     const auto found = FindNumericsProfile(profile.name);
     ASSERT_TRUE(found.ok());
@@ -48,7 +48,7 @@ TEST(Numerics, AnUnknownNameListsTheKnownOnes) {
   const auto status = FindNumericsProfile("fp16").status();
   EXPECT_EQ(status.code(), absl::StatusCode::kNotFound);
   EXPECT_THAT(std::string(status.message()), HasSubstr("'fp16'"));
-  EXPECT_THAT(std::string(status.message()), HasSubstr("hf, hf-torch, fp32"));
+  EXPECT_THAT(std::string(status.message()), HasSubstr("hf, hf-flash, hf-torch, fp32"));
 }
 
 TEST(Numerics, DTypeNames) {

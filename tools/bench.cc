@@ -51,17 +51,27 @@ struct Point {
   double tok_s() const { return static_cast<double>(batch) / step_ms * 1e3; }
 };
 
-// What a decode step must read, at least: every weight but the embedding table once, and of each sequence its recurrent
+// What one value head of a GDN layer must move for a new row, mean over the rows of a chunk. fla's program
+// (docs/numerics.md): the bf16 image of S, the k, bf16(beta v) and v' of the rows so far, the new ones, and once a chunk
+// S in fp32, read and written, and its image; the solve's rows, some 5% more, are left out. Else S in fp32.
+double GdnHeadBytes(const GdnShape& shape, GdnProgram program) {
+  const double state = static_cast<double>(shape.key_dim * shape.value_dim);
+  if (program != GdnProgram::kChunkBf16) return 4 * state;
+  const double row = 2.0 * static_cast<double>(shape.key_dim + 2 * shape.value_dim);
+  const double chunk_end = (4 + 4 + 2) * state + kGdnChunk * row;
+  return 2 * state + (kGdnChunk - 1) / 2.0 * row + row + chunk_end / kGdnChunk;
+}
+
+// What a decode step must move, at least: every weight but the embedding table once, and of each sequence its recurrent
 // state and its keys and values.
 double FloorBytes(const LocalModel& model, const MemoryPlan& memory, int64_t page_size, int64_t batch,
                   int64_t context) {
   const double weights = static_cast<double>(memory.weights - model.weights.embedding->bytes());
   const double kv = static_cast<double>(memory.kv_page) / static_cast<double>(page_size) * static_cast<double>(context);
   double state = 0;
-  const double state_bytes = model.ops().profile().gdn == GdnProgram::kChunkBf16 ? 2 : 4;
   for (const LayerSpec& layer : model.spec.layers) {
     if (layer.mixer == MixerKind::kGatedDeltaNet) {
-      state += state_bytes * static_cast<double>(layer.gdn.value_heads * layer.gdn.key_dim * layer.gdn.value_dim);
+      state += static_cast<double>(layer.gdn.value_heads) * GdnHeadBytes(layer.gdn, model.ops().profile().gdn);
     }
   }
   return weights + static_cast<double>(batch) * (kv + state);
@@ -134,8 +144,8 @@ absl::Status Bench() {
                             LoadLocalModel(dir, numerics, absl::GetFlag(FLAGS_threads),
                                            {.name = absl::GetFlag(FLAGS_backend),
                                             .cuda_graphs = absl::GetFlag(FLAGS_cuda_graphs)}));
-  const double bandwidth = model->backend->MeasureReadBandwidth();
-  std::printf("%s, numerics %s, %s; memory reads %.1f GB/s\n", dir.c_str(), numerics.c_str(),
+  LOCKSTEP_ASSIGN_OR_RETURN(const double bandwidth, model->backend->MeasureBandwidth());
+  std::printf("%s, numerics %s, %s; memory %.1f GB/s\n", dir.c_str(), numerics.c_str(),
               model->backend->device().c_str(), bandwidth * 1e-9);
   std::printf("%8s %9s %15s %11s %11s %12s %11s %7s\n", "batch", "context", "prefill tok/s", "step ms", "slowest ms",
               "decode tok/s", "floor ms", "ratio");

@@ -27,8 +27,9 @@ class Backend {
   virtual std::string_view name() const = 0;
   virtual std::string device() const = 0;  // for people: "NVIDIA H200 (sm_90, 141 GB)"
   virtual Ops& ops() = 0;
-  // Bytes per second the device reads from its memory, measured now: what floors are computed from.
-  virtual double MeasureReadBandwidth() = 0;
+  // Bytes per second between the device and its memory, measured now: what floors are computed from. On a CPU the reads
+  // of all threads, on a GPU the reads and writes of a copy.
+  virtual absl::StatusOr<double> MeasureBandwidth() = 0;
   // For rows of `vocab` logits. The backend must outlive it.
   virtual absl::StatusOr<std::unique_ptr<RowSampler>> MakeSampler(int64_t vocab) = 0;
 };

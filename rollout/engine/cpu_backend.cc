@@ -16,7 +16,7 @@ class CpuBackend final : public Backend {
   std::string_view name() const override { return "cpu"; }
   std::string device() const override { return "CPU, " + std::to_string(threads_.threads()) + " threads"; }
   Ops& ops() override { return *ops_; }
-  double MeasureReadBandwidth() override;
+  absl::StatusOr<double> MeasureBandwidth() override;
   absl::StatusOr<std::unique_ptr<RowSampler>> MakeSampler(int64_t) override { return MakeCpuRowSampler(threads_); }
 
  private:
@@ -25,7 +25,7 @@ class CpuBackend final : public Backend {
 };
 
 // The best of several passes over a buffer far larger than the caches.
-double CpuBackend::MeasureReadBandwidth() {
+absl::StatusOr<double> CpuBackend::MeasureBandwidth() {
   using Clock = std::chrono::steady_clock;
   constexpr int64_t kBytes = int64_t{1} << 29;
   const std::vector<uint64_t> buffer(kBytes / 8, 1);

@@ -12,8 +12,8 @@ class RandomWeights {
  public:
   RandomWeights(uint64_t seed, Ops& ops) : rng_(seed), ops_(ops) {}
 
-  std::unique_ptr<VectorWeight> Vector(int64_t n, float mean, float std) {
-    return *ops_.PackVector(Values(n, mean, std), /*exact=*/true);
+  std::unique_ptr<VectorWeight> Vector(int64_t n, float mean, float std, bool exact = false) {
+    return *ops_.PackVector(Values(n, mean, std), exact);
   }
 
   std::unique_ptr<LinearWeight> Linear(int64_t out, int64_t in) {
@@ -109,14 +109,38 @@ ModelSpec RandomSpec(ModelKind kind) {
   return spec;
 }
 
-std::unique_ptr<LocalModel> MakeRandomModel(ModelKind kind, const std::string& numerics, uint64_t seed, int threads) {
+ModelSpec RandomCudaSpec(ModelKind kind) {
+  ModelSpec spec = RandomSpec(kind);
+  spec.hidden_size = 128;
+  spec.intermediate_size = 208;
+  switch (kind) {
+    case ModelKind::kHybrid:
+      spec.layers = {MakeGdnLayer(2, 2, 96, 192, true), MakeAttentionLayer(3, 3, 128, 0, false)};
+      break;
+    case ModelKind::kHybridGroupedRope:
+      spec.layers = {MakeGdnLayer(1, 3, 96, 192, false), MakeAttentionLayer(4, 2, 128, 0, true)};
+      break;
+    case ModelKind::kDenseSliding:
+      spec.layers = {MakeAttentionLayer(3, 3, 128, 37, true), MakeAttentionLayer(3, 3, 128, 0, true)};
+      break;
+    case ModelKind::kAllGdn:
+      spec.layers = {MakeGdnLayer(2, 2, 96, 192, true), MakeGdnLayer(2, 4, 96, 192, false)};
+      break;
+  }
+  return spec;
+}
+
+std::unique_ptr<LocalModel> MakeRandomModel(ModelKind kind, const std::string& numerics, uint64_t seed, int threads,
+                                            const BackendOptions& backend) {
   auto model = std::make_unique<LocalModel>();
-  model->spec = RandomSpec(kind);
+  model->spec = backend.name == "cuda" ? RandomCudaSpec(kind) : RandomSpec(kind);
   const ModelSpec& spec = model->spec;
   model->threads = std::make_unique<ThreadPool>(threads);
   const absl::StatusOr<NumericsProfile> profile = FindNumericsProfile(numerics);
   LOCKSTEP_CHECK(profile.ok(), "{}", std::string(profile.status().message()));
-  model->backend = MakeCpuBackend(*profile, model->threads.get());
+  absl::StatusOr<std::unique_ptr<Backend>> made = MakeBackend(backend, *profile, model->threads.get());
+  LOCKSTEP_CHECK(made.ok(), "{}", std::string(made.status().message()));
+  model->backend = *std::move(made);
   RandomWeights random(seed, model->ops());
   ModelWeights& w = model->weights;
   w.embedding = random.Embedding(spec.vocab_size, spec.hidden_size);
@@ -132,8 +156,8 @@ std::unique_ptr<LocalModel> MakeRandomModel(ModelKind kind, const std::string& n
       lw.gdn.ab = random.Linear(2 * g.value_heads, spec.hidden_size);
       lw.gdn.o = random.Linear(spec.hidden_size, g.value_width());
       lw.gdn.conv = random.Vector(g.conv_channels() * g.conv_width, 0, 0.5f);
-      lw.gdn.a_log = random.Vector(g.value_heads, 0, 1);
-      lw.gdn.dt_bias = random.Vector(g.value_heads, -4, 1);
+      lw.gdn.a_log = random.Vector(g.value_heads, 0, 1, /*exact=*/true);
+      lw.gdn.dt_bias = random.Vector(g.value_heads, -4, 1, /*exact=*/true);
       lw.gdn.o_norm = random.Vector(g.value_dim, 1, 0.1f);
     } else {
       const AttentionShape& a = layer.attention;

@@ -17,7 +17,12 @@ std::vector<ModelKind> AllModelKinds();
 std::string ModelKindName(ModelKind kind);
 
 ModelSpec RandomSpec(ModelKind kind);
-// Weights are drawn so that logits are far from flat and every gate is exercised.
-std::unique_ptr<LocalModel> MakeRandomModel(ModelKind kind, const std::string& numerics, uint64_t seed, int threads);
+// The same kinds in the head sizes that CUDA kernels are compiled for: 96 and 192, 128.
+ModelSpec RandomCudaSpec(ModelKind kind);
+
+// Weights are drawn so that logits are far from flat and every gate is exercised. On CUDA of RandomCudaSpec; dies where
+// the backend cannot be made.
+std::unique_ptr<LocalModel> MakeRandomModel(ModelKind kind, const std::string& numerics, uint64_t seed, int threads,
+                                            const BackendOptions& backend = {});
 
 }  // namespace lockstep

@@ -1,0 +1,606 @@
+#include "kernels/cuda/cuda_ops.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/cuda/add.h"
+#include "kernels/cuda/attention.h"
+#include "kernels/cuda/embedding.h"
+#include "kernels/cuda/gated_rms_norm.h"
+#include "kernels/cuda/gather_rows.h"
+#include "kernels/cuda/gdn_conv.h"
+#include "kernels/cuda/gdn_decode.h"
+#include "kernels/cuda/gdn_gates.h"
+#include "kernels/cuda/gdn_prefill.h"
+#include "kernels/cuda/gdn_state.h"
+#include "kernels/cuda/kv_cache.h"
+#include "kernels/cuda/linear.h"
+#include "kernels/cuda/rms_norm.h"
+#include "kernels/cuda/rope.h"
+#include "kernels/cuda/swiglu.h"
+#include "kernels/float_bits.h"
+#include "rollout/base/check.h"
+#include "rollout/base/status.h"
+
+namespace lockstep::cuda {
+namespace {
+
+constexpr int64_t kFeatureMultiple = 8;           // output features are padded to whole 16-byte groups
+constexpr int64_t kUploadBytes = int64_t{64} << 20;  // of one of the two pinned buffers that weights go through
+// Left to the runtime, to graphs and to workspaces when memory is planned.
+constexpr int64_t kReserveBytes = int64_t{1} << 30;
+constexpr int64_t kWorkspaceBytes = int64_t{64} << 20;
+// Attention over few sequences is cut up by the longest one's length, so a recorded step is one for lengths up to a
+// power of two, this at least.
+constexpr int64_t kMinPositions = 2048;
+
+class CudaLinearWeight final : public LinearWeight {
+ public:
+  CudaLinearWeight(int64_t out, int64_t in, std::unique_ptr<CudaMemory> memory)
+      : out_(out), in_(in), memory_(std::move(memory)) {}
+  int64_t out_features() const override { return out_; }
+  int64_t in_features() const override { return in_; }
+  int64_t bytes() const override { return memory_->bytes(); }
+  // [padded_out, in], the padding zero.
+  const __nv_bfloat16* data() const { return reinterpret_cast<const __nv_bfloat16*>(memory_->data()); }
+  int64_t padded_out() const { return memory_->bytes() / (in_ * DTypeBytes(DType::kBF16)); }
+
+ private:
+  const int64_t out_, in_;
+  const std::unique_ptr<CudaMemory> memory_;
+};
+
+class CudaEmbeddingTable final : public EmbeddingTable {
+ public:
+  CudaEmbeddingTable(int64_t vocab, int64_t hidden, std::unique_ptr<CudaMemory> memory)
+      : vocab_(vocab), hidden_(hidden), memory_(std::move(memory)) {}
+  int64_t vocab() const override { return vocab_; }
+  int64_t hidden() const override { return hidden_; }
+  int64_t bytes() const override { return memory_->bytes(); }
+  const __nv_bfloat16* data() const { return reinterpret_cast<const __nv_bfloat16*>(memory_->data()); }
+
+ private:
+  const int64_t vocab_, hidden_;
+  const std::unique_ptr<CudaMemory> memory_;
+};
+
+class CudaVector final : public VectorWeight {
+ public:
+  CudaVector(int64_t size, DType dtype, std::unique_ptr<CudaMemory> memory)
+      : size_(size), dtype_(dtype), memory_(std::move(memory)) {}
+  const void* data() const override { return memory_->data(); }
+  int64_t size() const override { return size_; }
+  DType dtype() const override { return dtype_; }
+
+ private:
+  const int64_t size_;
+  const DType dtype_;
+  const std::unique_ptr<CudaMemory> memory_;
+};
+
+__nv_bfloat16* Bf16(const Rows& rows) {
+  LOCKSTEP_CHECK(rows.dtype == DType::kBF16, "rows of {}, want bfloat16", DTypeName(rows.dtype));
+  return static_cast<__nv_bfloat16*>(rows.data);
+}
+float* F32(const Rows& rows) {
+  LOCKSTEP_CHECK(rows.dtype == DType::kF32, "rows of {}, want float32", DTypeName(rows.dtype));
+  return static_cast<float*>(rows.data);
+}
+const __nv_bfloat16* Bf16(const VectorWeight& weight) {
+  LOCKSTEP_CHECK(weight.dtype() == DType::kBF16, "a vector of {}, want bfloat16", DTypeName(weight.dtype()));
+  return static_cast<const __nv_bfloat16*>(weight.data());
+}
+const float* F32(const VectorWeight& weight) {
+  LOCKSTEP_CHECK(weight.dtype() == DType::kF32, "a vector of {}, want float32", DTypeName(weight.dtype()));
+  return weight.floats();
+}
+
+GdnStateLayout LayoutOf(const GdnShape& shape) {
+  return MakeGdnStateLayout(shape.key_heads, shape.value_heads, shape.conv_width);
+}
+
+// What the kernels of this folder compute.
+absl::Status CheckProfile(const NumericsProfile& p) {
+  const bool bf16 = p.weights == DType::kBF16 && p.activations == DType::kBF16 && p.kv == DType::kBF16 &&
+                    p.attention_p == DType::kBF16 && p.gdn == GdnProgram::kChunkBf16 && p.logits != DType::kF16 &&
+                    p.attention_exp == AttentionExp::kExact;
+  const bool tiles = p.attention == lockstep::AttentionProgram::kTiles128Forward ||
+                     p.attention == lockstep::AttentionProgram::kTiles64Backward;
+  if (bf16 && tiles) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("--numerics: profile \"", std::string(p.name),
+                                                 "\" is a CPU's; with --backend cuda want \"hf\" or \"hf-flash\""));
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<CudaOps>> CudaOps::Create(const NumericsProfile& profile, ThreadPool* threads,
+                                                         const CudaOpsOptions& options) {
+  LOCKSTEP_RETURN_IF_ERROR(CheckProfile(profile));
+  std::unique_ptr<CudaOps> ops(new CudaOps(profile, threads, options));
+  LOCKSTEP_RETURN_IF_ERROR(ops->Init());
+  return ops;
+}
+
+absl::Status CudaOps::Init() {
+  LOCKSTEP_RETURN_IF_ERROR(CudaStatus(cudaSetDevice(options_.device), "cudaSetDevice"));
+  LOCKSTEP_RETURN_IF_ERROR(
+      CudaStatus(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags"));
+  for (Image& image : images_) {
+    LOCKSTEP_RETURN_IF_ERROR(
+        CudaStatus(cudaEventCreateWithFlags(&image.copied, cudaEventDisableTiming), "cudaEventCreateWithFlags"));
+  }
+  return ReserveImage(int64_t{1} << 20);
+}
+
+CudaOps::~CudaOps() {
+  if (stream_ != nullptr) cudaStreamSynchronize(stream_);
+  ForgetRecorded();
+  for (Image& image : images_) {
+    if (image.copied != nullptr) cudaEventDestroy(image.copied);
+  }
+  if (stream_ != nullptr) cudaStreamDestroy(stream_);
+}
+
+void CudaOps::ForgetRecorded() {
+  for (const auto& [key, graph] : recorded_) cudaGraphExecDestroy(graph);
+  recorded_.clear();
+}
+
+void CudaOps::Keep(const absl::Status& status) {
+  if (status_.ok()) status_ = status;
+}
+
+absl::Status CudaOps::status() {
+  return std::exchange(status_, absl::OkStatus());
+}
+
+void CudaOps::Synchronize() {
+  Keep(CudaStatus(cudaStreamSynchronize(stream_), "a step on the device"));
+}
+
+int64_t CudaOps::AvailableMemory() const {
+  size_t free = 0, total = 0;
+  if (cudaMemGetInfo(&free, &total) != cudaSuccess) return 0;
+  return std::max<int64_t>(static_cast<int64_t>(free) - kReserveBytes, 0);
+}
+
+absl::StatusOr<std::unique_ptr<DeviceMemory>> CudaOps::Allocate(int64_t bytes) {
+  return CudaMemory::AllocateZeroed(bytes);
+}
+
+void CudaOps::Copy(std::byte* to, const std::byte* from, int64_t bytes) {
+  Keep(CudaStatus(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream_), "Copy"));
+}
+
+std::vector<float> CudaOps::Download(Rows rows) {
+  std::vector<float> values(rows.rows * rows.width);
+  const int64_t element = DTypeBytes(rows.dtype);
+  std::vector<std::byte> raw(rows.rows * rows.width * element);
+  Keep(CudaStatus(cudaMemcpy2DAsync(raw.data(), rows.width * element, rows.data, rows.stride * element,
+                                    rows.width * element, rows.rows, cudaMemcpyDeviceToHost, stream_),
+                  "Download"));
+  Synchronize();
+  for (size_t i = 0; i < values.size(); ++i) {
+    if (rows.dtype == DType::kF32) {
+      std::memcpy(&values[i], raw.data() + i * element, sizeof(float));
+    } else {
+      uint16_t bits;
+      std::memcpy(&bits, raw.data() + i * element, sizeof(bits));
+      values[i] = Bf16ToF32(bits);
+    }
+  }
+  return values;
+}
+
+absl::Status CudaOps::Upload(std::span<const HostMatrix> parts, std::byte* to) {
+  PinnedMemory buffers[2];
+  for (PinnedMemory& buffer : buffers) {
+    LOCKSTEP_ASSIGN_OR_RETURN(buffer, PinnedMemory::Allocate(kUploadBytes));
+  }
+  int turn = 0;
+  for (const HostMatrix& part : parts) {
+    const int64_t row_bytes = part.cols * DTypeBytes(DType::kBF16);
+    const int64_t block = std::max<int64_t>(kUploadBytes / row_bytes, 1);
+    LOCKSTEP_CHECK(row_bytes <= kUploadBytes, "a row of {} columns", part.cols);
+    for (int64_t begin = 0; begin < part.rows; begin += block, turn ^= 1) {
+      const int64_t rows = std::min(block, part.rows - begin);
+      // The copy before last used this buffer.
+      LOCKSTEP_RETURN_IF_ERROR(CudaStatus(cudaEventSynchronize(images_[turn].copied), "Upload"));
+      std::byte* staged = buffers[turn].data();
+      threads_.ParallelFor(rows, 64, [&](int64_t first, int64_t last, int) {
+        for (int64_t r = first; r < last; ++r) {
+          const std::byte* from =
+              static_cast<const std::byte*>(part.data) + (begin + r) * part.cols * DTypeBytes(part.dtype);
+          std::byte* row = staged + r * row_bytes;
+          if (part.dtype == DType::kBF16) {
+            std::memcpy(row, from, row_bytes);
+            continue;
+          }
+          for (int64_t i = 0; i < part.cols; ++i) {
+            float value;
+            if (part.dtype == DType::kF32) {
+              std::memcpy(&value, from + i * sizeof(value), sizeof(value));
+            } else {
+              uint16_t half;
+              std::memcpy(&half, from + i * sizeof(half), sizeof(half));
+              value = F16ToF32(half);
+            }
+            const uint16_t bits = F32ToBf16(value);
+            std::memcpy(row + i * sizeof(bits), &bits, sizeof(bits));
+          }
+        }
+      });
+      LOCKSTEP_RETURN_IF_ERROR(
+          CudaStatus(cudaMemcpyAsync(to, staged, rows * row_bytes, cudaMemcpyHostToDevice, stream_), "Upload"));
+      LOCKSTEP_RETURN_IF_ERROR(CudaStatus(cudaEventRecord(images_[turn].copied, stream_), "Upload"));
+      to += rows * row_bytes;
+    }
+  }
+  return CudaStatus(cudaStreamSynchronize(stream_), "Upload");
+}
+
+absl::StatusOr<std::unique_ptr<LinearWeight>> CudaOps::PackLinear(std::span<const HostMatrix> parts) {
+  int64_t out = 0;
+  for (const HostMatrix& part : parts) {
+    LOCKSTEP_CHECK(part.data != nullptr && part.rows > 0 && part.cols == parts[0].cols, "PackLinear: a part [{}, {}]",
+                   part.rows, part.cols);
+    out += part.rows;
+  }
+  const int64_t padded = (out + kFeatureMultiple - 1) / kFeatureMultiple * kFeatureMultiple;
+  LOCKSTEP_ASSIGN_OR_RETURN(auto memory, CudaMemory::AllocateZeroed(padded * parts[0].cols * DTypeBytes(DType::kBF16)));
+  LOCKSTEP_RETURN_IF_ERROR(Upload(parts, memory->data()));
+  return std::make_unique<CudaLinearWeight>(out, parts[0].cols, std::move(memory));
+}
+
+absl::StatusOr<std::unique_ptr<EmbeddingTable>> CudaOps::PackEmbedding(const HostMatrix& table) {
+  LOCKSTEP_ASSIGN_OR_RETURN(auto memory, CudaMemory::Allocate(table.rows * table.cols * DTypeBytes(DType::kBF16)));
+  LOCKSTEP_RETURN_IF_ERROR(Upload({&table, 1}, memory->data()));
+  return std::make_unique<CudaEmbeddingTable>(table.rows, table.cols, std::move(memory));
+}
+
+absl::StatusOr<std::unique_ptr<VectorWeight>> CudaOps::PackVector(std::span<const float> values, bool exact) {
+  const DType dtype = exact ? DType::kF32 : DType::kBF16;
+  std::vector<uint16_t> rounded;
+  const void* from = values.data();
+  if (!exact) {
+    for (const float value : values) rounded.push_back(F32ToBf16(value));
+    from = rounded.data();
+  }
+  const int64_t size = static_cast<int64_t>(values.size());
+  LOCKSTEP_ASSIGN_OR_RETURN(auto memory, CudaMemory::Allocate(size * DTypeBytes(dtype)));
+  LOCKSTEP_RETURN_IF_ERROR(
+      CudaStatus(cudaMemcpy(memory->data(), from, memory->bytes(), cudaMemcpyHostToDevice), "PackVector"));
+  return std::make_unique<CudaVector>(size, dtype, std::move(memory));
+}
+
+absl::Status CudaOps::ReserveImage(int64_t bytes) {
+  if (device_image_ != nullptr && device_image_->bytes() >= bytes) return absl::OkStatus();
+  LOCKSTEP_RETURN_IF_ERROR(CudaStatus(cudaStreamSynchronize(stream_), "a step on the device"));
+  ForgetRecorded();
+  LOCKSTEP_ASSIGN_OR_RETURN(device_image_, CudaMemory::Allocate(2 * bytes));
+  for (Image& image : images_) {
+    LOCKSTEP_ASSIGN_OR_RETURN(image.host, PinnedMemory::Allocate(2 * bytes));
+  }
+  return absl::OkStatus();
+}
+
+std::byte* CudaOps::Workspace(int64_t bytes) {
+  if (workspaces_.empty() || workspaces_.back()->bytes() < bytes) {
+    // Twice the last: what is kept of outgrown ones stays below the newest one's size.
+    const int64_t grown = workspaces_.empty() ? kWorkspaceBytes : 2 * workspaces_.back()->bytes();
+    auto memory = CudaMemory::Allocate(std::max(bytes, grown));
+    if (!memory.ok()) {
+      Keep(memory.status());
+      return nullptr;
+    }
+    workspaces_.push_back(*std::move(memory));
+  }
+  return workspaces_.back()->data();
+}
+
+StepRows CudaOps::BeginStep(const StepBatch& batch) {
+  sizes_ = SizesOf(batch, batch.page_size);
+  record_ = options_.graphs && IsDecodeStep(batch) ? RecordedRows(sizes_.rows) : 0;
+  if (record_ > 0) sizes_ = RecordedSizes(record_, sizes_.pages);
+  max_positions_ = kMinPositions;
+  for (const Piece& piece : batch.pieces) {
+    while (max_positions_ < piece.position + piece.row_count) max_positions_ *= 2;
+  }
+  if (const absl::Status status = ReserveImage(sizes_.bytes()); !status.ok()) {
+    Keep(status);
+    return {sizes_.rows, std::min(sizes_.logit_rows, max_logit_rows())};
+  }
+  Image& image = images_[next_image_];
+  next_image_ ^= 1;
+  Keep(CudaStatus(cudaEventSynchronize(image.copied), "a step on the device"));
+  WriteBatchImage(batch, sizes_, batch.page_size, image.host.data());
+  Keep(CudaStatus(cudaMemcpyAsync(device_image_->data(), image.host.data(), sizes_.bytes(), cudaMemcpyHostToDevice,
+                                  stream_),
+                  "BeginStep"));
+  Keep(CudaStatus(cudaEventRecord(image.copied, stream_), "BeginStep"));
+  batch_ = BatchAt(device_image_->data(), sizes_);
+  return {sizes_.rows, std::min(sizes_.logit_rows, max_logit_rows())};
+}
+
+void CudaOps::RunStep(absl::FunctionRef<void()> step) {
+  if (!status_.ok()) return;
+  if (record_ == 0) {
+    step();
+    return;
+  }
+  const RecordKey key{record_, max_positions_};
+  auto found = recorded_.find(key);
+  if (found == recorded_.end()) {
+    cudaGraphExec_t graph = nullptr;
+    Record(step, &graph);
+    if (!status_.ok()) return;
+    found = recorded_.emplace(key, graph).first;
+  }
+  Keep(CudaStatus(cudaGraphLaunch(found->second, stream_), "a recorded step"));
+}
+
+void CudaOps::Record(absl::FunctionRef<void()> step, cudaGraphExec_t* graph) {
+  Keep(CudaStatus(cudaStreamBeginCapture(stream_, cudaStreamCaptureModeRelaxed), "cudaStreamBeginCapture"));
+  if (!status_.ok()) return;
+  step();
+  cudaGraph_t captured = nullptr;
+  Keep(CudaStatus(cudaStreamEndCapture(stream_, &captured), "cudaStreamEndCapture"));
+  if (captured == nullptr) return;
+  if (status_.ok()) Keep(CudaStatus(cudaGraphInstantiate(graph, captured, 0), "cudaGraphInstantiate"));
+  cudaGraphDestroy(captured);
+}
+
+void CudaOps::Embed(const EmbeddingTable& table, Rows out) {
+  const auto& packed = static_cast<const CudaEmbeddingTable&>(table);
+  Keep(LaunchEmbedding({.tokens = batch_.tokens,
+                        .table = packed.data(),
+                        .out = Bf16(out),
+                        .rows = out.rows,
+                        .vocab = packed.vocab(),
+                        .hidden = packed.hidden(),
+                        .out_stride = out.stride},
+                       stream_));
+}
+
+void CudaOps::GatherLogitRows(Rows x, int64_t begin, Rows out) {
+  Keep(LaunchGatherRows({.indices = LogitRowsAt(device_image_->data(), sizes_) + begin,
+                         .in = Bf16(x),
+                         .out = Bf16(out),
+                         .rows = out.rows,
+                         .in_rows = x.rows,
+                         .width = out.width,
+                         .in_stride = x.stride,
+                         .out_stride = out.stride},
+                        stream_));
+}
+
+void CudaOps::Linear(Rows x, const LinearWeight& weight, Rows out) {
+  const auto& packed = static_cast<const CudaLinearWeight&>(weight);
+  LOCKSTEP_CHECK(x.width == packed.in_features() && out.width == packed.out_features() && x.rows == out.rows,
+                 "Linear: [{}, {}] by [{}, {}] into [{}, {}]", x.rows, x.width, packed.out_features(),
+                 packed.in_features(), out.rows, out.width);
+  Keep(LaunchLinear({.x = Bf16(x),
+                     .weight = packed.data(),
+                     .out = out.data,
+                     .out_dtype = out.dtype == DType::kF32 ? LinearOutput::kFp32 : LinearOutput::kBf16,
+                     .m = x.rows,
+                     .n = packed.padded_out(),
+                     .k = x.width,
+                     .x_stride = x.stride,
+                     .out_stride = out.stride},
+                    stream_));
+}
+
+void CudaOps::Logits(Rows x, const LinearWeight& weight, Rows out) {
+  Linear(x, weight, out);
+}
+
+void CudaOps::RmsNorm(Rows x, const VectorWeight& weight, float eps, Rows out) {
+  Keep(LaunchRmsNorm({.fusion = RmsNormFusion::kNone,
+                      .x = Bf16(x),
+                      .weight = Bf16(weight),
+                      .out = Bf16(out),
+                      .rows = x.rows,
+                      .width = x.width,
+                      .x_stride = x.stride,
+                      .out_stride = out.stride,
+                      .eps = eps},
+                     stream_));
+}
+
+void CudaOps::AddRmsNorm(Rows x, Rows residual, const VectorWeight& weight, float eps, Rows out) {
+  Keep(LaunchRmsNorm({.fusion = RmsNormFusion::kAddBefore,
+                      .x = Bf16(x),
+                      .weight = Bf16(weight),
+                      .residual = Bf16(residual),
+                      .out = Bf16(out),
+                      .rows = x.rows,
+                      .width = x.width,
+                      .x_stride = x.stride,
+                      .residual_stride = residual.stride,
+                      .out_stride = out.stride,
+                      .eps = eps},
+                     stream_));
+}
+
+void CudaOps::RmsNormAdd(Rows x, const VectorWeight& weight, float eps, Rows residual) {
+  Keep(LaunchRmsNorm({.fusion = RmsNormFusion::kAddAfter,
+                      .x = Bf16(x),
+                      .weight = Bf16(weight),
+                      .residual = Bf16(residual),
+                      .rows = x.rows,
+                      .width = x.width,
+                      .x_stride = x.stride,
+                      .residual_stride = residual.stride,
+                      .eps = eps},
+                     stream_));
+}
+
+void CudaOps::Add(Rows x, Rows residual) {
+  Keep(LaunchAdd({.x = Bf16(x),
+                  .residual = Bf16(residual),
+                  .rows = x.rows,
+                  .width = x.width,
+                  .x_stride = x.stride,
+                  .residual_stride = residual.stride},
+                 stream_));
+}
+
+void CudaOps::SwiGlu(Rows gate_up, Rows out) {
+  Keep(LaunchSwiGlu({.gate_up = Bf16(gate_up),
+                     .out = Bf16(out),
+                     .rows = out.rows,
+                     .width = out.width,
+                     .gate_up_stride = gate_up.stride,
+                     .out_stride = out.stride},
+                    stream_));
+}
+
+void CudaOps::Rope(Rows q, Rows k, const VectorWeight& inv_freq, float attention_scaling, int64_t head_dim) {
+  LOCKSTEP_CHECK(head_dim == kKvHeadDim, "Rope: heads of {}", head_dim);
+  Keep(LaunchRope({.batch = batch_,
+                   .q = Bf16(q),
+                   .k = Bf16(k),
+                   .inv_freq = F32(inv_freq),
+                   .heads = q.width / head_dim,
+                   .kv_heads = k.width / head_dim,
+                   .q_stride = q.stride,
+                   .k_stride = k.stride,
+                   .attention_scaling = attention_scaling},
+                  stream_));
+}
+
+int64_t CudaOps::KvPageBytes(const AttentionShape& shape, int64_t page_size) const {
+  return cuda::KvPageBytes(shape.kv_heads, page_size);
+}
+
+namespace {
+
+KvPages PagesOf(const AttentionShape& shape, const KvLayer& kv) {
+  return {.base = kv.base,
+          .page_count = kv.page_count,
+          .page_bytes = KvPageBytes(shape.kv_heads, kv.page_size),
+          .page_size = kv.page_size,
+          .kv_heads = shape.kv_heads};
+}
+
+}  // namespace
+
+void CudaOps::WriteKv(Rows k, Rows v, const AttentionShape& shape, const KvLayer& kv) {
+  Keep(LaunchWriteKv({.batch = batch_,
+                      .k = Bf16(k),
+                      .v = Bf16(v),
+                      .k_stride = k.stride,
+                      .v_stride = v.stride,
+                      .kv = PagesOf(shape, kv)},
+                     stream_));
+}
+
+void CudaOps::Attention(Rows q, const AttentionShape& shape, const KvLayer& kv, Rows out) {
+  const int64_t workspace =
+      AttentionWorkspaceBytes(batch_.decode_pieces, shape.heads, shape.kv_heads, max_positions_);
+  Keep(LaunchAttention({.program = profile_.attention == lockstep::AttentionProgram::kTiles64Backward
+                                       ? AttentionProgram::kFa2
+                                       : AttentionProgram::kCudnn,
+                        .batch = batch_,
+                        .q = Bf16(q),
+                        .out = Bf16(out),
+                        .q_stride = q.stride,
+                        .out_stride = out.stride,
+                        .kv = PagesOf(shape, kv),
+                        .heads = shape.heads,
+                        .window = shape.window,
+                        .scale = shape.scale,
+                        .workspace = workspace > 0 ? Workspace(workspace) : nullptr,
+                        .workspace_bytes = workspace,
+                        .max_positions = max_positions_},
+                       stream_));
+}
+
+int64_t CudaOps::GdnStateBytes(const GdnShape& shape) const {
+  return LayoutOf(shape).bytes;
+}
+
+// Nothing of a slot is read before its sequence has written it.
+void CudaOps::GdnResetState(const GdnShape&, const GdnLayer&, int32_t) {}
+
+void CudaOps::GdnConv(Rows in, const VectorWeight& weight, const GdnShape& shape, const GdnLayer& layer, Rows out) {
+  LOCKSTEP_CHECK(shape.conv_width == kGdnConvWidth, "GdnConv: width {}", shape.conv_width);
+  Keep(LaunchGdnConv({.in = Bf16(in),
+                      .weight = Bf16(weight),
+                      .out = Bf16(out),
+                      .tail = layer.base + LayoutOf(shape).conv_tail,
+                      .slot_stride = layer.slot_stride,
+                      .in_stride = in.stride,
+                      .out_stride = out.stride,
+                      .key_heads = shape.key_heads,
+                      .key_dim = shape.key_dim,
+                      .value_width = shape.value_width(),
+                      .casts = profile_.conv,
+                      .batch = batch_},
+                     stream_));
+}
+
+void CudaOps::GdnGates(Rows a, Rows b, const VectorWeight& a_log, const VectorWeight& dt_bias, bool neg_eigval,
+                       Rows beta, Rows g) {
+  Keep(LaunchGdnGates({.a = Bf16(a),
+                       .b = Bf16(b),
+                       .a_log = F32(a_log),
+                       .dt_bias = F32(dt_bias),
+                       .beta = Bf16(beta),
+                       .g = F32(g),
+                       .rows = a.rows,
+                       .heads = a.width,
+                       .a_stride = a.stride,
+                       .b_stride = b.stride,
+                       .beta_stride = beta.stride,
+                       .g_stride = g.stride,
+                       .neg_eigval = neg_eigval},
+                      stream_));
+}
+
+void CudaOps::GdnChunk(Rows qkv, Rows beta, Rows g, const GdnShape& shape, const GdnLayer& layer, Rows out) {
+  const GdnParams gdn = {.q = Bf16(qkv),
+                         .k = Bf16(qkv) + shape.key_width(),
+                         .v = Bf16(qkv) + 2 * shape.key_width(),
+                         .beta = Bf16(beta),
+                         .g = F32(g),
+                         .out = Bf16(out),
+                         .q_stride = qkv.stride,
+                         .k_stride = qkv.stride,
+                         .v_stride = qkv.stride,
+                         .beta_stride = beta.stride,
+                         .g_stride = g.stride,
+                         .out_stride = out.stride,
+                         .key_heads = static_cast<int32_t>(shape.key_heads),
+                         .value_heads = static_cast<int32_t>(shape.value_heads),
+                         .state = reinterpret_cast<char*>(layer.base),
+                         .slot_stride = layer.slot_stride,
+                         .layout = LayoutOf(shape),
+                         .batch = batch_};
+  if (batch_.tile_count > 0) {
+    const int64_t workspace = GdnPrefillWorkspaceBytes(shape.value_heads, batch_.tile_count);
+    Keep(LaunchGdnPrefill({.gdn = gdn, .workspace = Workspace(workspace), .workspace_bytes = workspace}, stream_));
+  }
+  if (batch_.decode_pieces > 0) Keep(LaunchGdnDecode(gdn, stream_));
+}
+
+void CudaOps::GatedRmsNorm(Rows x, Rows gate, const VectorWeight& weight, float eps, int64_t head_dim, Rows out) {
+  Keep(LaunchGatedRmsNorm({.x = Bf16(x),
+                           .gate = Bf16(gate),
+                           .weight = Bf16(weight),
+                           .out = Bf16(out),
+                           .rows = x.rows,
+                           .heads = x.width / head_dim,
+                           .head_dim = head_dim,
+                           .x_stride = x.stride,
+                           .gate_stride = gate.stride,
+                           .out_stride = out.stride,
+                           .eps = eps,
+                           .casts = profile_.gated_norm},
+                          stream_));
+}
+
+}  // namespace lockstep::cuda

@@ -1,0 +1,119 @@
+// CudaOps: the CUDA backend as one object. Every method launches its operation, which lives in a file of its own, on one
+// stream; nothing waits but what says so.
+//
+// A step of decode rows alone is recorded as a CUDA graph, once for each padded size, and replayed: its kernels find the
+// batch at fixed addresses. Other steps are launched kernel by kernel. Bits are the same either way.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <map>
+#include <memory>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "kernels/cuda/batch_image.h"
+#include "kernels/cuda/memory.h"
+#include "kernels/ops.h"
+
+namespace lockstep::cuda {
+
+struct CudaOpsOptions {
+  int device = 0;
+  bool graphs = true;
+};
+
+class CudaOps final : public Ops {
+ public:
+  // `threads` converts and copies weights, and must outlive it. INVALID_ARGUMENT for a profile that has no program here;
+  // FAILED_PRECONDITION, saying what is there and what is needed, without a GPU this build runs on.
+  static absl::StatusOr<std::unique_ptr<CudaOps>> Create(const NumericsProfile& profile, ThreadPool* threads,
+                                                         const CudaOpsOptions& options);
+  ~CudaOps() override;
+
+  cudaStream_t stream() const { return stream_; }
+
+  const NumericsProfile& profile() const override { return profile_; }
+  ThreadPool& threads() override { return threads_; }
+  absl::Status status() override;
+  void Synchronize() override;
+  int64_t AvailableMemory() const override;
+  absl::StatusOr<std::unique_ptr<DeviceMemory>> Allocate(int64_t bytes) override;
+  void Copy(std::byte* to, const std::byte* from, int64_t bytes) override;
+  std::vector<float> Download(Rows rows) override;
+  DType activation_dtype() const override { return DType::kBF16; }
+  DType logit_dtype() const override { return profile_.logits; }
+  int64_t max_logit_rows() const override { return kMaxRecordedRows; }
+
+  absl::StatusOr<std::unique_ptr<LinearWeight>> PackLinear(std::span<const HostMatrix> parts) override;
+  absl::StatusOr<std::unique_ptr<EmbeddingTable>> PackEmbedding(const HostMatrix& table) override;
+  absl::StatusOr<std::unique_ptr<VectorWeight>> PackVector(std::span<const float> values, bool exact) override;
+
+  StepRows BeginStep(const StepBatch& batch) override;
+  void RunStep(absl::FunctionRef<void()> step) override;
+
+  void Embed(const EmbeddingTable& table, Rows out) override;
+  void GatherLogitRows(Rows x, int64_t begin, Rows out) override;
+  void Linear(Rows x, const LinearWeight& weight, Rows out) override;
+  void Logits(Rows x, const LinearWeight& weight, Rows out) override;
+  void RmsNorm(Rows x, const VectorWeight& weight, float eps, Rows out) override;
+  void AddRmsNorm(Rows x, Rows residual, const VectorWeight& weight, float eps, Rows out) override;
+  void RmsNormAdd(Rows x, const VectorWeight& weight, float eps, Rows residual) override;
+  void Add(Rows x, Rows residual) override;
+  void SwiGlu(Rows gate_up, Rows out) override;
+  void Rope(Rows q, Rows k, const VectorWeight& inv_freq, float attention_scaling, int64_t head_dim) override;
+  int64_t kv_page_multiple() const override { return 64; }
+  int64_t KvPageBytes(const AttentionShape& shape, int64_t page_size) const override;
+  void WriteKv(Rows k, Rows v, const AttentionShape& shape, const KvLayer& kv) override;
+  void Attention(Rows q, const AttentionShape& shape, const KvLayer& kv, Rows out) override;
+  int64_t GdnStateBytes(const GdnShape& shape) const override;
+  void GdnResetState(const GdnShape& shape, const GdnLayer& layer, int32_t slot) override;
+  void GdnConv(Rows in, const VectorWeight& weight, const GdnShape& shape, const GdnLayer& layer, Rows out) override;
+  bool normalises_in_conv() const override { return true; }
+  void GdnGates(Rows a, Rows b, const VectorWeight& a_log, const VectorWeight& dt_bias, bool neg_eigval, Rows beta,
+                Rows g) override;
+  void GdnChunk(Rows qkv, Rows beta, Rows g, const GdnShape& shape, const GdnLayer& layer, Rows out) override;
+  void GatedRmsNorm(Rows x, Rows gate, const VectorWeight& weight, float eps, int64_t head_dim, Rows out) override;
+
+ private:
+  // One of the two host images that steps take in turn: the device may still read the other.
+  struct Image {
+    PinnedMemory host;
+    cudaEvent_t copied = nullptr;
+  };
+
+  CudaOps(const NumericsProfile& profile, ThreadPool* threads, const CudaOpsOptions& options)
+      : profile_(profile), threads_(*threads), options_(options) {}
+  absl::Status Init();
+  // Keeps the first error.
+  void Keep(const absl::Status& status);
+  // Uploads [rows, cols] of the parts as bf16 to `to`.
+  absl::Status Upload(std::span<const HostMatrix> parts, std::byte* to);
+  // Room for an image of `bytes` on both sides. Recorded steps are forgotten if it moves.
+  absl::Status ReserveImage(int64_t bytes);
+  // Memory for one operation's intermediate results; the stream orders its users. Also while a step is recorded.
+  std::byte* Workspace(int64_t bytes);
+  void Record(absl::FunctionRef<void()> step, cudaGraphExec_t* graph);
+  void ForgetRecorded();
+
+  const NumericsProfile profile_;
+  ThreadPool& threads_;
+  const CudaOpsOptions options_;
+  cudaStream_t stream_ = nullptr;
+  absl::Status status_;
+
+  Image images_[2];
+  int next_image_ = 0;
+  std::unique_ptr<CudaMemory> device_image_;
+  // The last one is in use; kernels in flight and recorded steps may still use outgrown ones.
+  std::vector<std::unique_ptr<CudaMemory>> workspaces_;
+  BatchSizes sizes_;    // of the current step
+  DeviceBatch batch_;   // the current step's
+  int64_t record_ = 0;  // rows of the current step if it is to be replayed; else 0
+  int64_t max_positions_ = 0;  // at least every piece's last position + 1: a power of two
+  using RecordKey = std::pair<int64_t, int64_t>;  // padded rows, max_positions_
+  std::map<RecordKey, cudaGraphExec_t> recorded_;
+};
+
+}  // namespace lockstep::cuda

@@ -1,0 +1,131 @@
+#include "rollout/engine/cuda_backend.h"
+
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_format.h"
+#include "kernels/cuda/cuda_ops.h"
+#include "kernels/cuda/memory.h"
+#include "rollout/base/status.h"
+
+namespace lockstep {
+namespace {
+
+constexpr int kMajor = 9, kMinor = 0;  // sm_90a: Hopper's own instructions run nowhere else
+
+std::string VersionText(int version) {
+  return absl::StrCat(version / 1000, ".", version % 1000 / 10);
+}
+
+// The device's description, or why this build cannot use it.
+absl::StatusOr<std::string> DescribeDevice(int device) {
+  int driver = 0, runtime = 0, count = 0;
+  cudaRuntimeGetVersion(&runtime);
+  if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "--backend cuda: no NVIDIA driver is loaded; want a driver for CUDA ", VersionText(runtime), " and a Hopper GPU"));
+  }
+  // A driver of the same major version runs what a newer toolkit built.
+  if (driver / 1000 < runtime / 1000) {
+    return absl::FailedPreconditionError(absl::StrCat("--backend cuda: the driver supports CUDA ", VersionText(driver),
+                                                      ", this build needs ", VersionText(runtime / 1000 * 1000),
+                                                      " or newer"));
+  }
+  const cudaError_t error = cudaGetDeviceCount(&count);
+  if (error != cudaSuccess || count == 0) {
+    return absl::FailedPreconditionError(absl::StrCat("--backend cuda: no GPU is visible (",
+                                                      error == cudaSuccess ? "none found" : cudaGetErrorString(error),
+                                                      "); want a Hopper GPU"));
+  }
+  if (device < 0 || device >= count) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--cuda_device: value ", device, " is out of range; want 0 to ", count - 1));
+  }
+  cudaDeviceProp properties;
+  LOCKSTEP_RETURN_IF_ERROR(
+      cuda::CudaStatus(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties"));
+  if (properties.major != kMajor || properties.minor != kMinor) {
+    return absl::FailedPreconditionError(absl::StrCat("--backend cuda: GPU ", device, " is a ", properties.name,
+                                                      " (compute capability ", properties.major, ".", properties.minor,
+                                                      "); this build runs on Hopper, ", kMajor, ".", kMinor, ", alone"));
+  }
+  return absl::StrFormat("%s (sm_90, %.0f GB)", properties.name, static_cast<double>(properties.totalGlobalMem) * 1e-9);
+}
+
+class CudaBackend final : public Backend {
+ public:
+  CudaBackend(std::unique_ptr<cuda::CudaOps> ops, std::string device, ThreadPool* threads)
+      : ops_(std::move(ops)), device_(std::move(device)), threads_(*threads) {}
+
+  std::string_view name() const override { return "cuda"; }
+  std::string device() const override { return device_; }
+  Ops& ops() override { return *ops_; }
+  absl::StatusOr<double> MeasureBandwidth() override;
+  absl::StatusOr<std::unique_ptr<RowSampler>> MakeSampler(int64_t vocab) override;
+
+ private:
+  std::unique_ptr<cuda::CudaOps> ops_;
+  std::string device_;
+  ThreadPool& threads_;
+};
+
+// Bytes read and written by a large copy within the device.
+absl::StatusOr<double> CudaBackend::MeasureBandwidth() {
+  constexpr int64_t kBytes = int64_t{1} << 30;
+  constexpr int kPasses = 5;
+  LOCKSTEP_ASSIGN_OR_RETURN(const auto from, cuda::CudaMemory::Allocate(kBytes));
+  LOCKSTEP_ASSIGN_OR_RETURN(const auto to, cuda::CudaMemory::Allocate(kBytes));
+  cudaEvent_t begin = nullptr, end = nullptr;
+  LOCKSTEP_RETURN_IF_ERROR(cuda::CudaStatus(cudaEventCreate(&begin), "cudaEventCreate"));
+  LOCKSTEP_RETURN_IF_ERROR(cuda::CudaStatus(cudaEventCreate(&end), "cudaEventCreate"));
+  float best = 0;
+  for (int pass = 0; pass < kPasses; ++pass) {
+    cudaEventRecord(begin, ops_->stream());
+    ops_->Copy(to->data(), from->data(), kBytes);
+    cudaEventRecord(end, ops_->stream());
+    ops_->Synchronize();
+    float ms = 0;
+    LOCKSTEP_RETURN_IF_ERROR(cuda::CudaStatus(cudaEventElapsedTime(&ms, begin, end), "cudaEventElapsedTime"));
+    if (pass == 0 || ms < best) best = ms;
+  }
+  cudaEventDestroy(begin);
+  cudaEventDestroy(end);
+  LOCKSTEP_RETURN_IF_ERROR(ops_->status());
+  return 2.0 * static_cast<double>(kBytes) / (best * 1e-3);
+}
+
+class HostRowSampler final : public RowSampler {
+ public:
+  HostRowSampler(Ops& ops, ThreadPool& threads) : ops_(ops), sampler_(MakeCpuRowSampler(threads)) {}
+  void Enqueue(Rows logits, std::span<const SampleTask> tasks) override {
+    std::vector<float> values = ops_.Download(logits);
+    sampler_->Enqueue({values.data(), logits.rows, logits.width, logits.width}, tasks);
+  }
+  std::vector<absl::StatusOr<SampledToken>> Collect() override { return sampler_->Collect(); }
+
+ private:
+  Ops& ops_;
+  std::unique_ptr<RowSampler> sampler_;
+};
+
+absl::StatusOr<std::unique_ptr<RowSampler>> CudaBackend::MakeSampler(int64_t) {
+  return std::make_unique<HostRowSampler>(*ops_, threads_);
+}
+
+}  // namespace
+
+absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(const BackendOptions& options, const NumericsProfile& profile,
+                                                         ThreadPool* threads) {
+  LOCKSTEP_ASSIGN_OR_RETURN(std::string device, DescribeDevice(options.device));
+  LOCKSTEP_ASSIGN_OR_RETURN(
+      std::unique_ptr<cuda::CudaOps> ops,
+      cuda::CudaOps::Create(profile, threads, {.device = options.device, .graphs = options.cuda_graphs}));
+  return std::make_unique<CudaBackend>(std::move(ops), std::move(device), threads);
+}
+
+}  // namespace lockstep
