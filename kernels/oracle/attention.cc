@@ -78,7 +78,7 @@ void AttentionRow(const AttentionHead& head, AttentionOrder order, const uint16_
   }
   const float total =
       order.join_near_first ? (quad[0] + quad[1]) + (quad[2] + quad[3]) : (quad[0] + quad[2]) + (quad[1] + quad[3]);
-  const float inverse = 1.0f / total;
+  const float inverse = order.approx_inverse ? ReciprocalApprox(total) : 1.0f / total;
   for (int x = 0; x < dim; ++x) out[x] = F32ToBf16(sums[x] * inverse);
 }
 

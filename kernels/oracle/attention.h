@@ -17,11 +17,20 @@ struct AttentionOrder {
   bool shrink_scaled;
   bool sum_by_tile;      // a tile's numerators are summed apart, then joined by one fma
   bool join_near_first;  // the four sums of a row: neighbours first, not halves
+  bool approx_inverse;   // the last factor is rcp.approx.ftz(l), not the IEEE quotient
 };
-constexpr AttentionOrder kCudnnOrder = {
-    .tile_keys = 128, .backward = false, .shrink_scaled = true, .sum_by_tile = true, .join_near_first = true};
-constexpr AttentionOrder kFlash2Order = {
-    .tile_keys = 64, .backward = true, .shrink_scaled = false, .sum_by_tile = false, .join_near_first = false};
+constexpr AttentionOrder kCudnnOrder = {.tile_keys = 128,
+                                        .backward = false,
+                                        .shrink_scaled = true,
+                                        .sum_by_tile = true,
+                                        .join_near_first = true,
+                                        .approx_inverse = true};
+constexpr AttentionOrder kFlash2Order = {.tile_keys = 64,
+                                         .backward = true,
+                                         .shrink_scaled = false,
+                                         .sum_by_tile = false,
+                                         .join_near_first = false,
+                                         .approx_inverse = false};
 
 struct AttentionHead {
   int head_dim;       // a multiple of 16
