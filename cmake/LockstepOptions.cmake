@@ -54,5 +54,5 @@ if(LOCKSTEP_CUDA)
   find_package(CUDAToolkit REQUIRED)
   # -fmad=false is -ffp-contract=off for device code: where a fused multiply-add is meant, the code says __fmaf_rn.
   target_compile_options(lockstep_flags INTERFACE
-    "$<$<COMPILE_LANGUAGE:CUDA>:-fmad=false;-Werror=all-warnings;-Xcompiler=-ffp-contract=off,-Wall,-Wextra,-Werror,-Wno-sign-compare>")
+    "$<$<COMPILE_LANGUAGE:CUDA>:-fmad=false;--compress-mode=size;-Werror=all-warnings;-Xcompiler=-ffp-contract=off,-Wall,-Wextra,-Werror,-Wno-sign-compare>")
 endif()

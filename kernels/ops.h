@@ -162,8 +162,9 @@ class Ops {
   // Waits until everything asked for has happened.
   virtual void Synchronize() = 0;
 
-  // What the backend may still take of its device's memory, in bytes.
+  // What may still be taken of the device's memory, in bytes, beside what the backend keeps back for itself.
   virtual int64_t AvailableMemory() const = 0;
+  virtual int64_t reserved_memory() const = 0;
   // Zeroed, 256-byte aligned. RESOURCE_EXHAUSTED if there is not as much.
   virtual absl::StatusOr<std::unique_ptr<DeviceMemory>> Allocate(int64_t bytes) = 0;
   // Within the device, ordered with the operations.
@@ -188,9 +189,11 @@ class Ops {
   // much to compute: a backend that replays recorded steps pads to a size it has; what it computes in the padding goes
   // nowhere.
   virtual StepRows BeginStep(const StepBatch& batch) = 0;
-  // Runs `step`, which asks for the same operations each time for the same StepRows: a backend may record and replay
-  // them instead.
-  virtual void RunStep(absl::FunctionRef<void()> step) = 0;
+  // Runs `step`, which asks for the same operations on the same memory each time for the same owner and StepRows: a
+  // backend may record and replay them instead.
+  virtual void RunStep(const void* owner, absl::FunctionRef<void()> step) = 0;
+  // The owner's memory is about to go.
+  virtual void ForgetSteps(const void* owner) = 0;
 
   // out[r] = table[tokens[r]], of the batch.
   virtual void Embed(const EmbeddingTable& table, Rows out) = 0;

@@ -21,6 +21,7 @@ class CpuOps final : public Ops {
   void Synchronize() override {}
 
   int64_t AvailableMemory() const override;
+  int64_t reserved_memory() const override { return 0; }
   absl::StatusOr<std::unique_ptr<DeviceMemory>> Allocate(int64_t bytes) override;
   void Copy(std::byte* to, const std::byte* from, int64_t bytes) override;
   std::vector<float> Download(Rows rows) override;
@@ -33,7 +34,8 @@ class CpuOps final : public Ops {
   absl::StatusOr<std::unique_ptr<VectorWeight>> PackVector(std::span<const float> values, bool exact) override;
 
   StepRows BeginStep(const StepBatch& batch) override;
-  void RunStep(absl::FunctionRef<void()> step) override { step(); }
+  void RunStep(const void*, absl::FunctionRef<void()> step) override { step(); }
+  void ForgetSteps(const void*) override {}
 
   void Embed(const EmbeddingTable& table, Rows out) override;
   void GatherLogitRows(Rows x, int64_t begin, Rows out) override;

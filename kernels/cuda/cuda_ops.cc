@@ -136,16 +136,25 @@ absl::Status CudaOps::Init() {
 
 CudaOps::~CudaOps() {
   if (stream_ != nullptr) cudaStreamSynchronize(stream_);
-  ForgetRecorded();
+  ForgetAllSteps();
   for (Image& image : images_) {
     if (image.copied != nullptr) cudaEventDestroy(image.copied);
   }
   if (stream_ != nullptr) cudaStreamDestroy(stream_);
 }
 
-void CudaOps::ForgetRecorded() {
+void CudaOps::ForgetAllSteps() {
   for (const auto& [key, graph] : recorded_) cudaGraphExecDestroy(graph);
   recorded_.clear();
+}
+
+void CudaOps::ForgetSteps(const void* owner) {
+  cudaStreamSynchronize(stream_);
+  std::erase_if(recorded_, [owner](const auto& entry) {
+    if (entry.first.owner != owner) return false;
+    cudaGraphExecDestroy(entry.second);
+    return true;
+  });
 }
 
 void CudaOps::Keep(const absl::Status& status) {
@@ -164,6 +173,10 @@ int64_t CudaOps::AvailableMemory() const {
   size_t free = 0, total = 0;
   if (cudaMemGetInfo(&free, &total) != cudaSuccess) return 0;
   return std::max<int64_t>(static_cast<int64_t>(free) - kReserveBytes, 0);
+}
+
+int64_t CudaOps::reserved_memory() const {
+  return kReserveBytes;
 }
 
 absl::StatusOr<std::unique_ptr<DeviceMemory>> CudaOps::Allocate(int64_t bytes) {
@@ -278,7 +291,7 @@ absl::StatusOr<std::unique_ptr<VectorWeight>> CudaOps::PackVector(std::span<cons
 absl::Status CudaOps::ReserveImage(int64_t bytes) {
   if (device_image_ != nullptr && device_image_->bytes() >= bytes) return absl::OkStatus();
   LOCKSTEP_RETURN_IF_ERROR(CudaStatus(cudaStreamSynchronize(stream_), "a step on the device"));
-  ForgetRecorded();
+  ForgetAllSteps();
   LOCKSTEP_ASSIGN_OR_RETURN(device_image_, CudaMemory::Allocate(2 * bytes));
   for (Image& image : images_) {
     LOCKSTEP_ASSIGN_OR_RETURN(image.host, PinnedMemory::Allocate(2 * bytes));
@@ -324,13 +337,13 @@ StepRows CudaOps::BeginStep(const StepBatch& batch) {
   return {sizes_.rows, std::min(sizes_.logit_rows, max_logit_rows())};
 }
 
-void CudaOps::RunStep(absl::FunctionRef<void()> step) {
+void CudaOps::RunStep(const void* owner, absl::FunctionRef<void()> step) {
   if (!status_.ok()) return;
   if (record_ == 0) {
     step();
     return;
   }
-  const RecordKey key{record_, max_positions_};
+  const RecordKey key{owner, record_, max_positions_};
   auto found = recorded_.find(key);
   if (found == recorded_.end()) {
     cudaGraphExec_t graph = nullptr;

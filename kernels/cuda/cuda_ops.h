@@ -39,6 +39,7 @@ class CudaOps final : public Ops {
   absl::Status status() override;
   void Synchronize() override;
   int64_t AvailableMemory() const override;
+  int64_t reserved_memory() const override;
   absl::StatusOr<std::unique_ptr<DeviceMemory>> Allocate(int64_t bytes) override;
   void Copy(std::byte* to, const std::byte* from, int64_t bytes) override;
   std::vector<float> Download(Rows rows) override;
@@ -51,7 +52,8 @@ class CudaOps final : public Ops {
   absl::StatusOr<std::unique_ptr<VectorWeight>> PackVector(std::span<const float> values, bool exact) override;
 
   StepRows BeginStep(const StepBatch& batch) override;
-  void RunStep(absl::FunctionRef<void()> step) override;
+  void RunStep(const void* owner, absl::FunctionRef<void()> step) override;
+  void ForgetSteps(const void* owner) override;
 
   void Embed(const EmbeddingTable& table, Rows out) override;
   void GatherLogitRows(Rows x, int64_t begin, Rows out) override;
@@ -95,7 +97,7 @@ class CudaOps final : public Ops {
   // Memory for one operation's intermediate results; the stream orders its users. Also while a step is recorded.
   std::byte* Workspace(int64_t bytes);
   void Record(absl::FunctionRef<void()> step, cudaGraphExec_t* graph);
-  void ForgetRecorded();
+  void ForgetAllSteps();
 
   const NumericsProfile profile_;
   ThreadPool& threads_;
@@ -112,7 +114,12 @@ class CudaOps final : public Ops {
   DeviceBatch batch_;   // the current step's
   int64_t record_ = 0;  // rows of the current step if it is to be replayed; else 0
   int64_t max_positions_ = 0;  // at least every piece's last position + 1: a power of two
-  using RecordKey = std::pair<int64_t, int64_t>;  // padded rows, max_positions_
+  struct RecordKey {
+    const void* owner;
+    int64_t rows;  // padded
+    int64_t max_positions;
+    auto operator<=>(const RecordKey&) const = default;
+  };
   std::map<RecordKey, cudaGraphExec_t> recorded_;
 };
 

@@ -23,6 +23,7 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const ModelSpec& spec, co
   LOCKSTEP_ASSIGN_OR_RETURN(engine->sampler_, backend.MakeSampler(spec.vocab_size));
   engine->memory_ = {.weights = weights.bytes(),
                      .activations = engine->forward_->buffer_bytes(),
+                     .workspace = ops.reserved_memory(),
                      .kv_page = KvBytesPerPage(spec, ops, config.page_size),
                      .kv_pages = config.pages,
                      .state_slot = engine->layout_.bytes,
@@ -44,6 +45,10 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const ModelSpec& spec, co
     engine->state_layers_.push_back(state);
   }
   return engine;
+}
+
+Engine::~Engine() {
+  ops_.ForgetSteps(this);
 }
 
 void Engine::set_trace(Trace* trace) {
@@ -91,7 +96,7 @@ absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Engine::Step(const Ste
 
   const StepRows padded = ops_.BeginStep({tokens_, positions_, pieces_, logit_rows_, kv_->bytes() > 0 ? config_.page_size : 0});
   if (trace_ != nullptr) trace_->BeginStep(positions_, logit_rows_);
-  ops_.RunStep([&] {
+  ops_.RunStep(this, [&] {
     forward_->Run(padded.rows, kv_layers_, state_layers_);
     if (padded.logit_rows > 0) forward_->Logits(0, padded.logit_rows);
   });

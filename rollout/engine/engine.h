@@ -30,11 +30,12 @@ struct EngineConfig {
 struct MemoryPlan {
   int64_t weights = 0;
   int64_t activations = 0;
+  int64_t workspace = 0;    // left to the backend's intermediate results
   int64_t kv_page = 0;      // one page over all layers
   int64_t kv_pages = 0;     // count
   int64_t state_slot = 0;   // one sequence
   int64_t state_slots = 0;  // count
-  int64_t total() const { return weights + activations + kv_page * kv_pages + state_slot * state_slots; }
+  int64_t total() const { return weights + activations + workspace + kv_page * kv_pages + state_slot * state_slots; }
 };
 
 // A piece of one sequence, in the scheduler's terms.
@@ -59,6 +60,7 @@ struct StepInput {
 
 class Engine {
  public:
+  ~Engine();
   // All must outlive it. RESOURCE_EXHAUSTED if the device's memory does not suffice.
   static absl::StatusOr<std::unique_ptr<Engine>> Create(const ModelSpec& spec, const ModelWeights& weights,
                                                         Backend& backend, const EngineConfig& config);

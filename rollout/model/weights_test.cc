@@ -87,6 +87,7 @@ class RecordingOps : public Ops {
   absl::Status status() override { return absl::OkStatus(); }
   void Synchronize() override {}
   int64_t AvailableMemory() const override { return 0; }
+  int64_t reserved_memory() const override { return 0; }
   absl::StatusOr<std::unique_ptr<DeviceMemory>> Allocate(int64_t) override { return absl::UnimplementedError(""); }
   void Copy(std::byte*, const std::byte*, int64_t) override { FAIL(); }
   std::vector<float> Download(Rows) override { return {}; }
@@ -95,7 +96,8 @@ class RecordingOps : public Ops {
   int64_t max_logit_rows() const override { return 1; }
   int64_t kv_page_multiple() const override { return 16; }
   StepRows BeginStep(const StepBatch&) override { return {}; }
-  void RunStep(absl::FunctionRef<void()>) override { FAIL(); }
+  void RunStep(const void*, absl::FunctionRef<void()>) override { FAIL(); }
+  void ForgetSteps(const void*) override { FAIL(); }
   void Embed(const EmbeddingTable&, Rows) override { FAIL(); }
   void GatherLogitRows(Rows, int64_t, Rows) override { FAIL(); }
   void Linear(Rows, const LinearWeight&, Rows) override { FAIL(); }

@@ -97,6 +97,7 @@ void FillInfo(const ServingModel& model, const RequestContext& context, const st
   build->set_compiler(std::string(kCompiler));
   build->set_cpu_target(std::string(kCpuTarget));
   build->set_backend(backend);
+  build->set_device(model.device);
 }
 
 std::string VersionLine() {

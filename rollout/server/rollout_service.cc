@@ -162,6 +162,7 @@ grpc::ServerUnaryReactor* RolloutService::GetLoad(grpc::CallbackServerContext* c
   response->set_generated_tokens(load.generated_tokens);
   response->set_prefill_tokens(load.prefill_tokens);
   response->set_preemptions(load.preemptions);
+  response->set_non_finite_samples(load.non_finite_samples);
   response->set_last_step_ms(load.last_step_ms);
   response->set_buffered_bytes(registry_->buffered_bytes());
   response->set_retained_bytes(registry_->retained_bytes());

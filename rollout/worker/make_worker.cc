@@ -60,15 +60,17 @@ absl::Status Validate(const WorkerOptions& options) {
   return absl::OkStatus();
 }
 
-void LogMemory(const MemoryPlan& plan, int64_t page_size) {
+void LogMemory(const MemoryPlan& plan, int64_t page_size, bool on_cpu) {
   const auto mb = [](int64_t bytes) { return absl::StrFormat("%10.1f MB", static_cast<double>(bytes) * 1e-6); };
   spdlog::info("memory: weights      {}", mb(plan.weights));
   spdlog::info("memory: activations  {}", mb(plan.activations));
+  if (plan.workspace > 0) spdlog::info("memory: workspace    {}", mb(plan.workspace));
   spdlog::info("memory: KV cache     {}  {} pages of {} tokens, {} bytes each", mb(plan.kv_page * plan.kv_pages),
                plan.kv_pages, page_size, plan.kv_page);
   spdlog::info("memory: states       {}  {} slots of {} bytes", mb(plan.state_slot * plan.state_slots),
                plan.state_slots, plan.state_slot);
-  spdlog::info("memory: total        {}  (cache and states become resident as they are used)", mb(plan.total()));
+  spdlog::info("memory: total        {}{}", mb(plan.total()),
+               on_cpu ? "  (cache and states become resident as they are used)" : "");
 }
 
 // What the worker's thread stands on, released after it has ended.
@@ -112,7 +114,7 @@ absl::StatusOr<ServingModel> MakeWorker(const WorkerOptions& options) {
                                                                 .max_sequences = max_sequences},
                                                                budget, /*min_tokens=*/options.page_size));
   LOCKSTEP_ASSIGN_OR_RETURN(LocalLoop local, MakeLocalLoop(model, config));
-  LogMemory(local.engine->memory(), config.page_size);
+  LogMemory(local.engine->memory(), config.page_size, !cuda);
 
   ServingModel serving;
   serving.name = std::filesystem::weakly_canonical(options.model_dir).filename().string();

@@ -142,6 +142,7 @@ struct WorkerLoad {
   int64_t generated_tokens = 0;
   int64_t prefill_tokens = 0;
   int64_t preemptions = 0;
+  int64_t non_finite_samples = 0;  // ended because their logits held a NaN or an infinity
   double last_step_ms = 0;
 };
 

@@ -234,6 +234,7 @@ bool StepLoop::Step() {
 
 void StepLoop::OnSampled(Sequence& sequence, absl::StatusOr<SampledToken> sampled, absl::Time now) {
   if (!sampled.ok()) {
+    totals_.non_finite_samples += absl::IsInternal(sampled.status());
     FinishAborted(sequence, AbortReason::kInternal, std::string(sampled.status().message()), now);
     return;
   }

@@ -173,6 +173,7 @@ TEST_F(StepLoopTest, NonFiniteLogitsAbortTheSampleAndNameTheReason) {
     EXPECT_EQ(s.result.abort, AbortReason::kInternal);
     EXPECT_FALSE(s.result.abort_message.empty());
   }
+  EXPECT_EQ(loop().Load().non_finite_samples, 2);
   EXPECT_TRUE(loop().idle());
 }
 
@@ -198,6 +199,7 @@ TEST_F(StepLoopTest, WhatCanNeverFitIsRefused) {
 
 TEST_F(StepLoopTest, SixtyFourThousandTokensInLittleMemory) {
   // Long contexts: only slots and pages grow. One state slot, KV pages for the length, and activations for a step.
+  local_ = {};  // before the model it stands on
   model_ = MakeRandomModel(ModelKind::kAllGdn, "fp32", 1, 1);
   model_->spec.max_position = 1 << 17;
   MakeLoop({.max_batch_tokens = 512, .max_sequences = 1});
