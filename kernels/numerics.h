@@ -28,6 +28,21 @@ enum class GdnProgram : uint8_t {
   kChunkFp32,
 };
 
+// Order of a linear layer's sums.
+enum class LinearProgram : uint8_t {
+  kAscending,  // one chain of fused multiply-adds over ascending k
+  // PyTorch's bf16 linear on CPUs with AVX512-BF16 (oneDNN): pairs of k, the odd one first, so k runs 1, 0, 3, 2, ...;
+  // blocks of 512, or of 1,024 where there are more than 1,024 inputs, each a chain from zero, summed in order.
+  // Subnormals count as zero.
+  kTorchCpuPairs,
+};
+
+// Order of a norm's sum of squares.
+enum class SquareSum : uint8_t {
+  kLanes16,   // 16 lanes by fused multiply-add, then a tree
+  kTorchCpu,  // PyTorch's sum on x86-64 CPUs, of rounded squares: 4 accumulators of 8 lanes, joined in order
+};
+
 // Tile order of attention's online softmax. Tiles are counted from absolute position 0.
 enum class AttentionProgram : uint8_t {
   kTiles128Forward,  // cuDNN: 128-key tiles, from key 0 forwards
@@ -59,6 +74,8 @@ struct NumericsProfile {
   DType weights;      // matrices and embedding as they are multiplied
   DType activations;  // what every operation's output is rounded to; kF32: no rounding
   DType kv;           // cached keys and values
+  LinearProgram linear;
+  SquareSum square_sum;  // RMSNorm, gated norm, l2norm
   GdnProgram gdn;
   ConvCasts conv;
   GatedNormCasts gated_norm;

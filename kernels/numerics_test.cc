@@ -18,7 +18,7 @@ TEST(Numerics, PresetsAreFoundByTheirNames) {
   }
 }
 
-TEST(Numerics, TheTwoBf16ProfilesDifferInTheirGdnAndAttentionPrograms) {
+TEST(Numerics, TheTwoBf16ProfilesDifferInTheirPrograms) {
   const NumericsProfile hf = FindNumericsProfile("hf").value();
   const NumericsProfile torch = FindNumericsProfile("hf-torch").value();
   EXPECT_EQ(hf.gdn, GdnProgram::kChunkBf16);
@@ -27,6 +27,10 @@ TEST(Numerics, TheTwoBf16ProfilesDifferInTheirGdnAndAttentionPrograms) {
   EXPECT_EQ(torch.attention, AttentionProgram::kTiles512Forward);
   EXPECT_EQ(hf.attention_exp, AttentionExp::kExact);
   EXPECT_EQ(torch.attention_exp, AttentionExp::kTorchCpu);
+  EXPECT_EQ(hf.linear, LinearProgram::kAscending);
+  EXPECT_EQ(torch.linear, LinearProgram::kTorchCpuPairs);
+  EXPECT_EQ(hf.square_sum, SquareSum::kLanes16);
+  EXPECT_EQ(torch.square_sum, SquareSum::kTorchCpu);
   for (const NumericsProfile& p : {hf, torch}) {
     EXPECT_EQ(p.weights, DType::kBF16);
     EXPECT_EQ(p.activations, DType::kBF16);
@@ -42,6 +46,7 @@ TEST(Numerics, Fp32RoundsNowhere) {
   const NumericsProfile p = FindNumericsProfile("fp32").value();
   for (const DType t : {p.weights, p.activations, p.kv, p.attention_p, p.logits}) EXPECT_EQ(t, DType::kF32);
   EXPECT_EQ(p.gdn, GdnProgram::kChunkFp32);
+  EXPECT_EQ(p.linear, LinearProgram::kAscending);
 }
 
 TEST(Numerics, AnUnknownNameListsTheKnownOnes) {

@@ -6,10 +6,10 @@
 // is free.
 //
 // Activations live in the backend's own container: on CPU always fp32 words, holding values already rounded to
-// `profile.activations` (so a bf16 activation is a bf16 value in an fp32 word); on CUDA bf16 words in device memory. All
-// methods are called by one thread, the step loop; they may use all of the backend's threads inside, or return before
-// the device has done the work: results on the host wait for Synchronize(). Shapes are CHECKed: a wrong shape here is a
-// bug of the caller, not bad input. What the device itself reports goes to status().
+// `profile.activations` (so a bf16 activation is a bf16 value in an fp32 word); on CUDA bf16 words in device memory.
+// All methods are called by one thread, the step loop; they may use all of the backend's threads inside, or return
+// before the device has done the work: results on the host wait for Synchronize(). Shapes are CHECKed: a wrong shape
+// here is a bug of the caller, not bad input. What the device itself reports goes to status().
 #pragma once
 
 #include <cstddef>
@@ -217,8 +217,8 @@ class Ops {
   // out = silu(gate) * up with silu rounded first; gate_up: [rows, 2 * out.width], gate in the first half.
   virtual void SwiGlu(Rows gate_up, Rows out) = 0;
 
-  // Rotates pairs (i, i + head_dim / 2) of every head of q and k in place, as HF's rotate_half: angle = position * inv_freq[i], in
-  // fp32; cos and sin are multiplied by `attention_scaling`. inv_freq: [head_dim / 2], exact.
+  // Rotates pairs (i, i + head_dim / 2) of every head of q and k in place, as HF's rotate_half: angle = position *
+  // inv_freq[i], in fp32; cos and sin are multiplied by `attention_scaling`. inv_freq: [head_dim / 2], exact.
   virtual void Rope(Rows q, Rows k, const VectorWeight& inv_freq, float attention_scaling, int64_t head_dim) = 0;
 
   // A page's positions must be a multiple of this.
@@ -240,8 +240,7 @@ class Ops {
   // Causal depthwise convolution (width conv_width, over channels [q | k | v]) and SiLU, from and into the state's
   // convolution tail. in, out: [rows, conv_channels]; weight: [conv_channels, conv_width], oldest tap first. out
   // must not overlap in. q and k are l2-normalised here if normalises_in_conv(), else in GdnChunk.
-  virtual void GdnConv(Rows in, const VectorWeight& weight, const GdnShape& shape, const GdnLayer& layer,
-                       Rows out) = 0;
+  virtual void GdnConv(Rows in, const VectorWeight& weight, const GdnShape& shape, const GdnLayer& layer, Rows out) = 0;
   virtual bool normalises_in_conv() const = 0;
   // beta = sigmoid(b) (times 2 if neg_eigval; rounded after each), g = -exp(A_log) * softplus(a + dt_bias) in fp32.
   // a, b, beta: [rows, value_heads]; g: the same in fp32; A_log, dt_bias: [value_heads], exact.

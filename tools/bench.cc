@@ -52,8 +52,8 @@ struct Point {
 };
 
 // What one value head of a GDN layer must move for a new row, mean over the rows of a chunk. fla's program
-// (docs/numerics.md): the bf16 image of S, the k, bf16(beta v) and v' of the rows so far, the new ones, and once a chunk
-// S in fp32, read and written, and its image; the solve's rows, some 5% more, are left out. Else S in fp32.
+// (docs/numerics.md): the bf16 image of S, the k, bf16(beta v) and v' of the rows so far, the new ones, and once a
+// chunk S in fp32, read and written, and its image; the solve's rows, some 5% more, are left out. Else S in fp32.
 double GdnHeadBytes(const GdnShape& shape, GdnProgram program) {
   const double state = static_cast<double>(shape.key_dim * shape.value_dim);
   if (program != GdnProgram::kChunkBf16) return 4 * state;
@@ -140,10 +140,10 @@ absl::Status Bench() {
   if (dir.empty()) return absl::InvalidArgumentError("--model: missing; want a checkpoint directory");
   LOCKSTEP_ASSIGN_OR_RETURN(const std::vector<int64_t> batches, Numbers("batch", absl::GetFlag(FLAGS_batch)));
   LOCKSTEP_ASSIGN_OR_RETURN(const std::vector<int64_t> contexts, Numbers("context", absl::GetFlag(FLAGS_context)));
-  LOCKSTEP_ASSIGN_OR_RETURN(const std::unique_ptr<LocalModel> model,
-                            LoadLocalModel(dir, numerics, absl::GetFlag(FLAGS_threads),
-                                           {.name = absl::GetFlag(FLAGS_backend),
-                                            .cuda_graphs = absl::GetFlag(FLAGS_cuda_graphs)}));
+  LOCKSTEP_ASSIGN_OR_RETURN(
+      const std::unique_ptr<LocalModel> model,
+      LoadLocalModel(dir, numerics, absl::GetFlag(FLAGS_threads),
+                     {.name = absl::GetFlag(FLAGS_backend), .cuda_graphs = absl::GetFlag(FLAGS_cuda_graphs)}));
   LOCKSTEP_ASSIGN_OR_RETURN(const double bandwidth, model->backend->MeasureBandwidth());
   std::printf("%s, numerics %s, %s; memory %.1f GB/s\n", dir.c_str(), numerics.c_str(),
               model->backend->device().c_str(), bandwidth * 1e-9);

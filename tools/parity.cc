@@ -199,8 +199,10 @@ absl::StatusOr<bool> CheckParity(const std::string& dir, const std::string& nume
 }
 
 absl::StatusOr<Options> ReadOptions() {
-  const Options o{absl::GetFlag(FLAGS_prompts),   absl::GetFlag(FLAGS_prompt_tokens), absl::GetFlag(FLAGS_max_tokens),
-                  absl::GetFlag(FLAGS_schedules), absl::GetFlag(FLAGS_sequences), absl::GetFlag(FLAGS_log2_budget), absl::GetFlag(FLAGS_temperature),   absl::GetFlag(FLAGS_seed)};
+  const Options o{absl::GetFlag(FLAGS_prompts),     absl::GetFlag(FLAGS_prompt_tokens),
+                  absl::GetFlag(FLAGS_max_tokens),  absl::GetFlag(FLAGS_schedules),
+                  absl::GetFlag(FLAGS_sequences),   absl::GetFlag(FLAGS_log2_budget),
+                  absl::GetFlag(FLAGS_temperature), absl::GetFlag(FLAGS_seed)};
   const auto check = [](const char* flag, int value, int low, int high) {
     if (value >= low && value <= high) return absl::OkStatus();
     return absl::InvalidArgumentError(

@@ -1,5 +1,7 @@
 // lockstep-trace: runs a sequence through the engine and writes what every operation computed at chosen positions, for
 // tools/trace_compare.py.
+#include "rollout/model/trace.h"
+
 #include <algorithm>
 #include <cstdio>
 #include <fstream>
@@ -15,7 +17,6 @@
 #include "absl/time/clock.h"
 #include "nlohmann/json.hpp"
 #include "rollout/base/status.h"
-#include "rollout/model/trace.h"
 #include "rollout/worker/local_model.h"
 #include "spdlog/spdlog.h"
 
@@ -70,20 +71,17 @@ absl::Status Run() {
   const int64_t rows = absl::GetFlag(FLAGS_max_batch_tokens);
   if (rows < 1) return absl::InvalidArgumentError(absl::StrCat("--max_batch_tokens: value ", rows, "; want 1 or more"));
   // A recorded step computes without coming by here.
-  LOCKSTEP_ASSIGN_OR_RETURN(
-      const std::unique_ptr<LocalModel> model,
-      LoadLocalModel(dir, absl::GetFlag(FLAGS_numerics), absl::GetFlag(FLAGS_threads),
-                     {.name = absl::GetFlag(FLAGS_backend), .cuda_graphs = false}));
+  LOCKSTEP_ASSIGN_OR_RETURN(const std::unique_ptr<LocalModel> model,
+                            LoadLocalModel(dir, absl::GetFlag(FLAGS_numerics), absl::GetFlag(FLAGS_threads),
+                                           {.name = absl::GetFlag(FLAGS_backend), .cuda_graphs = false}));
   LOCKSTEP_ASSIGN_OR_RETURN(const std::vector<int32_t> tokens, ReadTokens(absl::GetFlag(FLAGS_tokens), model->spec));
   const int64_t count = static_cast<int64_t>(tokens.size());
-  LOCKSTEP_ASSIGN_OR_RETURN(const std::vector<int64_t> positions,
-                            ReadPositions(absl::GetFlag(FLAGS_positions), count));
+  LOCKSTEP_ASSIGN_OR_RETURN(const std::vector<int64_t> positions, ReadPositions(absl::GetFlag(FLAGS_positions), count));
   const int64_t page_size = 64;
-  LOCKSTEP_ASSIGN_OR_RETURN(const LocalLoop local,
-                            MakeLocalLoop(*model, {.page_size = page_size,
-                                                   .max_batch_tokens = rows,
-                                                   .max_sequences = 1,
-                                                   .max_kv_tokens = count + 2 * page_size}));
+  LOCKSTEP_ASSIGN_OR_RETURN(const LocalLoop local, MakeLocalLoop(*model, {.page_size = page_size,
+                                                                          .max_batch_tokens = rows,
+                                                                          .max_sequences = 1,
+                                                                          .max_kv_tokens = count + 2 * page_size}));
   Trace trace(positions);
   local.engine->set_trace(&trace);
   // One new token, so that the last position's logits are computed too.

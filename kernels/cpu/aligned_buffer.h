@@ -21,13 +21,14 @@ class AlignedBuffer {
   explicit AlignedBuffer(int64_t bytes) : bytes_(bytes) {
     constexpr int64_t kHugePage = int64_t{2} << 20;
     const int64_t alignment = bytes >= 2 * kHugePage ? kHugePage : 64;
-    const int64_t rounded = (bytes + alignment - 1) / alignment * alignment;
-    if (rounded == 0) return;
-    data_.reset(static_cast<std::byte*>(std::aligned_alloc(alignment, rounded)));
-    LOCKSTEP_CHECK(data_ != nullptr, "cannot allocate {} bytes", rounded);
+    if (bytes == 0) return;
+    void* data = nullptr;
+    LOCKSTEP_CHECK(posix_memalign(&data, alignment, bytes) == 0, "cannot allocate {} bytes", bytes);
+    data_.reset(static_cast<std::byte*>(data));
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
-    // A hint; kernels without transparent huge pages refuse it and everything still works.
-    if (alignment == kHugePage) madvise(data_.get(), rounded, MADV_HUGEPAGE);
+    // A hint; kernels without transparent huge pages refuse it and everything still works. What does not fill a huge
+    // page stays on small ones: a model has a hundred matrices, and a megabyte lost at the end of each adds up.
+    if (alignment == kHugePage) madvise(data, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);
 #endif
   }
 

@@ -5,7 +5,8 @@
 //   p_j = e^(s_j - m');   l = fma(l, c, sum of the tile's p)        sum: lane j % 16 adds ascending j, then a tree
 //   o = c o, then the chain over the tile's visible keys, ascending, of round(p_j) v_j
 //
-// and at the end round(o / l).
+// and at the end round(o * (1 / l)). With tiles of 512, the chain starts from zero in every 192 keys of a tile, and o
+// takes their sums in order.
 //
 // Grid: (kv head, piece, block of rows), the kv head outermost so that one head's keys and values stay in cache over a
 // piece's blocks. The heads of a group and the rows of a block share every load of K and V. Traffic of a decode row:
@@ -32,6 +33,13 @@
 namespace lockstep {
 
 constexpr int64_t kMaxTile = 512;
+
+// Keys of a tile whose products with V make one chain. In PyTorch's CPU kernel it is the matrix product of oneMKL that
+// cuts them, at 192; there a tile of 193 to 384 keys, the last of a sequence, is cut in halves instead, which makes a
+// row depend on how many follow it, and is not done here.
+inline int64_t ChainKeys(AttentionProgram program, int64_t tile) {
+  return program == AttentionProgram::kTiles512Forward ? 192 : tile;
+}
 
 inline int64_t TileKeys(AttentionProgram program) {
   switch (program) {
@@ -65,20 +73,22 @@ struct AttentionBlock {
 struct AttentionScratch {
   static int64_t RoundUp(int64_t n) { return (n + 15) / 16 * 16; }
   static int64_t Floats(int64_t rows, int64_t head_dim, int64_t value_pitch) {
-    return RoundUp(rows * head_dim) + rows * kMaxTile + rows * value_pitch + 2 * RoundUp(rows);
+    return RoundUp(rows * head_dim) + rows * kMaxTile + 2 * rows * value_pitch + 2 * RoundUp(rows);
   }
   AttentionScratch(float* base, int64_t rows, int64_t head_dim, int64_t value_pitch)
       : q(base),
         p(q + RoundUp(rows * head_dim)),
         o(p + rows * kMaxTile),
-        max(o + rows * value_pitch),
+        chain(o + rows * value_pitch),
+        max(chain + rows * value_pitch),
         sum(max + RoundUp(rows)) {}
 
-  float* q;    // [rows, head_dim]
-  float* p;    // [rows, kMaxTile]: scores, then numerators
-  float* o;    // [rows, value_pitch]
-  float* max;  // [rows]: m
-  float* sum;  // [rows]: l
+  float* q;      // [rows, head_dim]
+  float* p;      // [rows, kMaxTile]: scores, then numerators
+  float* o;      // [rows, value_pitch]
+  float* chain;  // the same shape: a chain of P V that starts from zero
+  float* max;    // [rows]: m
+  float* sum;    // [rows]: l
 };
 
 }  // namespace lockstep
@@ -181,6 +191,28 @@ void AddValues(const AttentionBlock& b, int64_t rows, int64_t begin, int64_t end
   }
 }
 
+// to[r] += the chain over the keys of `part` that position r sees, ascending: keys only it sees before the shared ones,
+// the shared ones for all rows at once, the rest.
+template <class T>
+void AddChain(const AttentionBlock& b, const AttentionScratch& s, int64_t first, int64_t last, int64_t tile_begin,
+              Visible part, float* to) {
+  const int64_t group = b.shape.heads / b.shape.kv_heads;
+  const int64_t vp = b.layout.value_pitch;
+  const int64_t shared_begin = VisibleKeys(b, last - 1, part.begin, part.end).begin;
+  const int64_t shared_end = VisibleKeys(b, first, part.begin, part.end).end;
+  const bool shared = shared_begin < shared_end;
+  const auto add = [&](int64_t r, int64_t positions, int64_t begin, int64_t end) {
+    AddValues<T>(b, positions * group, begin, end, tile_begin, s.p + r * group * kMaxTile, to + r * group * vp);
+  };
+  for (int64_t r = first; r < last; ++r) {
+    const Visible keys = VisibleKeys(b, r, part.begin, part.end);
+    add(r, 1, keys.begin, shared ? shared_begin : keys.end);
+  }
+  if (!shared) return;
+  add(first, last - first, shared_begin, shared_end);
+  for (int64_t r = first; r < last; ++r) add(r, 1, shared_end, VisibleKeys(b, r, part.begin, part.end).end);
+}
+
 // One tile for the block's positions [first, last), all of which see some of it.
 template <class T, bool kRoundP, bool kTorchExp>
 void Tile(const AttentionBlock& b, const AttentionScratch& s, int64_t first, int64_t last, int64_t tile_begin,
@@ -191,9 +223,6 @@ void Tile(const AttentionBlock& b, const AttentionScratch& s, int64_t first, int
   // Positions ascend, and with them both ends of what they see.
   const int64_t keys_begin = VisibleKeys(b, first, tile_begin, tile_end).begin;
   const int64_t keys_end = VisibleKeys(b, last - 1, tile_begin, tile_end).end;
-  const int64_t shared_begin = VisibleKeys(b, last - 1, tile_begin, tile_end).begin;
-  const int64_t shared_end = VisibleKeys(b, first, tile_begin, tile_end).end;
-
   const T* panels[kMaxTile / 16] = {};
   int64_t count = 0;
   const int64_t from = keys_begin / 16 * 16;
@@ -212,19 +241,19 @@ void Tile(const AttentionBlock& b, const AttentionScratch& s, int64_t first, int
                                       s.sum + h);
     }
   }
-  // The chain of each row ascends: keys only it sees before the shared ones, the shared ones for all rows at once, the
-  // rest.
-  const bool shared = shared_begin < shared_end;
-  for (int64_t r = first; r < last; ++r) {
-    const Visible keys = VisibleKeys(b, r, tile_begin, tile_end);
-    AddValues<T>(b, group, keys.begin, shared ? shared_begin : keys.end, tile_begin, s.p + r * group * kMaxTile,
-                 s.o + r * group * vp);
-  }
-  if (!shared) return;
-  AddValues<T>(b, rows, shared_begin, shared_end, tile_begin, s.p + row * kMaxTile, s.o + row * vp);
-  for (int64_t r = first; r < last; ++r) {
-    const Visible keys = VisibleKeys(b, r, tile_begin, tile_end);
-    AddValues<T>(b, group, shared_end, keys.end, tile_begin, s.p + r * group * kMaxTile, s.o + r * group * vp);
+  const int64_t chain_keys = ChainKeys(b.profile.attention, tile_end - tile_begin);
+  for (int64_t begin = tile_begin; begin < keys_end; begin += chain_keys) {
+    const Visible part = {begin, std::min(begin + chain_keys, tile_end)};
+    if (chain_keys == tile_end - tile_begin) {
+      AddChain<T>(b, s, first, last, tile_begin, part, s.o);
+      continue;
+    }
+    if (part.end <= keys_begin) continue;
+    std::fill_n(s.chain + row * vp, rows * vp, 0.0f);
+    AddChain<T>(b, s, first, last, tile_begin, part, s.chain);
+    const DF df;
+    for (int64_t i = row * vp; i < (row + rows) * vp; i += kLanes)
+      hn::Store(hn::Add(hn::Load(df, s.o + i), hn::Load(df, s.chain + i)), df, s.o + i);
   }
 }
 
@@ -262,10 +291,10 @@ void Block(const AttentionBlock& b) {
 
   const bool bf16 = b.profile.activations == DType::kBF16;
   for (int64_t r = 0; r < rows; ++r) {
-    const VF sum = hn::Set(df, s.sum[r]);
+    const VF reciprocal = hn::Set(df, 1.0f / s.sum[r]);
     float* o = s.o + r * vp;
     for (int64_t c = 0; c < vp; c += kLanes) {
-      const VF y = hn::Div(hn::Load(df, o + c), sum);
+      const VF y = hn::Mul(hn::Load(df, o + c), reciprocal);
       hn::Store(bf16 ? RoundBf16(y) : y, df, o + c);
     }
     std::copy_n(o, dim, b.out.row(r / group) + (b.kv_head * group + r % group) * dim);

@@ -10,6 +10,7 @@
 #include "hwy/foreach_target.h"
 #include "hwy/highway.h"
 #include "kernels/cpu/simd_util-inl.h"
+#include "kernels/cpu/square_sum-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace lockstep {
@@ -24,9 +25,10 @@ VF GatedNorm(VF x, VF gate, VF weight, VF factor) {
 }
 
 template <bool kBf16, bool kEach>
-void Head(const float* x, const float* gate, const float* weight, float eps, int64_t count, float* out) {
+void Head(SquareSum order, const float* x, const float* gate, const float* weight, float eps, int64_t count,
+          float* out) {
   const DF df;
-  const float mean = Dot16(x, x, count) / static_cast<float>(count);
+  const float mean = SumOfSquares(order, x, count) / static_cast<float>(count);
   const VF factor = hn::Set(df, 1.0f / std::sqrt(mean + eps));
   int64_t i = 0;
   for (; i + static_cast<int64_t>(kLanes) <= count; i += kLanes) {
@@ -41,12 +43,14 @@ void Head(const float* x, const float* gate, const float* weight, float eps, int
   }
 }
 
-void GatedRmsNormRowsImpl(Rows x, Rows gate, const float* weight, float eps, int64_t head_dim, bool bf16, bool each,
-                          Rows out) {
+void GatedRmsNormRowsImpl(const NumericsProfile& profile, Rows x, Rows gate, const float* weight, float eps,
+                          int64_t head_dim, Rows out) {
+  const bool bf16 = profile.activations == DType::kBF16;
+  const bool each = profile.gated_norm == GatedNormCasts::kThree;
   const auto head = !bf16 ? Head<false, false> : (each ? Head<true, true> : Head<true, false>);
   for (int64_t r = 0; r < x.rows; ++r) {
     for (int64_t c = 0; c < x.width; c += head_dim)
-      head(x.row(r) + c, gate.row(r) + c, weight, eps, head_dim, out.row(r) + c);
+      head(profile.square_sum, x.row(r) + c, gate.row(r) + c, weight, eps, head_dim, out.row(r) + c);
   }
 }
 
@@ -67,12 +71,10 @@ void CpuGatedRmsNorm(const CpuContext& ctx, Rows x, Rows gate, const float* weig
   LOCKSTEP_CHECK(gate.width == x.width && out.width == x.width && gate.rows == x.rows && out.rows == x.rows,
                  "x is [{}, {}], gate [{}, {}], out [{}, {}]", x.rows, x.width, gate.rows, gate.width, out.rows,
                  out.width);
-  const bool bf16 = ctx.profile.activations == DType::kBF16;
-  const bool each = ctx.profile.gated_norm == GatedNormCasts::kThree;
   ctx.threads.ParallelFor(x.rows, 1, [&](int64_t begin, int64_t end, int) {
     const int64_t n = end - begin;
     HWY_DYNAMIC_DISPATCH(GatedRmsNormRowsImpl)
-    (x.slice(begin, n), gate.slice(begin, n), weight, eps, head_dim, bf16, each, out.slice(begin, n));
+    (ctx.profile, x.slice(begin, n), gate.slice(begin, n), weight, eps, head_dim, out.slice(begin, n));
   });
 }
 

@@ -24,7 +24,7 @@ NumericsProfile ProfileWith(const char* name, GatedNormCasts casts) {
 // Relative to the result: the mean of n squares within (n / 16 + 6) * 2^-24, halved by the square root; then some ten
 // operations. In bf16 2^-8 for each rounding: three, or one.
 TEST(GatedRmsNorm, MatchesFp64) {
-  for (const char* name : {"fp32", "hf"}) {
+  for (const char* name : {"fp32", "hf", "hf-torch"}) {
     for (const GatedNormCasts casts : {GatedNormCasts::kThree, GatedNormCasts::kOne}) {
       for (const int64_t dim : {1, 16, 24, 40, 128, 192}) {
         const NumericsProfile profile = ProfileWith(name, casts);
@@ -67,7 +67,7 @@ TEST(GatedRmsNorm, MatchesFp64) {
 }
 
 TEST(GatedRmsNorm, NoBatchOrInstructionSetShowsInTheBits) {
-  for (const char* name : {"fp32", "hf"}) {
+  for (const char* name : {"fp32", "hf", "hf-torch"}) {
     TestContext context(name, 3);
     Matrix x(60, 400), gate(60, 400), weight(1, 200), all(60, 400);
     x.Fill(4, context.bf16());

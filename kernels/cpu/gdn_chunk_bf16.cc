@@ -118,8 +118,8 @@ void KeysAndDots(const GdnBlock& b, const Bf16Scratch& s, uint16_t* panels) {
     const float* q = b.qkv.row(i) + b.key_head * dk;
     const float* k = q + b.shape.key_width();
     float* k_out = s.kqw + i * kp;
-    const VF k_factor = hn::Set(df, InverseNorm(k, dk));
-    const VF q_factor = hn::Set(df, InverseNorm(q, dk));
+    const VF k_factor = hn::Set(df, InverseNorm(b.profile.square_sum, k, dk));
+    const VF q_factor = hn::Set(df, InverseNorm(b.profile.square_sum, q, dk));
     MapRow(k, k_out, dk, [=](VF x) { return RoundBf16(hn::Mul(x, k_factor)); });
     MapRow(q, s.kqw + (b.rows + i) * kp, dk, [=](VF x) { return RoundBf16(hn::Mul(x, q_factor)); });
     const int64_t t = b.open + i;

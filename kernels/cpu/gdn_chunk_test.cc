@@ -338,8 +338,9 @@ TEST(GdnChunkState, BytesAreAsDocumented) {
   const GdnShape one = {.key_heads = 1, .value_heads = 1, .key_dim = 96, .value_dim = 192};
   const NumericsProfile fp32 = FindNumericsProfile("fp32").value();
   const NumericsProfile hf = FindNumericsProfile("hf").value();
-  EXPECT_EQ(GdnStateLayout(fp32, one).key_head_bytes, 24576);
-  EXPECT_EQ(GdnStateLayout(fp32, one).value_head_bytes, 123136);
+  EXPECT_EQ(GdnStateLayout(fp32, one).key_head_bytes, 24832);
+  EXPECT_EQ(GdnStateLayout(FindNumericsProfile("hf-torch").value(), one).key_head_bytes, 12544);
+  EXPECT_EQ(GdnStateLayout(fp32, one).value_head_bytes, 196928);
   EXPECT_EQ(GdnStateLayout(hf, one).key_head_bytes, 12288);
   EXPECT_EQ(GdnStateLayout(hf, one).value_head_bytes, 237824);
   for (const ShapeCase& c : kShapes) EXPECT_EQ(GdnStateLayout(hf, c.shape).bytes % 64, 0);

@@ -15,27 +15,67 @@ namespace lockstep {
 namespace HWY_NAMESPACE {
 namespace {
 
-// ln(1 + z) for 0 <= z <= 1: 2 atanh(s), s = z / (2 + z) <= 1/3. The series stops after s^15; what is left out is below
-// 2^-29 of the result.
-VF Log1p(VF z) {
+// e^x for x <= 21, within 1 ulp, in the arithmetic of PyTorch's vectors (SLEEF 3, expf_u10): degree 6, one word.
+VF TorchVectorExp(VF x) {
   const DF df;
-  const VF s = hn::Div(z, hn::Add(hn::Set(df, 2.0f), z));
-  const VF s2 = hn::Mul(s, s);
-  VF p = hn::Set(df, 2.0f / 15);
-  p = hn::MulAdd(p, s2, hn::Set(df, 2.0f / 13));
-  p = hn::MulAdd(p, s2, hn::Set(df, 2.0f / 11));
-  p = hn::MulAdd(p, s2, hn::Set(df, 2.0f / 9));
-  p = hn::MulAdd(p, s2, hn::Set(df, 2.0f / 7));
-  p = hn::MulAdd(p, s2, hn::Set(df, 2.0f / 5));
-  p = hn::MulAdd(p, s2, hn::Set(df, 2.0f / 3));
-  p = hn::Mul(p, s2);
-  return hn::MulAdd(p, s, hn::Add(s, s));
+  const DI di;
+  const VF clamped = hn::Max(x, hn::Set(df, -104.0f));
+  const VF n = hn::Round(hn::Mul(clamped, hn::Set(df, 1.44269504088896340736f)));
+  VF s = hn::NegMulAdd(n, hn::Set(df, 0.693145751953125f), clamped);
+  s = hn::NegMulAdd(n, hn::Set(df, 1.428606765330187045e-06f), s);
+  VF p = hn::Set(df, 0.000198527617612853646278381f);
+  p = hn::MulAdd(p, s, hn::Set(df, 0.00139304355252534151077271f));
+  p = hn::MulAdd(p, s, hn::Set(df, 0.00833336077630519866943359f));
+  p = hn::MulAdd(p, s, hn::Set(df, 0.0416664853692054748535156f));
+  p = hn::MulAdd(p, s, hn::Set(df, 0.166666671633720397949219f));
+  p = hn::MulAdd(p, s, hn::Set(df, 0.5f));
+  p = hn::Add(hn::Set(df, 1.0f), hn::MulAdd(hn::Mul(s, s), p, s));
+  const auto exponent = hn::ConvertTo(di, n);
+  const auto first = hn::ShiftRight<1>(exponent);
+  const auto bias = hn::Set(di, 127);
+  const VF scale1 = hn::BitCast(df, hn::ShiftLeft<23>(hn::Add(first, bias)));
+  const VF scale2 = hn::BitCast(df, hn::ShiftLeft<23>(hn::Add(hn::Sub(exponent, first), bias)));
+  return hn::IfThenZeroElse(hn::Lt(x, hn::Set(df, -104.0f)), hn::Mul(hn::Mul(p, scale1), scale2));
 }
 
-// ln(1 + e^x), and x itself above 20 as PyTorch has it. max(x, 0) + ln(1 + e^-|x|) loses nothing where e^x is large.
+// ln(1 + z) for finite z >= 0, within 1 ulp, in the arithmetic of PyTorch's vectors (SLEEF 3, log1pf_u10): e ln 2 + 2
+// atanh(m / (2 + m)) with 1 + z = 2^e (1 + m), the first terms of both in two words.
+VF TorchVectorLog1p(VF z) {
+  const DF df;
+  const DI di;
+  const VF one = hn::Set(df, 1.0f);
+  const VF two = hn::Set(df, 2.0f);
+  const VF scaled = hn::Mul(hn::Add(z, one), hn::Set(df, 1.0f / 0.75f));
+  const auto exponent = hn::Sub(hn::ShiftRight<23>(hn::BitCast(di, scaled)), hn::Set(di, 127));
+  const VF e = hn::ConvertTo(df, exponent);
+  const VF t = hn::BitCast(df, hn::ShiftLeft<23>(hn::Sub(hn::Set(di, 127), exponent)));  // 2^-e
+  const VF m = hn::MulAdd(z, t, hn::Sub(t, one));
+  const VF ln2 = hn::Set(df, 0.69314718246459960938f);
+  const VF e_high = hn::Mul(ln2, e);
+  const VF e_low = hn::MulAdd(hn::Set(df, -1.904654323148236017e-09f), e, hn::MulSub(ln2, e, e_high));
+  const VF divisor = hn::Add(two, m);
+  const VF divisor_low = hn::Add(hn::Sub(two, divisor), m);
+  const VF inverse = hn::Div(one, divisor);
+  const VF x = hn::Mul(m, inverse);
+  const VF product_low = hn::MulSub(inverse, m, x);
+  const VF inverse_error = hn::NegMulAdd(divisor_low, inverse, hn::NegMulAdd(divisor, inverse, one));
+  const VF x_low = hn::MulAdd(x, inverse_error, product_low);
+  const VF x2 = hn::Mul(x, x);
+  VF p = hn::Set(df, 0.3027294874f);
+  p = hn::MulAdd(p, x2, hn::Set(df, 0.3996108174f));
+  p = hn::MulAdd(p, x2, hn::Set(df, 0.6666694880f));
+  const VF first = hn::Mul(two, x);
+  const VF high = hn::Add(e_high, first);
+  const VF low = hn::Add(hn::Add(hn::Add(hn::Sub(e_high, high), first), e_low), hn::Mul(two, x_low));
+  const VF rest = hn::Mul(hn::Mul(x2, x), p);
+  const VF sum = hn::Add(high, rest);
+  return hn::Add(sum, hn::Add(hn::Add(hn::Sub(high, sum), rest), low));
+}
+
+// ln(1 + e^x), and x itself above 20, as PyTorch has it.
 VF Softplus(VF x) {
   const DF df;
-  const VF soft = hn::Add(hn::Max(x, hn::Zero(df)), Log1p(Exp(hn::Neg(hn::Abs(x)))));
+  const VF soft = TorchVectorLog1p(TorchVectorExp(hn::Min(x, hn::Set(df, 21.0f))));
   return hn::IfThenElse(hn::Or(hn::Gt(x, hn::Set(df, 20.0f)), hn::IsNaN(x)), x, soft);
 }
 

@@ -14,6 +14,7 @@
 #include "kernels/cpu/gdn_chunk.h"
 #include "kernels/cpu/row_matrix-inl.h"
 #include "kernels/cpu/simd_util-inl.h"
+#include "kernels/cpu/square_sum-inl.h"
 
 HWY_BEFORE_NAMESPACE();
 namespace lockstep {
@@ -24,8 +25,8 @@ namespace hn = hwy::HWY_NAMESPACE;
 inline constexpr float kL2NormEps = 1e-6f;
 
 // x / sqrt(sum x^2 + eps), as one factor times x.
-HWY_INLINE float InverseNorm(const float* x, int64_t count) {
-  return 1.0f / std::sqrt(Dot16(x, x, count) + kL2NormEps);
+HWY_INLINE float InverseNorm(SquareSum order, const float* x, int64_t count) {
+  return 1.0f / std::sqrt(SumOfSquares(order, x, count) + kL2NormEps);
 }
 
 // to[i] = fn(from[i]) by vectors, with nothing read or written past `count`.

@@ -40,13 +40,19 @@ GdnStateLayout::GdnStateLayout(const NumericsProfile& profile, const GdnShape& s
   state = head.Add(shape.key_dim * value_pitch * 4);
   decay = head.Add(kGdnChunk * 4);
   new_values = head.Add(kGdnChunk * value_pitch * 4);
+  decay_sum = head.Add(bf16 ? 0 : sizeof(double));
+  solved = head.Add(bf16 ? 0 : kGdnChunk * (value_pitch + key_pitch) * 4);
   state_image = head.Add(bf16 ? shape.key_dim * value_pitch * 2 : 0);
   inverse = head.Add(bf16 ? kGdnChunk * kGdnChunk * 4 : 0);
   beta_values = head.Add(bf16 ? kGdnChunk * value_pitch * 2 : 0);
   beta_keys = head.Add(bf16 ? kGdnChunk * key_pitch * 2 : 0);
   new_values_bf16 = head.Add(bf16 ? kGdnChunk * value_pitch * 2 : 0);
   value_head_bytes = head.end();
-  key_head_bytes = RoundUp(kGdnChunk * shape.key_dim * (bf16 ? 2 : 4), kAlignment);
+
+  Parts key_head;
+  key_head.Add(kGdnChunk * shape.key_dim * (bf16 ? 2 : DTypeBytes(profile.activations)));
+  key_factors = key_head.Add(bf16 ? 0 : kGdnChunk * 4);
+  key_head_bytes = key_head.end();
 
   Parts slot;
   slot.Add(sizeof(GdnStateHeader));

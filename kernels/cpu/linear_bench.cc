@@ -171,7 +171,7 @@ int main(int argc, char** argv) {
     return 2;
   }
   hwy::SetSupportedTargetsForTest(target);
-  const NumericsProfile profile = FindNumericsProfile("hf").value();
+  const NumericsProfile profile = FindNumericsProfile("hf-torch").value();
   ThreadPool pool(threads);
   ThreadScratch scratch(threads);
   const CpuContext ctx{profile, pool, scratch};

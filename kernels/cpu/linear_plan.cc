@@ -8,7 +8,7 @@ namespace {
 // Rows of x that share one pass over the weights.
 constexpr int64_t kBlockRows = 192;
 // A task's packed block of x: it stays in a core's L2 (1 MiB on current servers) beside the panel being used.
-constexpr int64_t kBlockFloats = int64_t{96} * 1024;
+constexpr int64_t kBlockWords = int64_t{96} * 1024;
 // Shorter runs over a panel leave the hardware prefetcher no time to get going.
 constexpr int64_t kMinBlockK = 512;
 
@@ -27,8 +27,9 @@ int64_t CeilDiv(int64_t a, int64_t b) {
 }  // namespace
 
 LinearPlan::LinearPlan(const Shape& shape) : shape_(shape) {
-  row_blocks_ = CeilDiv(shape.rows, kBlockRows);
-  const int64_t steps = shape.rows * shape.in_features * shape.panels;
+  const int64_t step_limit = shape.k_block > 0 ? kBlockWords / (shape.k_block * shape.step_words) : kBlockRows;
+  row_blocks_ = CeilDiv(shape.rows, std::min(kBlockRows, step_limit));
+  const int64_t steps = shape.rows * shape.k_steps * shape.panels;
   const int64_t wanted =
       shape.threads == 1 ? 1 : std::clamp<int64_t>(steps / kTaskSteps, 1, kTasksPerThread * shape.threads);
   // One row is not packed, so its tasks may be as narrow as the widest tile, 4 panels.
@@ -52,7 +53,8 @@ LinearPlan::LinearPlan(const Shape& shape) : shape_(shape) {
     }
   }
   const int64_t block_rows = CeilDiv(shape.rows, row_blocks_);
-  k_block_ = std::min(shape.in_features, std::max(kMinBlockK, kBlockFloats / block_rows));
+  const int64_t k_block = shape.k_block > 0 ? shape.k_block : std::max(kMinBlockK, kBlockWords / block_rows);
+  k_block_ = std::min(shape.k_steps, k_block);
 }
 
 LinearPlan::Task LinearPlan::task(int64_t index) const {
@@ -64,8 +66,8 @@ LinearPlan::Task LinearPlan::task(int64_t index) const {
           .panel_end = shape_.panels * (group + 1) / panel_groups_};
 }
 
-int64_t LinearPlan::scratch_floats() const {
-  return CeilDiv(shape_.rows, row_blocks_) * k_block_;
+int64_t LinearPlan::scratch_words() const {
+  return CeilDiv(shape_.rows, row_blocks_) * k_block_ * shape_.step_words;
 }
 
 }  // namespace lockstep

@@ -10,10 +10,12 @@ class LinearPlan {
  public:
   struct Shape {
     int64_t rows = 0;
-    int64_t in_features = 0;
+    int64_t k_steps = 0;    // values of k, or pairs of them, as the weight's panels have it
     int64_t panels = 0;     // of 32 output features
     int64_t tile_rows = 0;  // rows of the instruction set's largest register tile
     int threads = 1;
+    int64_t k_block = 0;     // steps between two stores of the accumulators; 0: the plan's choice
+    int64_t step_words = 1;  // of x, per row and step
   };
   struct Task {
     int64_t row_begin = 0;
@@ -34,7 +36,7 @@ class LinearPlan {
   // Steps of k between two stores of the accumulators.
   int64_t k_block() const { return k_block_; }
   // A task's packed block of x.
-  int64_t scratch_floats() const;
+  int64_t scratch_words() const;
 
  private:
   Shape shape_;

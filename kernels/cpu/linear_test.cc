@@ -1,10 +1,11 @@
-// The linear layer: the ascending-k chain in bits, its fp64 oracle, and independence of rows, threads and instruction
-// set.
+// The linear layer: its profile's order of k in bits, its fp64 oracle, and independence of rows, threads and
+// instruction set.
 #include "kernels/cpu/linear.h"
 
 #include <cmath>
 #include <vector>
 
+#include "kernels/cpu/flush_subnormals.h"
 #include "kernels/cpu/test_util.h"
 
 namespace lockstep {
@@ -44,6 +45,25 @@ float Chain(const float* x, const Weights& w, int64_t n) {
   return sum;
 }
 
+// LinearProgram::kTorchCpuPairs. Callers flush subnormals where there are any.
+float PairsInBlocks(const float* x, const Weights& w, int64_t n) {
+  const int64_t block = w.in <= 1024 ? 512 : 1024;
+  float sum = 0;
+  for (int64_t k = 0; k < w.in; k += block) {
+    float chain = 0;
+    for (int64_t i = k; i < std::min(k + block, w.in); i += 2) {
+      if (i + 1 < w.in) chain = std::fma(x[i + 1], w.at(n, i + 1), chain);
+      chain = std::fma(x[i], w.at(n, i), chain);
+    }
+    sum += chain;
+  }
+  return sum;
+}
+
+float InOrder(std::string_view profile, const float* x, const Weights& w, int64_t n) {
+  return profile == "hf-torch" ? PairsInBlocks(x, w, n) : Chain(x, w, n);
+}
+
 // Every output for small shapes; for large ones about 100, among them the corners.
 template <class Fn>
 void ForSampledOutputs(int64_t rows, int64_t columns, int64_t depth, Fn check) {
@@ -71,7 +91,7 @@ void CheckShape(std::string_view profile, int64_t out_features, int64_t in_featu
   EXPECT_EQ(most.TouchedOutside(), 0);
 
   ForSampledOutputs(kMostRows, out_features, in_features, [&](int64_t r, int64_t n) {
-    const float chain = Chain(x.row(r), w, n);
+    const float chain = InOrder(profile, x.row(r), w, n);
     ASSERT_EQ(std::bit_cast<uint32_t>(bf16 ? RoundBf16(chain) : chain), most.bits(r, n)) << r << ", " << n;
     double exact = 0;
     double magnitude = 0;
@@ -110,14 +130,75 @@ TEST(Linear, Fp32IsTheChainForEveryShapeAndRowCount) {
   }
 }
 
+TEST(Linear, Bf16PairsAreInOrderForEveryShapeAndRowCount) {
+  for (const bool hide : {false, true}) {
+    HideBf16DotForTest(hide);
+    for (const int64_t n : {1, 30, 33, 257}) {
+      for (const int64_t k : {1, 2, 15, 17, 256, 511, 513, 1000, 1024, 1025, 2051}) CheckShape("hf-torch", n, k);
+    }
+  }
+  HideBf16DotForTest(false);
+}
+
+// Subnormal weights, activations, products and sums: zero with the dot product instruction and without.
+TEST(Linear, Bf16PairsTakeSubnormalsAsZeroOnEveryTarget) {
+  constexpr int64_t kRows = 13;
+  Weights w(40, 700, 17, true);
+  Matrix x(kRows, w.in);
+  x.Fill(18, true);
+  std::mt19937 generator(19);
+  // Products and sums around the smallest normal number, 2^-126; and a subnormal of
+  // each times a large number.
+  const auto small = [&](float value) { return RoundBf16(std::ldexp(value, static_cast<int>(generator() % 13) - 71)); };
+  for (float& v : w.values) v = small(v);
+  for (int64_t r = 0; r < kRows; ++r) {
+    for (int64_t k = 0; k < w.in; ++k) x.row(r)[k] = small(x.row(r)[k]);
+    x.row(r)[5] = 0x1p-130f;
+    x.row(r)[6] = 0x1p+6f;
+  }
+  for (int64_t n = 0; n < w.out; ++n) {
+    w.values[n * w.in + 5] = 0x1p+6f;
+    w.values[n * w.in + 6] = 0x1p-130f;
+  }
+  const HostMatrix host = w.host();
+  NumericsProfile profile = FindNumericsProfile("hf-torch").value();
+  profile.logits = DType::kF32;
+  ThreadPool pool(2);
+  ThreadScratch scratch(2);
+  const CpuContext context{profile, pool, scratch};
+  const auto packed = CpuPackLinear(context, {&host, 1});
+  // Volatile: to the compiler two calls in two floating-point modes are one.
+  float (*volatile in_order)(const float*, const Weights&, int64_t) = &PairsInBlocks;
+  ForEachTarget([&] {
+    Matrix out(kRows, w.out);
+    CpuLogits(context, x.view(), *packed, out.view());
+    int64_t normal = 0;
+    int64_t gradual = 0;
+    for (int64_t r = 0; r < kRows; ++r) {
+      for (int64_t n = 0; n < w.out; ++n) {
+        const float unflushed = in_order(x.row(r), w, n);
+        const FlushSubnormals flush;
+        const float flushed = in_order(x.row(r), w, n);
+        ASSERT_EQ(out.bits(r, n), std::bit_cast<uint32_t>(flushed)) << r << ", " << n;
+        normal += flushed != 0;
+        gradual += std::bit_cast<uint32_t>(unflushed) != std::bit_cast<uint32_t>(flushed);
+      }
+    }
+    EXPECT_GT(normal, 0);
+    EXPECT_GT(gradual, kRows * w.out / 2) << "without subnormals the test says nothing";
+  });
+  const volatile float smallest = 0x1p-149f;
+  EXPECT_GT(smallest * 1.0f, 0.0f) << "the caller's floating-point mode must be as before";
+}
+
 TEST(Linear, SameBitsWithAnyThreadsAndTarget) {
-  for (const char* profile : {"hf", "fp32"}) {
-    const Weights w(1057, 1000, 3, profile == std::string_view("hf"));
+  for (const char* profile : {"hf", "hf-torch", "fp32"}) {
+    const Weights w(1057, 1000, 3, profile != std::string_view("fp32"));
     const HostMatrix host = w.host();
     for (const int64_t rows : {1, 2, 5, 7, 12, 13, 64, 200}) {
       SCOPED_TRACE(::testing::Message() << profile << " rows " << rows);
       Matrix x(rows, w.in);
-      x.Fill(5, profile == std::string_view("hf"));
+      x.Fill(5, profile != std::string_view("fp32"));
       Matrix first(rows, w.out);
       bool have_first = false;
       for (const int threads : {1, 2, 3}) {
@@ -138,22 +219,24 @@ TEST(Linear, SameBitsWithAnyThreadsAndTarget) {
 }
 
 TEST(Linear, LargeDepthCrossesBlocksOfKOnEveryTarget) {
-  // 200 rows take k in blocks of about 500, one row in one: both must give the chain.
+  // 200 rows take the chain's k in blocks of about 500, one row in one: both must give the chain.
   const Weights w(70, 11008, 9, true);
   const HostMatrix host = w.host();
-  TestContext context("hf", 2);
-  const auto packed = CpuPackLinear(context.get(), {&host, 1});
-  Matrix x(200, w.in);
-  x.Fill(13, true);
-  ForEachTarget([&] {
-    Matrix out(200, w.out);
-    CpuLinear(context.get(), x.view(), *packed, out.view());
-    for (const int64_t r : {0, 11, 12, 100, 199}) {
-      for (const int64_t n : {0, 15, 16, 31, 32, 64, 69}) {
-        EXPECT_EQ(out.at(r, n), RoundBf16(Chain(x.row(r), w, n))) << r << ", " << n;
+  for (const char* profile : {"hf", "hf-torch"}) {
+    TestContext context(profile, 2);
+    const auto packed = CpuPackLinear(context.get(), {&host, 1});
+    Matrix x(200, w.in);
+    x.Fill(13, true);
+    ForEachTarget([&] {
+      Matrix out(200, w.out);
+      CpuLinear(context.get(), x.view(), *packed, out.view());
+      for (const int64_t r : {0, 11, 12, 100, 199}) {
+        for (const int64_t n : {0, 15, 16, 31, 32, 64, 69}) {
+          EXPECT_EQ(out.at(r, n), RoundBf16(InOrder(profile, x.row(r), w, n))) << profile << ": " << r << ", " << n;
+        }
       }
-    }
-  });
+    });
+  }
 }
 
 TEST(Linear, LogitsRoundAsTheProfileSaysAndLinearAsItsActivations) {
@@ -201,7 +284,7 @@ TEST(PackLinear, StacksPartsOfAnyDtypeAndRounds) {
   const HostMatrix parts[] = {
       {f32.data(), 9, in, DType::kF32}, {bf16.data(), 33, in, DType::kBF16}, {f16.data(), 5, in, DType::kF16}};
   const HostMatrix whole = all.host();
-  for (const char* profile : {"hf", "fp32"}) {
+  for (const char* profile : {"hf", "hf-torch", "fp32"}) {
     TestContext context(profile, 2);
     const auto from_parts = CpuPackLinear(context.get(), parts);
     const auto from_whole = CpuPackLinear(context.get(), {&whole, 1});
@@ -218,7 +301,7 @@ TEST(PackLinear, StacksPartsOfAnyDtypeAndRounds) {
       for (float& v : rounded.values) v = RoundBf16(v);
     }
     for (int64_t n = 0; n < 47; ++n) {
-      const float chain = Chain(x.row(1), rounded, n);
+      const float chain = InOrder(profile, x.row(1), rounded, n);
       EXPECT_EQ(a.at(1, n), context.bf16() ? RoundBf16(chain) : chain) << profile << " " << n;
     }
   }

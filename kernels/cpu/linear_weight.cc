@@ -12,7 +12,8 @@
 namespace lockstep {
 namespace {
 
-// Steps of k converted at a time: 32 rows are read side by side, and what they write (4 or 8 KiB) stays in L1.
+// Values of k converted at a time, an even number: 32 rows are read side by side, and what they write (4 or 8 KiB)
+// stays in L1.
 constexpr int64_t kBlock = 64;
 
 // Row `row` of the parts stacked one above the other.
@@ -21,9 +22,31 @@ struct SourceRow {
   int64_t row = 0;
 };
 
+void PackF32(const float* values, int64_t count, float* to) {
+  for (int64_t i = 0; i < count; ++i) to[i * kPanelFeatures] = values[i];
+}
+
+// Features 0..15 come first and set the whole word; 16..31 then add their low half.
+void PackHalves(const float* values, int64_t count, bool low, uint32_t* to) {
+  for (int64_t i = 0; i < count; ++i) {
+    const uint32_t bits = F32ToBf16(values[i]);
+    uint32_t& word = to[i * (kPanelFeatures / 2)];
+    word = low ? word | bits : bits << 16;
+  }
+}
+
+void PackPairs(const float* values, int64_t count, uint32_t* to) {
+  for (int64_t i = 0; i < count; i += 2) {
+    const uint32_t even = F32ToBf16(values[i]);
+    const uint32_t odd = i + 1 < count ? F32ToBf16(values[i + 1]) : 0;
+    to[i / 2 * kPanelFeatures] = odd << 16 | even;
+  }
+}
+
 void PackPanel(const std::array<SourceRow, kPanelFeatures>& sources, int64_t count, CpuLinearWeight& weight,
                int64_t panel) {
   const int64_t k_count = weight.in_features();
+  std::byte* to = weight.panel(panel);
   std::array<float, kBlock> values;
   for (int64_t k = 0; k < k_count; k += kBlock) {
     const int64_t n = std::min(kBlock, k_count - k);
@@ -33,23 +56,31 @@ void PackPanel(const std::array<SourceRow, kPanelFeatures>& sources, int64_t cou
       } else {
         values.fill(0.0f);
       }
-      if (weight.dtype() == DType::kF32) {
-        float* to = reinterpret_cast<float*>(weight.panel(panel)) + k * kPanelFeatures + j;
-        for (int64_t i = 0; i < n; ++i) to[i * kPanelFeatures] = values[i];
-        continue;
-      }
-      uint32_t* to = reinterpret_cast<uint32_t*>(weight.panel(panel)) + k * (kPanelFeatures / 2) + j % 16;
-      // Features 0..15 come first and set the whole word; 16..31 then add their low half.
-      for (int64_t i = 0; i < n; ++i) {
-        const uint32_t bits = F32ToBf16(values[i]);
-        uint32_t& word = to[i * (kPanelFeatures / 2)];
-        word = j < 16 ? bits << 16 : word | bits;
+      switch (weight.layout()) {
+        case PanelLayout::kF32:
+          PackF32(values.data(), n, reinterpret_cast<float*>(to) + k * kPanelFeatures + j);
+          break;
+        case PanelLayout::kBf16Halves:
+          PackHalves(values.data(), n, j >= 16, reinterpret_cast<uint32_t*>(to) + k * (kPanelFeatures / 2) + j % 16);
+          break;
+        case PanelLayout::kBf16Pairs:
+          PackPairs(values.data(), n, reinterpret_cast<uint32_t*>(to) + k / 2 * kPanelFeatures + j);
+          break;
       }
     }
   }
 }
 
 }  // namespace
+
+PanelLayout PanelLayoutOf(const NumericsProfile& profile) {
+  if (profile.linear == LinearProgram::kTorchCpuPairs) {
+    LOCKSTEP_CHECK(profile.weights == DType::kBF16 && profile.activations == DType::kBF16,
+                   "profile {}: its linear program multiplies bfloat16 by bfloat16", profile.name);
+    return PanelLayout::kBf16Pairs;
+  }
+  return profile.weights == DType::kBF16 ? PanelLayout::kBf16Halves : PanelLayout::kF32;
+}
 
 std::unique_ptr<LinearWeight> CpuPackLinear(const CpuContext& ctx, std::span<const HostMatrix> parts) {
   LOCKSTEP_CHECK(!parts.empty(), "PackLinear: no parts");
@@ -61,7 +92,7 @@ std::unique_ptr<LinearWeight> CpuPackLinear(const CpuContext& ctx, std::span<con
     for (int64_t r = 0; r < part.rows; ++r) rows.push_back({&part, r});
   }
   const int64_t out_features = static_cast<int64_t>(rows.size());
-  auto weight = std::make_unique<CpuLinearWeight>(out_features, parts[0].cols, ctx.profile.weights);
+  auto weight = std::make_unique<CpuLinearWeight>(out_features, parts[0].cols, PanelLayoutOf(ctx.profile));
   ctx.threads.ParallelFor(weight->panels(), 1, [&](int64_t begin, int64_t end, int) {
     for (int64_t p = begin; p < end; ++p) {
       std::array<SourceRow, kPanelFeatures> sources = {};

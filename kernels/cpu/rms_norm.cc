@@ -11,16 +11,30 @@
 #include "hwy/highway.h"
 #include "kernels/cpu/row_grain.h"
 #include "kernels/cpu/simd_util-inl.h"
+#include "kernels/cpu/square_sum-inl.h"
 #include "rollout/base/check.h"
+
+#ifndef LOCKSTEP_KERNELS_CPU_RMS_NORM_ONCE_
+#define LOCKSTEP_KERNELS_CPU_RMS_NORM_ONCE_
+namespace lockstep {
+
+struct NormConfig {
+  bool bf16;  // rounds to bf16
+  SquareSum square_sum;
+  float eps;
+};
+
+}  // namespace lockstep
+#endif
 
 HWY_BEFORE_NAMESPACE();
 namespace lockstep {
 namespace HWY_NAMESPACE {
 namespace {
 
-// 1 / sqrt(mean(x^2) + eps), in fp32; the sum of squares in Dot16's order.
-HWY_INLINE float InverseRms(const float* x, int64_t width, float eps) {
-  return 1.0f / std::sqrt(Dot16(x, x, width) / static_cast<float>(width) + eps);
+// 1 / sqrt(mean(x^2) + eps), in fp32.
+HWY_INLINE float InverseRms(const NormConfig& c, const float* x, int64_t width) {
+  return 1.0f / std::sqrt(SumOfSquares(c.square_sum, x, width) / static_cast<float>(width) + c.eps);
 }
 
 // residual = round(residual + x).
@@ -45,25 +59,25 @@ void ScaleRow(const float* x, float inverse, const float* weight, int64_t width,
 }
 
 template <bool kBf16>
-void NormRows(const Rows& x, const float* weight, float eps, const Rows& out) {
+void NormRows(const NormConfig& c, const Rows& x, const float* weight, const Rows& out) {
   for (int64_t r = 0; r < x.rows; ++r) {
-    ScaleRow<kBf16, false>(x.row(r), InverseRms(x.row(r), x.width, eps), weight, x.width, out.row(r));
+    ScaleRow<kBf16, false>(x.row(r), InverseRms(c, x.row(r), x.width), weight, x.width, out.row(r));
   }
 }
 
 template <bool kBf16>
-void AddNormRows(const Rows& x, const Rows& residual, const float* weight, float eps, const Rows& out) {
+void AddNormRows(const NormConfig& c, const Rows& x, const Rows& residual, const float* weight, const Rows& out) {
   for (int64_t r = 0; r < x.rows; ++r) {
     float* sum = residual.row(r);
     AddRow<kBf16>(x.row(r), sum, x.width);
-    ScaleRow<kBf16, false>(sum, InverseRms(sum, x.width, eps), weight, x.width, out.row(r));
+    ScaleRow<kBf16, false>(sum, InverseRms(c, sum, x.width), weight, x.width, out.row(r));
   }
 }
 
 template <bool kBf16>
-void NormAddRows(const Rows& x, const float* weight, float eps, const Rows& residual) {
+void NormAddRows(const NormConfig& c, const Rows& x, const float* weight, const Rows& residual) {
   for (int64_t r = 0; r < x.rows; ++r) {
-    ScaleRow<kBf16, true>(x.row(r), InverseRms(x.row(r), x.width, eps), weight, x.width, residual.row(r));
+    ScaleRow<kBf16, true>(x.row(r), InverseRms(c, x.row(r), x.width), weight, x.width, residual.row(r));
   }
 }
 
@@ -72,14 +86,14 @@ void AddRows(const Rows& x, const Rows& residual) {
   for (int64_t r = 0; r < x.rows; ++r) AddRow<kBf16>(x.row(r), residual.row(r), x.width);
 }
 
-void RmsNorm(bool bf16, const Rows& x, const float* weight, float eps, const Rows& out) {
-  bf16 ? NormRows<true>(x, weight, eps, out) : NormRows<false>(x, weight, eps, out);
+void RmsNorm(const NormConfig& c, const Rows& x, const float* weight, const Rows& out) {
+  c.bf16 ? NormRows<true>(c, x, weight, out) : NormRows<false>(c, x, weight, out);
 }
-void AddRmsNorm(bool bf16, const Rows& x, const Rows& residual, const float* weight, float eps, const Rows& out) {
-  bf16 ? AddNormRows<true>(x, residual, weight, eps, out) : AddNormRows<false>(x, residual, weight, eps, out);
+void AddRmsNorm(const NormConfig& c, const Rows& x, const Rows& residual, const float* weight, const Rows& out) {
+  c.bf16 ? AddNormRows<true>(c, x, residual, weight, out) : AddNormRows<false>(c, x, residual, weight, out);
 }
-void RmsNormAdd(bool bf16, const Rows& x, const float* weight, float eps, const Rows& residual) {
-  bf16 ? NormAddRows<true>(x, weight, eps, residual) : NormAddRows<false>(x, weight, eps, residual);
+void RmsNormAdd(const NormConfig& c, const Rows& x, const float* weight, const Rows& residual) {
+  c.bf16 ? NormAddRows<true>(c, x, weight, residual) : NormAddRows<false>(c, x, weight, residual);
 }
 void Add(bool bf16, const Rows& x, const Rows& residual) {
   bf16 ? AddRows<true>(x, residual) : AddRows<false>(x, residual);
@@ -109,13 +123,18 @@ bool RoundsToBf16(const CpuContext& ctx) {
   return ctx.profile.activations == DType::kBF16;
 }
 
+NormConfig Config(const CpuContext& ctx, float eps) {
+  return {RoundsToBf16(ctx), ctx.profile.square_sum, eps};
+}
+
 }  // namespace
 
 void CpuRmsNorm(const CpuContext& ctx, Rows x, const float* weight, float eps, Rows out) {
   CheckSameShape("RmsNorm", x, out);
   const auto run = HWY_DYNAMIC_DISPATCH(RmsNorm);
+  const NormConfig config = Config(ctx, eps);
   ctx.threads.ParallelFor(x.rows, RowGrain(x.width), [&](int64_t begin, int64_t end, int) {
-    run(RoundsToBf16(ctx), x.slice(begin, end - begin), weight, eps, out.slice(begin, end - begin));
+    run(config, x.slice(begin, end - begin), weight, out.slice(begin, end - begin));
   });
 }
 
@@ -123,17 +142,18 @@ void CpuAddRmsNorm(const CpuContext& ctx, Rows x, Rows residual, const float* we
   CheckSameShape("AddRmsNorm", x, residual);
   CheckSameShape("AddRmsNorm", x, out);
   const auto run = HWY_DYNAMIC_DISPATCH(AddRmsNorm);
+  const NormConfig config = Config(ctx, eps);
   ctx.threads.ParallelFor(x.rows, RowGrain(x.width), [&](int64_t begin, int64_t end, int) {
-    run(RoundsToBf16(ctx), x.slice(begin, end - begin), residual.slice(begin, end - begin), weight, eps,
-        out.slice(begin, end - begin));
+    run(config, x.slice(begin, end - begin), residual.slice(begin, end - begin), weight, out.slice(begin, end - begin));
   });
 }
 
 void CpuRmsNormAdd(const CpuContext& ctx, Rows x, const float* weight, float eps, Rows residual) {
   CheckSameShape("RmsNormAdd", x, residual);
   const auto run = HWY_DYNAMIC_DISPATCH(RmsNormAdd);
+  const NormConfig config = Config(ctx, eps);
   ctx.threads.ParallelFor(x.rows, RowGrain(x.width), [&](int64_t begin, int64_t end, int) {
-    run(RoundsToBf16(ctx), x.slice(begin, end - begin), weight, eps, residual.slice(begin, end - begin));
+    run(config, x.slice(begin, end - begin), weight, residual.slice(begin, end - begin));
   });
 }
 

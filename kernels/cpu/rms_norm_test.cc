@@ -3,6 +3,7 @@
 #include "kernels/cpu/rms_norm.h"
 
 #include <cmath>
+#include <utility>
 
 #include "kernels/cpu/test_util.h"
 
@@ -16,17 +17,48 @@ using testing::kUnitF32;
 using testing::Matrix;
 using testing::TestContext;
 
-const int64_t kWidths[] = {1, 2, 15, 16, 17, 31, 96, 100, 256, 1000, 3840};
+// 9,000 goes through two levels of PyTorch's sum.
+const int64_t kWidths[] = {1, 2, 15, 16, 17, 31, 40, 96, 100, 256, 511, 512, 1000, 3840, 9000};
 constexpr float kEps = 1e-6f;
 
-// The stated order: 16 lanes by fused multiply-add, a tree of 8, 4, 2, 1; (x * inverse) * weight.
-std::vector<float> NormInOrder(const float* x, const float* weight, int64_t width, bool bf16) {
+// SquareSum::kLanes16: 16 lanes by fused multiply-add, a tree of 8, 4, 2, 1.
+float LanesSum(const float* x, int64_t width) {
   float lanes[16] = {};
   for (int64_t i = 0; i < width; ++i) lanes[i % 16] = std::fma(x[i], x[i], lanes[i % 16]);
   for (int half = 8; half > 0; half /= 2) {
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   }
-  const float inverse = 1.0f / std::sqrt(lanes[0] / static_cast<float>(width) + kEps);
+  return lanes[0];
+}
+
+// SquareSum::kTorchCpu: rounded squares; accumulators [4][8], the sum of 16 steps of 32 elements moved up a level, that
+// of 16 such sums another one (rows of 131,072 and more would need a fourth).
+float TorchSum(const float* x, int64_t width) {
+  float level[3][32] = {};
+  const int64_t steps = width / 32;
+  for (int64_t step = 0; step < steps; ++step) {
+    for (int64_t lane = 0; lane < 32; ++lane) level[0][lane] += x[step * 32 + lane] * x[step * 32 + lane];
+    for (int up = 1, every = 16; up < 3 && (step + 1) % every == 0; ++up, every *= 16) {
+      for (int64_t lane = 0; lane < 32; ++lane) level[up][lane] += std::exchange(level[up - 1][lane], 0.0f);
+    }
+  }
+  for (int64_t lane = 0; lane < 32; ++lane) level[0][lane] = level[0][lane] + level[1][lane] + level[2][lane];
+  int64_t i = steps * 32;
+  for (; i + 8 <= width; i += 8) {
+    for (int64_t lane = 0; lane < 8; ++lane) level[0][lane] += x[i + lane] * x[i + lane];
+  }
+  float total = 0.0f;
+  for (; i < width; ++i) total += x[i] * x[i];
+  for (int lane = 0; lane < 8; ++lane)
+    total += level[0][lane] + level[0][lane + 8] + level[0][lane + 16] + level[0][lane + 24];
+  return total;
+}
+
+// The stated order: (x * inverse) * weight.
+std::vector<float> NormInOrder(const NumericsProfile& profile, const float* x, const float* weight, int64_t width) {
+  const bool bf16 = profile.activations == DType::kBF16;
+  const float sum = profile.square_sum == SquareSum::kTorchCpu ? TorchSum(x, width) : LanesSum(x, width);
+  const float inverse = 1.0f / std::sqrt(sum / static_cast<float>(width) + kEps);
   std::vector<float> out(width);
   for (int64_t i = 0; i < width; ++i) {
     const float scaled = x[i] * inverse;
@@ -80,7 +112,7 @@ TEST_P(RmsNormTest, SameBitsAsTheStatedOrderOnEveryTargetThreadsAndRowCount) {
         CpuRmsNorm(context.get(), x.view(), weight.row(0), kEps, out.view());
         EXPECT_EQ(out.TouchedOutside(), 0);
         for (int64_t r = 0; r < kRows; ++r) {
-          const auto expected = NormInOrder(x.row(r), weight.row(0), width, context.bf16());
+          const auto expected = NormInOrder(context.get().profile, x.row(r), weight.row(0), width);
           ASSERT_EQ(std::memcmp(out.row(r), expected.data(), width * sizeof(float)), 0) << width << " row " << r;
         }
         Matrix alone(1, width);
@@ -123,7 +155,7 @@ TEST_P(RmsNormTest, AddRmsNormRoundsTheResidualFirst) {
         for (int64_t i = 0; i < width; ++i) {
           ASSERT_EQ(sum.at(r, i), Round(start.at(r, i) + x.at(r, i), context.bf16()));
         }
-        const auto expected = NormInOrder(sum.row(r), weight.row(0), width, context.bf16());
+        const auto expected = NormInOrder(context.get().profile, sum.row(r), weight.row(0), width);
         ASSERT_EQ(std::memcmp(out.row(r), expected.data(), width * sizeof(float)), 0) << width << " row " << r;
       }
     });
@@ -146,7 +178,7 @@ TEST_P(RmsNormTest, RmsNormAddRoundsTheNormFirst) {
       CpuRmsNormAdd(context.get(), x.view(), weight.row(0), kEps, sum.view());
       EXPECT_EQ(sum.TouchedOutside(), 0);
       for (int64_t r = 0; r < 9; ++r) {
-        const auto norm = NormInOrder(x.row(r), weight.row(0), width, context.bf16());
+        const auto norm = NormInOrder(context.get().profile, x.row(r), weight.row(0), width);
         for (int64_t i = 0; i < width; ++i) {
           ASSERT_EQ(sum.at(r, i), Round(start.at(r, i) + norm[i], context.bf16())) << width << " " << i;
         }
@@ -193,8 +225,9 @@ TEST_P(RmsNormTest, AZeroRowIsZeroAndANanRowStaysAlone) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Profiles, RmsNormTest, ::testing::Values("hf", "fp32"),
-                         [](const auto& param) { return std::string(param.param) == "hf" ? "Bf16" : "Fp32"; });
+INSTANTIATE_TEST_SUITE_P(Profiles, RmsNormTest, ::testing::Values("hf", "hf-torch", "fp32"), [](const auto& param) {
+  return std::string(param.param) == "hf" ? "Hf" : param.param[0] == 'f' ? "Fp32" : "HfTorch";
+});
 
 }  // namespace
 }  // namespace lockstep

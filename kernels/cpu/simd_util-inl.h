@@ -142,9 +142,10 @@ HWY_INLINE float Dot16(const float* HWY_RESTRICT x, const float* HWY_RESTRICT y,
   return Sum16(sum);
 }
 
-// e^x within 1 ulp (simd_util_test measures it), gradual underflow included; NaN gives NaN. x = n ln 2 + r with |r| <=
-// ln 2 / 2, e^r by a polynomial of degree 7, times 2^n in two factors, each a normal number, so that subnormal results
-// and those above 2^127 come out right.
+// e^x, in 98 of 100 cases the nearest fp32 value and always within 0.58 ulp (0.8 where the result is subnormal;
+// simd_util_test measures it); NaN gives NaN. x = n ln 2 + r with |r| <= ln 2 / 2; e^r by a polynomial of degree 7, its
+// first three terms in two words; times 2^n in two factors, each a normal number, so that subnormal results and those
+// above 2^127 come out right.
 HWY_INLINE VF Exp(VF x) {
   const DF df;
   const DI di;
@@ -152,8 +153,9 @@ HWY_INLINE VF Exp(VF x) {
   const VF clamped = hn::Min(hn::Max(x, hn::Set(df, -104.0f)), hn::Set(df, 89.0f));
   const VF n = hn::Round(hn::Mul(clamped, hn::Set(df, 0x1.715476p+0f)));
   // ln 2 = 0x1.62e4p-1 (short, so that n times it is exact) + 0x1.7f7d1cp-20.
-  VF r = hn::NegMulAdd(n, hn::Set(df, 0x1.62e4p-1f), clamped);
-  r = hn::NegMulAdd(n, hn::Set(df, 0x1.7f7d1cp-20f), r);
+  const VF rest = hn::NegMulAdd(n, hn::Set(df, 0x1.62e4p-1f), clamped);
+  const VF r = hn::NegMulAdd(n, hn::Set(df, 0x1.7f7d1cp-20f), rest);
+  const VF r_low = hn::NegMulAdd(n, hn::Set(df, 0x1.7f7d1cp-20f), hn::Sub(rest, r));
   // e^r = 1 + r + r^2 q(r), q minimax for the relative error over |r| <= ln 2 / 2 (Lawson's iteration): below 2^-34
   // before rounding.
   VF p = hn::Set(df, 0x1.9f085ap-13f);
@@ -161,9 +163,17 @@ HWY_INLINE VF Exp(VF x) {
   p = hn::MulAdd(p, r, hn::Set(df, 0x1.111272p-7f));
   p = hn::MulAdd(p, r, hn::Set(df, 0x1.55548ep-5f));
   p = hn::MulAdd(p, r, hn::Set(df, 0x1.555554p-3f));
-  p = hn::MulAdd(p, r, hn::Set(df, 0.5f));
-  p = hn::MulAdd(hn::Mul(r, r), p, r);
-  p = hn::Add(p, hn::Set(df, 1.0f));
+  // r + r^2 / 2 as high + low, then 1 + that.
+  const VF half = hn::Set(df, 0.5f);
+  const VF square = hn::Mul(r, r);
+  const VF half_square = hn::Mul(half, square);
+  const VF high = hn::Add(r, half_square);
+  VF low = hn::Sub(half_square, hn::Sub(high, r));
+  low = hn::Add(low, hn::MulAdd(half, hn::MulSub(r, r, square), r_low));
+  low = hn::MulAdd(hn::Mul(square, r), p, low);
+  const VF one = hn::Set(df, 1.0f);
+  const VF sum = hn::Add(one, high);
+  p = hn::Add(sum, hn::Add(hn::Sub(high, hn::Sub(sum, one)), low));
   const auto exponent = hn::ConvertTo(di, n);
   const auto first = hn::ShiftRight<1>(exponent);
   const auto second = hn::Sub(exponent, first);

@@ -124,7 +124,7 @@ double UlpError(float result, double exact) {
   return std::abs(static_cast<double>(result) - exact) / std::ldexp(1.0, exponent);
 }
 
-TEST(Exp, WithinOneUlpOverTheWholeRangeAndTheSameOnEveryTarget) {
+TEST(Exp, NearestIn98Of100OverTheWholeRangeAndTheSameOnEveryTarget) {
   std::vector<float> inputs;
   for (uint32_t bits = 0; bits < std::bit_cast<uint32_t>(110.0f); bits += 1009) {
     inputs.push_back(std::bit_cast<float>(bits));
@@ -134,11 +134,18 @@ TEST(Exp, WithinOneUlpOverTheWholeRangeAndTheSameOnEveryTarget) {
   ForEachTarget([&] {
     std::vector<float> out(inputs.size());
     HWY_DYNAMIC_DISPATCH(ExpArray)(inputs.data(), out.data(), static_cast<int64_t>(inputs.size()));
+    int64_t nearest = 0;
     double worst = 0;
+    double worst_subnormal = 0;
     for (size_t i = 0; i < inputs.size(); ++i) {
-      worst = std::max(worst, UlpError(out[i], std::exp(static_cast<double>(inputs[i]))));
+      const double exact = std::exp(static_cast<double>(inputs[i]));
+      double& kind = exact < 0x1p-126 ? worst_subnormal : worst;
+      kind = std::max(kind, UlpError(out[i], exact));
+      nearest += out[i] == static_cast<float>(exact);
     }
-    EXPECT_LE(worst, 1.0);
+    EXPECT_LE(worst, 0.58);
+    EXPECT_LE(worst_subnormal, 0.8) << "rounded twice";
+    EXPECT_GE(static_cast<double>(nearest), 0.98 * static_cast<double>(inputs.size()));
     ::testing::Test::RecordProperty("max_ulp", std::to_string(worst));
     if (first.empty()) first = out;
     EXPECT_EQ(std::memcmp(first.data(), out.data(), out.size() * sizeof(float)), 0);

@@ -15,6 +15,7 @@
 #include "gtest/gtest.h"
 #include "hwy/targets.h"
 #include "kernels/cpu/context.h"
+#include "kernels/cpu/cpu_features.h"
 #include "kernels/float_bits.h"
 #include "kernels/ops.h"
 #include "spdlog/sinks/stdout_sinks.h"
@@ -94,16 +95,22 @@ inline int64_t DifferingRows(Matrix& a, int64_t a_begin, Matrix& b, int64_t b_be
   return differing;
 }
 
-// Runs `body` once per instruction set that is compiled in and that this CPU has.
+// Runs `body` once per instruction set that is compiled in and that this CPU has, AVX512-BF16 last where it has that.
 inline void ForEachTarget(const std::function<void()>& body) {
   const std::vector<int64_t> targets = hwy::SupportedAndGeneratedTargets();
   ASSERT_FALSE(targets.empty()) << "this CPU has none of the instruction sets compiled in";
   for (const int64_t target : targets) {
     SCOPED_TRACE(std::string("target ") + hwy::TargetName(target));
     hwy::SetSupportedTargetsForTest(target);
+    HideBf16DotForTest(true);
     body();
   }
   hwy::SetSupportedTargetsForTest(0);
+  HideBf16DotForTest(false);
+  if (HasBf16Dot()) {
+    SCOPED_TRACE("AVX-512 with the bf16 dot product");
+    body();
+  }
 }
 
 // Death tests read stderr; spdlog's default logger writes to stdout.

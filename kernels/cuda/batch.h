@@ -10,10 +10,11 @@ namespace lockstep::cuda {
 // row_count).
 struct DevicePiece {
   int32_t row_begin = 0;
-  int32_t row_count = 0;   // 0: padding of a captured batch; no kernel may read or write anything for it
-  int32_t position = 0;    // of the first row
-  int32_t slot = 0;        // of the sequence's state: layer state at state_base + slot * slot_stride
-  int32_t page_begin = 0;  // its page table is DeviceBatch::pages[page_begin ...], ceil((position + row_count) / page_size) entries
+  int32_t row_count = 0;  // 0: padding of a captured batch; no kernel may read or write anything for it
+  int32_t position = 0;   // of the first row
+  int32_t slot = 0;       // of the sequence's state: layer state at state_base + slot * slot_stride
+  int32_t page_begin =
+      0;  // its page table is DeviceBatch::pages[page_begin ...], ceil((position + row_count) / page_size) entries
   int32_t reserved = 0;
 };
 

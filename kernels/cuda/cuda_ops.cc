@@ -27,7 +27,7 @@
 namespace lockstep::cuda {
 namespace {
 
-constexpr int64_t kFeatureMultiple = 8;           // output features are padded to whole 16-byte groups
+constexpr int64_t kFeatureMultiple = 8;              // output features are padded to whole 16-byte groups
 constexpr int64_t kUploadBytes = int64_t{64} << 20;  // of one of the two pinned buffers that weights go through
 // Left to the runtime, to graphs and to workspaces when memory is planned.
 constexpr int64_t kReserveBytes = int64_t{1} << 30;
@@ -329,9 +329,9 @@ StepRows CudaOps::BeginStep(const StepBatch& batch) {
   next_image_ ^= 1;
   Keep(CudaStatus(cudaEventSynchronize(image.copied), "a step on the device"));
   WriteBatchImage(batch, sizes_, batch.page_size, image.host.data());
-  Keep(CudaStatus(cudaMemcpyAsync(device_image_->data(), image.host.data(), sizes_.bytes(), cudaMemcpyHostToDevice,
-                                  stream_),
-                  "BeginStep"));
+  Keep(CudaStatus(
+      cudaMemcpyAsync(device_image_->data(), image.host.data(), sizes_.bytes(), cudaMemcpyHostToDevice, stream_),
+      "BeginStep"));
   Keep(CudaStatus(cudaEventRecord(image.copied, stream_), "BeginStep"));
   batch_ = BatchAt(device_image_->data(), sizes_);
   return {sizes_.rows, std::min(sizes_.logit_rows, max_logit_rows())};
@@ -512,24 +512,23 @@ void CudaOps::WriteKv(Rows k, Rows v, const AttentionShape& shape, const KvLayer
 }
 
 void CudaOps::Attention(Rows q, const AttentionShape& shape, const KvLayer& kv, Rows out) {
-  const int64_t workspace =
-      AttentionWorkspaceBytes(batch_.decode_pieces, shape.heads, shape.kv_heads, max_positions_);
-  Keep(LaunchAttention({.program = profile_.attention == lockstep::AttentionProgram::kTiles64Backward
-                                       ? AttentionProgram::kFa2
-                                       : AttentionProgram::kCudnn,
-                        .batch = batch_,
-                        .q = Bf16(q),
-                        .out = Bf16(out),
-                        .q_stride = q.stride,
-                        .out_stride = out.stride,
-                        .kv = PagesOf(shape, kv),
-                        .heads = shape.heads,
-                        .window = shape.window,
-                        .scale = shape.scale,
-                        .workspace = workspace > 0 ? Workspace(workspace) : nullptr,
-                        .workspace_bytes = workspace,
-                        .max_positions = max_positions_},
-                       stream_));
+  const int64_t workspace = AttentionWorkspaceBytes(batch_.decode_pieces, shape.heads, shape.kv_heads, max_positions_);
+  Keep(LaunchAttention(
+      {.program = profile_.attention == lockstep::AttentionProgram::kTiles64Backward ? AttentionProgram::kFa2
+                                                                                     : AttentionProgram::kCudnn,
+       .batch = batch_,
+       .q = Bf16(q),
+       .out = Bf16(out),
+       .q_stride = q.stride,
+       .out_stride = out.stride,
+       .kv = PagesOf(shape, kv),
+       .heads = shape.heads,
+       .window = shape.window,
+       .scale = shape.scale,
+       .workspace = workspace > 0 ? Workspace(workspace) : nullptr,
+       .workspace_bytes = workspace,
+       .max_positions = max_positions_},
+      stream_));
 }
 
 int64_t CudaOps::GdnStateBytes(const GdnShape& shape) const {

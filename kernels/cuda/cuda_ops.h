@@ -1,8 +1,8 @@
-// CudaOps: the CUDA backend as one object. Every method launches its operation, which lives in a file of its own, on one
-// stream; nothing waits but what says so.
+// CudaOps: the CUDA backend as one object. Every method launches its operation, which lives in a file of its own, on
+// one stream; nothing waits but what says so.
 //
-// A step of decode rows alone is recorded as a CUDA graph, once for each padded size, and replayed: its kernels find the
-// batch at fixed addresses. Other steps are launched kernel by kernel. Bits are the same either way.
+// A step of decode rows alone is recorded as a CUDA graph, once for each padded size, and replayed: its kernels find
+// the batch at fixed addresses. Other steps are launched kernel by kernel. Bits are the same either way.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -26,8 +26,8 @@ struct CudaOpsOptions {
 
 class CudaOps final : public Ops {
  public:
-  // `threads` converts and copies weights, and must outlive it. INVALID_ARGUMENT for a profile that has no program here;
-  // FAILED_PRECONDITION, saying what is there and what is needed, without a GPU this build runs on.
+  // `threads` converts and copies weights, and must outlive it. INVALID_ARGUMENT for a profile that has no program
+  // here; FAILED_PRECONDITION, saying what is there and what is needed, without a GPU this build runs on.
   static absl::StatusOr<std::unique_ptr<CudaOps>> Create(const NumericsProfile& profile, ThreadPool* threads,
                                                          const CudaOpsOptions& options);
   ~CudaOps() override;
@@ -110,9 +110,9 @@ class CudaOps final : public Ops {
   std::unique_ptr<CudaMemory> device_image_;
   // The last one is in use; kernels in flight and recorded steps may still use outgrown ones.
   std::vector<std::unique_ptr<CudaMemory>> workspaces_;
-  BatchSizes sizes_;    // of the current step
-  DeviceBatch batch_;   // the current step's
-  int64_t record_ = 0;  // rows of the current step if it is to be replayed; else 0
+  BatchSizes sizes_;           // of the current step
+  DeviceBatch batch_;          // the current step's
+  int64_t record_ = 0;         // rows of the current step if it is to be replayed; else 0
   int64_t max_positions_ = 0;  // at least every piece's last position + 1: a power of two
   struct RecordKey {
     const void* owner;

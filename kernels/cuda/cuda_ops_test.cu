@@ -1,104 +1,20 @@
-// The CUDA operations against PyTorch's own bits (tests/data/torch_ops) and an fp64 oracle. Validate()'s tests need no
-// GPU; the others skip without one. The environment variable LOCKSTEP_TEST_DATA replaces the compiled-in folder, so
-// that the binary runs on another machine.
+// The first CUDA operations against PyTorch's own bits (tests/data/torch_ops) and an fp64 oracle. Validate()'s tests
+// need no GPU; the others skip without one.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
-#include <fstream>
 #include <numeric>
-#include <random>
 #include <string>
 #include <vector>
 
-#include "gmock/gmock.h"
-#include "gtest/gtest.h"
+#include "kernels/cuda/elementwise_test_util.h"
 #include "kernels/cuda/embedding.h"
 #include "kernels/cuda/rms_norm.h"
 #include "kernels/cuda/swiglu.h"
-#include "kernels/float_bits.h"
 
 namespace lockstep::cuda {
 namespace {
 
-using ::testing::HasSubstr;
-using Bits = std::vector<uint16_t>;
-
 constexpr float kEps = 1e-6f;
-constexpr uint16_t kPoison = 0xFFFF;  // a NaN no operation writes: the GPU's own is 0x7FFF
-
-template <class T>
-std::vector<T> ReadArray(const std::string& name) {
-  const char* folder = std::getenv("LOCKSTEP_TEST_DATA");
-  const std::string path = std::string(folder != nullptr ? folder : LOCKSTEP_TEST_DATA) + "/torch_ops/" + name;
-  std::ifstream file(path, std::ios::binary | std::ios::ate);
-  EXPECT_TRUE(file.good()) << path;
-  const std::streamoff bytes = file.good() ? static_cast<std::streamoff>(file.tellg()) : 0;
-  std::vector<T> values(static_cast<size_t>(bytes) / sizeof(T));
-  file.seekg(0);
-  file.read(reinterpret_cast<char*>(values.data()), bytes);
-  return values;
-}
-
-Bits RandomBits(size_t count, uint32_t seed, float scale = 1.0f) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<float> normal(0.0f, scale);
-  Bits bits(count);
-  for (uint16_t& b : bits) b = F32ToBf16(normal(generator));
-  return bits;
-}
-
-// Device memory with a host vector's contents.
-template <class T>
-class DeviceArray {
- public:
-  explicit DeviceArray(const std::vector<T>& host) : size_(host.size()) {
-    EXPECT_EQ(cudaMalloc(&data_, size_ * sizeof(T)), cudaSuccess);
-    EXPECT_EQ(cudaMemcpy(data_, host.data(), size_ * sizeof(T), cudaMemcpyHostToDevice), cudaSuccess);
-  }
-  ~DeviceArray() { cudaFree(data_); }
-  DeviceArray(const DeviceArray&) = delete;
-  DeviceArray& operator=(const DeviceArray&) = delete;
-
-  T* data() const { return static_cast<T*>(data_); }
-  __nv_bfloat16* bf16() const { return static_cast<__nv_bfloat16*>(data_); }
-  std::vector<T> Host() const {
-    std::vector<T> host(size_);
-    EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
-    EXPECT_EQ(cudaMemcpy(host.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost), cudaSuccess);
-    return host;
-  }
-
- private:
-  void* data_ = nullptr;
-  size_t size_;
-};
-
-DeviceArray<uint16_t> Poisoned(size_t count) {
-  return DeviceArray<uint16_t>(Bits(count, kPoison));
-}
-
-void ExpectSameBits(const Bits& got, const Bits& want) {
-  ASSERT_EQ(got.size(), want.size());
-  ASSERT_FALSE(want.empty());
-  size_t differing = 0;
-  size_t first = 0;
-  for (size_t i = got.size(); i-- > 0;) {
-    if (got[i] == want[i]) continue;
-    ++differing;
-    first = i;
-  }
-  EXPECT_EQ(differing, 0u) << "of " << want.size() << "; the first at " << first << ": " << std::hex << got[first]
-                           << ", want " << want[first];
-}
-
-class CudaOps : public ::testing::Test {
- protected:
-  void SetUp() override {
-    int devices = 0;
-    const cudaError_t error = cudaGetDeviceCount(&devices);
-    if (error != cudaSuccess || devices == 0) GTEST_SKIP() << "no CUDA device: " << cudaGetErrorString(error);
-  }
-};
 
 Bits Norm(const Bits& x, const Bits& weight) {
   const auto width = static_cast<int64_t>(weight.size());
@@ -173,7 +89,7 @@ TEST_F(CudaOps, RmsNormRowDoesNotDependOnItsNeighbours) {
 TEST_F(CudaOps, RmsNormInPlaceWithStride) {
   constexpr int64_t kRows = 9;
   constexpr int64_t kWidth = 256;
-  constexpr int64_t kStride = 260;
+  constexpr int64_t kStride = 264;
   const Bits x = RandomBits(kRows * kWidth, 5);
   const Bits weight = RandomBits(kWidth, 6);
   const Bits norm = Norm(x, weight);
@@ -230,6 +146,98 @@ TEST_F(CudaOps, FusedAdditionsEqualTheSingleOperations) {
   params.out_stride = 0;
   ASSERT_TRUE(LaunchRmsNorm(params, nullptr).ok());
   ExpectSameBits(after.Host(), Sum(residual, Norm(x, weight)));
+}
+
+TEST_F(CudaOps, NormAddNormEqualsTheSingleOperations) {
+  for (const int64_t width : {256, 1024, 3840, 4096}) {
+    SCOPED_TRACE(width);
+    constexpr int64_t kRows = 11;
+    const Bits x = RandomBits(kRows * width, 20);
+    const Bits residual = RandomBits(kRows * width, 21);
+    const Bits weight = RandomBits(width, 22);
+    const Bits out_weight = RandomBits(width, 23);
+    const DeviceArray<uint16_t> device_x(x);
+    const DeviceArray<uint16_t> device_residual(residual);
+    const DeviceArray<uint16_t> device_weight(weight);
+    const DeviceArray<uint16_t> device_out_weight(out_weight);
+    const DeviceArray<uint16_t> out = Poisoned(x.size());
+    const RmsNormParams params = {.fusion = RmsNormFusion::kAddAfterNorm,
+                                  .x = device_x.bf16(),
+                                  .weight = device_weight.bf16(),
+                                  .out_weight = device_out_weight.bf16(),
+                                  .residual = device_residual.bf16(),
+                                  .out = out.bf16(),
+                                  .rows = kRows,
+                                  .width = width,
+                                  .x_stride = width,
+                                  .residual_stride = width,
+                                  .out_stride = width,
+                                  .eps = kEps};
+    ASSERT_TRUE(LaunchRmsNorm(params, nullptr).ok());
+    const Bits sum = Sum(residual, Norm(x, weight));
+    ExpectSameBits(device_residual.Host(), sum);
+    ExpectSameBits(out.Host(), Norm(sum, out_weight));
+  }
+}
+
+TEST_F(CudaOps, RmsNormOfGatheredRows) {
+  constexpr int64_t kWidth = 256;
+  const Bits x = RandomBits(9 * kWidth, 24);
+  const Bits weight = RandomBits(kWidth, 25);
+  const Bits norm = Norm(x, weight);
+  const std::vector<int32_t> rows = {8, 0, 3, 3};
+  Bits want;
+  for (const int32_t row : rows)
+    want.insert(want.end(), norm.begin() + row * kWidth, norm.begin() + (row + 1) * kWidth);
+  const DeviceArray<uint16_t> device_x(x);
+  const DeviceArray<uint16_t> device_weight(weight);
+  const DeviceArray<int32_t> device_rows(rows);
+  const DeviceArray<uint16_t> out = Poisoned(want.size());
+  const RmsNormParams params = {.x = device_x.bf16(),
+                                .weight = device_weight.bf16(),
+                                .x_rows = device_rows.data(),
+                                .out = out.bf16(),
+                                .rows = static_cast<int64_t>(rows.size()),
+                                .width = kWidth,
+                                .x_stride = kWidth,
+                                .out_stride = kWidth,
+                                .eps = kEps};
+  ASSERT_TRUE(LaunchRmsNorm(params, nullptr).ok());
+  ExpectSameBits(out.Host(), want);
+}
+
+// Two column ranges of the same rows, of different widths, in place.
+TEST_F(CudaOps, RmsNormPairEqualsTwoNorms) {
+  constexpr int64_t kRows = 19;
+  const int64_t widths[2] = {512, 128};
+  constexpr int64_t kStride = 512 + 128 + 8;
+  const Bits x[2] = {RandomBits(kRows * widths[0], 26), RandomBits(kRows * widths[1], 27)};
+  const Bits weight[2] = {RandomBits(widths[0], 28), RandomBits(widths[1], 29)};
+  Bits wide(kRows * kStride, kPoison);
+  Bits want = wide;
+  for (int i = 0; i < 2; ++i) {
+    const Bits norm = Norm(x[i], weight[i]);
+    for (int64_t r = 0; r < kRows; ++r) {
+      const int64_t column = r * kStride + i * widths[0];
+      std::copy_n(x[i].begin() + r * widths[i], widths[i], wide.begin() + column);
+      std::copy_n(norm.begin() + r * widths[i], widths[i], want.begin() + column);
+    }
+  }
+  const DeviceArray<uint16_t> rows(wide);
+  const DeviceArray<uint16_t> device_weight[2] = {DeviceArray<uint16_t>(weight[0]), DeviceArray<uint16_t>(weight[1])};
+  RmsNormParams params[2];
+  for (int i = 0; i < 2; ++i) {
+    params[i] = {.x = rows.bf16() + i * widths[0],
+                 .weight = device_weight[i].bf16(),
+                 .out = rows.bf16() + i * widths[0],
+                 .rows = kRows,
+                 .width = widths[i],
+                 .x_stride = kStride,
+                 .out_stride = kStride,
+                 .eps = kEps};
+  }
+  ASSERT_TRUE(LaunchRmsNormPair(params[0], params[1], nullptr).ok());
+  ExpectSameBits(rows.Host(), want);
 }
 
 Bits SwiGlu(const Bits& gate_up, int64_t rows, int64_t width) {
@@ -293,24 +301,7 @@ TEST_F(CudaOps, EmbeddingCopiesRows) {
   }
 }
 
-// From here on no GPU is needed: addresses are never followed.
-__nv_bfloat16* Address(uintptr_t address = 4096) {
-  return reinterpret_cast<__nv_bfloat16*>(address);
-}
-
-template <class Params>
-void ExpectRefused(const Params& params, const char* field) {
-  const absl::Status status = params.Validate();
-  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << field;
-  EXPECT_THAT(std::string(status.message()), HasSubstr(field));
-}
-
-template <class Params, class Change>
-void ExpectRefusedAfter(Params params, const char* field, Change change) {
-  change(params);
-  ExpectRefused(params, field);
-}
-
+// From here on no GPU is needed.
 TEST(CudaParams, RmsNormNamesTheBadField) {
   using P = RmsNormParams;
   const P good = {.x = Address(),
@@ -342,6 +333,15 @@ TEST(CudaParams, RmsNormNamesTheBadField) {
     p.residual = Address();
     p.residual_stride = 192;
   });
+  ExpectRefusedAfter(good, ".out_weight", [](P& p) { p.out_weight = Address(); });
+  ExpectRefusedAfter(good, ".out:", [](P& p) {
+    static const int32_t row = 0;
+    p.x_rows = &row;
+    p.out = Address();
+  });
+  P other = good;
+  other.rows = 2;
+  EXPECT_EQ(LaunchRmsNormPair(good, other, nullptr).code(), absl::StatusCode::kInvalidArgument);
 }
 
 TEST(CudaParams, SwiGluNamesTheBadField) {

@@ -1,4 +1,5 @@
 #include "kernels/cuda/embedding.h"
+#include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/params.h"
 
 namespace lockstep::cuda {
@@ -10,12 +11,13 @@ constexpr int64_t kVector = sizeof(uint4) / sizeof(__nv_bfloat16);
 // Grid: (rows), 128 threads, a block a row.
 // Traffic: 4 bytes an element (a table row read, an output row written) and 4 bytes a token.
 __global__ void __launch_bounds__(kThreads) EmbeddingKernel(const __grid_constant__ EmbeddingParams params) {
+  FollowPreviousKernel();
   const int64_t row = blockIdx.x;
   const int64_t token = params.tokens[row];
   if (token < 0 || token >= params.vocab) __trap();
   const uint4* from = reinterpret_cast<const uint4*>(params.table + token * params.hidden);
   uint4* to = reinterpret_cast<uint4*>(params.out + row * params.out_stride);
-  for (int64_t i = threadIdx.x; i < params.hidden / kVector; i += kThreads) to[i] = __ldg(from + i);
+  for (int64_t i = threadIdx.x; i < params.hidden / kVector; i += kThreads) to[i] = from[i];
 }
 
 }  // namespace
@@ -34,8 +36,7 @@ absl::Status EmbeddingParams::Validate() const {
 absl::Status LaunchEmbedding(const EmbeddingParams& params, cudaStream_t stream) {
   if (absl::Status status = params.Validate(); !status.ok()) return status;
   if (params.rows == 0) return absl::OkStatus();
-  EmbeddingKernel<<<static_cast<unsigned>(params.rows), kThreads, 0, stream>>>(params);
-  return LaunchStatus("Embedding");
+  return LaunchOverlapped("Embedding", EmbeddingKernel, static_cast<unsigned>(params.rows), kThreads, stream, params);
 }
 
 }  // namespace lockstep::cuda

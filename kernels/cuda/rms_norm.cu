@@ -1,102 +1,194 @@
 #include <cmath>
 
+#include "kernels/cuda/bf16_rows.cuh"
+#include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/params.h"
 #include "kernels/cuda/rms_norm.h"
 
 namespace lockstep::cuda {
 namespace {
 
-constexpr int kWarp = 32;
-constexpr int kRowsPerBlock = 4;
-constexpr int kVector = 4;  // elements a lane takes at a time: part of the sum's order, see SumOfSquares
+constexpr int kThreads = 128;  // of a row; as many as accumulators in the sum's order, see SumOfSquares
+constexpr int kVector = 8;
+constexpr int kStep = kThreads * kVector;  // elements that a block loads at once
 // Widths outside are refused: PyTorch chooses the reduction's shape by width, and its order is known for these.
 constexpr int64_t kMinWidth = 128;
 constexpr int64_t kMaxWidth = 4096;
 
-struct alignas(8) Bf16x4 {
-  __nv_bfloat162 low, high;
+using Vector = Bf16s<kVector>;
+
+// A thread's part of a row: vector i is elements kStep * i + 8 * thread and the seven after it, if the row has them.
+template <int kVectors>
+struct Part {
+  Vector vectors[kVectors];
 };
 
-struct Floats {
-  float v[kVector];
+struct Columns {
+  int width;
+
+  __device__ int column(int i) const { return i * kStep + static_cast<int>(threadIdx.x) * kVector; }
+  __device__ bool has(int i) const { return column(i) < width; }
 };
 
-// Plain loads: with in-place operands the data is not read-only during the kernel.
-__device__ Floats Load(const __nv_bfloat16* from) {
-  const Bf16x4 raw = *reinterpret_cast<const Bf16x4*>(from);
-  return {{__low2float(raw.low), __high2float(raw.low), __low2float(raw.high), __high2float(raw.high)}};
+template <int kVectors>
+__device__ Part<kVectors> LoadPart(const __nv_bfloat16* row, const Columns& columns) {
+  Part<kVectors> part;
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i)
+    part.vectors[i] = columns.has(i) ? Load<kVector>(row + columns.column(i)) : Vector{};
+  return part;
 }
 
-__device__ void Store(const Floats& f, __nv_bfloat16* to) {
-  *reinterpret_cast<Bf16x4*>(to) = {__floats2bfloat162_rn(f.v[0], f.v[1]), __floats2bfloat162_rn(f.v[2], f.v[3])};
+template <int kVectors>
+__device__ void StorePart(const Part<kVectors>& part, __nv_bfloat16* row, const Columns& columns) {
+#pragma unroll
+  for (int i = 0; i < kVectors; ++i) {
+    if (columns.has(i)) Store(part.vectors[i], row + columns.column(i));
+  }
 }
 
-__device__ float RoundBf16(float value) {
-  return __bfloat162float(__float2bfloat16_rn(value));
-}
+struct Shared {
+  alignas(16) __nv_bfloat16 row[kMaxWidth];
+  float lane_sums[kWarp];
+};
 
-// PyTorch's row sum (at 16 rows and more): lane i has four accumulators over elements 4i..4i+3 of every 128, adds them
-// from the left, and the lanes' sums meet in a tree of distance 16, 8, 4, 2, 1. Addition commutes, so with xor all
-// lanes end with lane 0's bits.
-__device__ float WarpSum(const Floats& sums) {
-  float sum = __fadd_rn(__fadd_rn(__fadd_rn(sums.v[0], sums.v[1]), sums.v[2]), sums.v[3]);
+// PyTorch's row sum (at 16 rows and more; here for any number) has 32 lanes. Lane i has four accumulators over elements
+// 4i..4i+3 of every 128 and adds them from the left; the lanes' sums meet in a tree of distance 16, 8, 4, 2, 1. Here a
+// thread has one accumulator. Addition commutes, so with xor all threads end with lane 0's bits.
+template <int kVectors>
+__device__ float SumOfSquares(const Part<kVectors>& part, const Columns& columns, Shared& shared) {
+  StorePart(part, shared.row, columns);
+  __syncthreads();
+  const int thread = static_cast<int>(threadIdx.x);
+  float sum = 0.0f;
+#pragma unroll
+  for (int i = 0; i < kVectors * kVector; ++i) {
+    const int column = i * kThreads + thread;
+    const float x = column < columns.width ? __bfloat162float(shared.row[column]) : 0.0f;  // + 0 changes no sum
+    sum = __fadd_rn(sum, __fmul_rn(x, x));
+  }
+  const float second = __shfl_down_sync(kAllLanes, sum, 1);
+  const float third = __shfl_down_sync(kAllLanes, sum, 2);
+  const float fourth = __shfl_down_sync(kAllLanes, sum, 3);
+  sum = __fadd_rn(__fadd_rn(__fadd_rn(sum, second), third), fourth);
+  if (thread % 4 == 0) shared.lane_sums[thread / 4] = sum;
+  __syncthreads();
+  sum = shared.lane_sums[thread % kWarp];
 #pragma unroll
   for (int distance = kWarp / 2; distance >= 1; distance /= 2) {
-    sum = __fadd_rn(sum, __shfl_xor_sync(0xFFFFFFFFu, sum, distance));
+    sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, distance));
   }
   return sum;
 }
 
-// Grid: (ceil(rows / 4)), 4 warps a block, a warp a row.
-// Traffic: x (and residual) read once from memory and out (and residual) written once, 2 bytes an element; the second
-// pass over the row, at most 8 KB, and the weight come from L1 and L2.
-template <RmsNormFusion kFusion>
-__global__ void __launch_bounds__(kWarp* kRowsPerBlock) RmsNormKernel(const __grid_constant__ RmsNormParams params) {
-  const int64_t row = static_cast<int64_t>(blockIdx.x) * kRowsPerBlock + threadIdx.x / kWarp;
-  if (row >= params.rows) return;  // a whole warp: the shuffles below stay complete
-  const int64_t begin = static_cast<int64_t>(threadIdx.x % kWarp) * kVector;
-  constexpr int64_t kStep = kWarp * kVector;
-  const __nv_bfloat16* x = params.x + row * params.x_stride;
-  __nv_bfloat16* residual = kFusion == RmsNormFusion::kNone ? nullptr : params.residual + row * params.residual_stride;
+// The mean is the sum times the rounded reciprocal of the width.
+__device__ float Inverse(float sum, int width, float eps) {
+  return rsqrtf(__fadd_rn(__fmul_rn(sum, __fdiv_rn(1.0f, static_cast<float>(width))), eps));
+}
 
-  Floats sums = {};
-  for (int64_t i = begin; i < params.width; i += kStep) {
-    Floats f = Load(x + i);
-    if constexpr (kFusion == RmsNormFusion::kAddBefore) {
-      const Floats old = Load(residual + i);
+template <int kVectors>
+__device__ Part<kVectors> Normalise(const Part<kVectors>& part, float inverse, const Part<kVectors>& weight) {
+  Part<kVectors> out;
 #pragma unroll
-      for (int k = 0; k < kVector; ++k) f.v[k] = RoundBf16(__fadd_rn(old.v[k], f.v[k]));
-      Store(f, residual + i);
-    }
+  for (int i = 0; i < kVectors; ++i) {
+    Floats<kVector> y = Unpack(part.vectors[i]);
+    const Floats<kVector> w = Unpack(weight.vectors[i]);
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) sums.v[k] = __fadd_rn(sums.v[k], __fmul_rn(f.v[k], f.v[k]));
+    for (int k = 0; k < kVector; ++k) y.v[k] = __fmul_rn(w.v[k], __fmul_rn(y.v[k], inverse));
+    out.vectors[i] = Pack(y);
   }
-  // PyTorch multiplies by the rounded reciprocal of the width.
-  const float mean = __fmul_rn(WarpSum(sums), __fdiv_rn(1.0f, static_cast<float>(params.width)));
-  const float inverse = rsqrtf(__fadd_rn(mean, params.eps));
+  return out;
+}
 
-  // A lane reads again only what it alone has read or written, so out may be x.
-  const __nv_bfloat16* normed = kFusion == RmsNormFusion::kAddBefore ? residual : x;
-  for (int64_t i = begin; i < params.width; i += kStep) {
-    Floats f = Load(normed + i);
-    const Floats weight = Load(params.weight + i);
+template <int kVectors>
+__device__ Part<kVectors> Add(const Part<kVectors>& a, const Part<kVectors>& b) {
+  Part<kVectors> out;
 #pragma unroll
-    for (int k = 0; k < kVector; ++k) f.v[k] = __fmul_rn(weight.v[k], __fmul_rn(f.v[k], inverse));
-    if constexpr (kFusion == RmsNormFusion::kAddAfter) {
-      const Floats old = Load(residual + i);
+  for (int i = 0; i < kVectors; ++i) {
+    Floats<kVector> sum = Unpack(a.vectors[i]);
+    const Floats<kVector> addend = Unpack(b.vectors[i]);
 #pragma unroll
-      for (int k = 0; k < kVector; ++k) f.v[k] = __fadd_rn(old.v[k], RoundBf16(f.v[k]));
-      Store(f, residual + i);
-    } else {
-      Store(f, params.out + row * params.out_stride + i);
-    }
+    for (int k = 0; k < kVector; ++k) sum.v[k] = __fadd_rn(sum.v[k], addend.v[k]);
+    out.vectors[i] = Pack(sum);
   }
+  return out;
+}
+
+// One row by one block; kVectors is its width in steps of 1024, rounded up. All loads come first, so their latencies
+// overlap.
+template <RmsNormFusion kFusion, int kVectors>
+__device__ void NormRow(const RmsNormParams& p, int64_t row, Shared& shared) {
+  constexpr bool kAddsAfter = kFusion == RmsNormFusion::kAddAfter || kFusion == RmsNormFusion::kAddAfterNorm;
+  const Columns columns = {static_cast<int>(p.width)};
+  const int64_t x_row = kFusion == RmsNormFusion::kNone && p.x_rows != nullptr ? p.x_rows[row] : row;
+  Part<kVectors> x = LoadPart<kVectors>(p.x + x_row * p.x_stride, columns);
+  __nv_bfloat16* residual_row = nullptr;
+  Part<kVectors> residual;
+  if constexpr (kFusion != RmsNormFusion::kNone) {
+    residual_row = p.residual + row * p.residual_stride;
+    residual = LoadPart<kVectors>(residual_row, columns);
+  }
+  Part<kVectors> weight = LoadPart<kVectors>(p.weight, columns);
+  Part<kVectors> out_weight;
+  if constexpr (kFusion == RmsNormFusion::kAddAfterNorm) out_weight = LoadPart<kVectors>(p.out_weight, columns);
+
+  if constexpr (kFusion == RmsNormFusion::kAddBefore) {
+    x = Add(residual, x);
+    StorePart(x, residual_row, columns);
+  }
+  float inverse = Inverse(SumOfSquares(x, columns, shared), columns.width, p.eps);
+  if constexpr (kAddsAfter) {
+    x = Add(residual, Normalise(x, inverse, weight));
+    StorePart(x, residual_row, columns);
+  }
+  if constexpr (kFusion == RmsNormFusion::kAddAfterNorm) {
+    inverse = Inverse(SumOfSquares(x, columns, shared), columns.width, p.eps);
+    weight = out_weight;
+  }
+  if constexpr (kFusion != RmsNormFusion::kAddAfter) {
+    StorePart(Normalise(x, inverse, weight), p.out + row * p.out_stride, columns);
+  }
+}
+
+// Grid: (rows), 128 threads, a block a row.
+// Traffic: x (and residual) read once and out (and residual) written once, 2 bytes an element; weights come from L2.
+template <RmsNormFusion kFusion, int kVectors>
+__global__ void __launch_bounds__(kThreads) RmsNormKernel(const __grid_constant__ RmsNormParams params) {
+  __shared__ Shared shared;
+  FollowPreviousKernel();
+  NormRow<kFusion, kVectors>(params, blockIdx.x, shared);
+}
+
+// Grid: (rows, 2), 128 threads, a block a row of the first or the second.
+// Traffic: as above.
+template <int kVectors>
+__global__ void __launch_bounds__(kThreads)
+    RmsNormPairKernel(const __grid_constant__ RmsNormParams first, const __grid_constant__ RmsNormParams second) {
+  __shared__ Shared shared;
+  FollowPreviousKernel();
+  NormRow<RmsNormFusion::kNone, kVectors>(blockIdx.y == 0 ? first : second, blockIdx.x, shared);
 }
 
 absl::Status CheckRows(const char* field, const char* stride_field, const void* pointer, int64_t stride,
                        int64_t width) {
-  if (absl::Status status = CheckPointer(field, pointer, sizeof(Bf16x4)); !status.ok()) return status;
-  return CheckStride(stride_field, stride, width, kVector);
+  absl::Status status = CheckPointer(field, pointer, sizeof(Vector));
+  status.Update(CheckStride(stride_field, stride, width, kVector));
+  return status;
+}
+
+absl::Status CheckNull(const char* field, const void* pointer, const char* wanted) {
+  return pointer == nullptr ? absl::OkStatus() : BadField(field, "a pointer", wanted);
+}
+
+template <RmsNormFusion kFusion>
+absl::Status LaunchFusion(const RmsNormParams& params, cudaStream_t stream) {
+  auto kernel = RmsNormKernel<kFusion, 4>;
+  if (params.width <= kStep) {
+    kernel = RmsNormKernel<kFusion, 1>;
+  } else if (params.width <= 2 * kStep) {
+    kernel = RmsNormKernel<kFusion, 2>;
+  }
+  return LaunchOverlapped("RmsNorm", kernel, static_cast<unsigned>(params.rows), kThreads, stream, params);
 }
 
 }  // namespace
@@ -104,44 +196,64 @@ absl::Status CheckRows(const char* field, const char* stride_field, const void* 
 absl::Status RmsNormParams::Validate() const {
   if (rows < 0 || rows > INT32_MAX) return BadField("RmsNormParams.rows", rows, "0 to 2^31 - 1");
   if (width < kMinWidth || width > kMaxWidth || width % kVector != 0) {
-    return BadField("RmsNormParams.width", width, "a multiple of 4 from 128 to 4096");
+    return BadField("RmsNormParams.width", width, "a multiple of 8 from 128 to 4096");
   }
   if (!(eps >= 0.0f) || std::isinf(eps)) return BadField("RmsNormParams.eps", eps, "a finite value, 0 or more");
-  if (absl::Status status = CheckRows("RmsNormParams.x", "RmsNormParams.x_stride", x, x_stride, width); !status.ok())
-    return status;
-  if (absl::Status status = CheckPointer("RmsNormParams.weight", weight, sizeof(Bf16x4)); !status.ok()) return status;
-  if (fusion != RmsNormFusion::kNone) {
-    if (absl::Status status =
-            CheckRows("RmsNormParams.residual", "RmsNormParams.residual_stride", residual, residual_stride, width);
-        !status.ok())
-      return status;
-  } else if (residual != nullptr) {
-    return BadField("RmsNormParams.residual", "a pointer", "null with RmsNormFusion::kNone");
+  absl::Status status = CheckRows("RmsNormParams.x", "RmsNormParams.x_stride", x, x_stride, width);
+  status.Update(CheckPointer("RmsNormParams.weight", weight, sizeof(Vector)));
+  if (fusion == RmsNormFusion::kAddAfterNorm) {
+    status.Update(CheckPointer("RmsNormParams.out_weight", out_weight, sizeof(Vector)));
+  } else {
+    status.Update(CheckNull("RmsNormParams.out_weight", out_weight, "null without RmsNormFusion::kAddAfterNorm"));
   }
-  if (fusion != RmsNormFusion::kAddAfter) {
-    return CheckRows("RmsNormParams.out", "RmsNormParams.out_stride", out, out_stride, width);
+  if (fusion == RmsNormFusion::kNone) {
+    status.Update(CheckNull("RmsNormParams.residual", residual, "null with RmsNormFusion::kNone"));
+    if (x_rows != nullptr) {
+      status.Update(CheckPointer("RmsNormParams.x_rows", x_rows, sizeof(*x_rows)));
+      if (out == x) status.Update(BadField("RmsNormParams.out", "x", "other memory with x_rows"));
+    }
+  } else {
+    status.Update(
+        CheckRows("RmsNormParams.residual", "RmsNormParams.residual_stride", residual, residual_stride, width));
+    status.Update(CheckNull("RmsNormParams.x_rows", x_rows, "null without RmsNormFusion::kNone"));
   }
-  if (out != nullptr) return BadField("RmsNormParams.out", "a pointer", "null with RmsNormFusion::kAddAfter");
-  return absl::OkStatus();
+  if (fusion == RmsNormFusion::kAddAfter) {
+    status.Update(CheckNull("RmsNormParams.out", out, "null with RmsNormFusion::kAddAfter"));
+  } else {
+    status.Update(CheckRows("RmsNormParams.out", "RmsNormParams.out_stride", out, out_stride, width));
+  }
+  return status;
 }
 
 absl::Status LaunchRmsNorm(const RmsNormParams& params, cudaStream_t stream) {
   if (absl::Status status = params.Validate(); !status.ok()) return status;
   if (params.rows == 0) return absl::OkStatus();
-  const auto blocks = static_cast<unsigned>((params.rows + kRowsPerBlock - 1) / kRowsPerBlock);
-  constexpr int kThreads = kWarp * kRowsPerBlock;
   switch (params.fusion) {
     case RmsNormFusion::kNone:
-      RmsNormKernel<RmsNormFusion::kNone><<<blocks, kThreads, 0, stream>>>(params);
-      break;
+      return LaunchFusion<RmsNormFusion::kNone>(params, stream);
     case RmsNormFusion::kAddBefore:
-      RmsNormKernel<RmsNormFusion::kAddBefore><<<blocks, kThreads, 0, stream>>>(params);
-      break;
+      return LaunchFusion<RmsNormFusion::kAddBefore>(params, stream);
     case RmsNormFusion::kAddAfter:
-      RmsNormKernel<RmsNormFusion::kAddAfter><<<blocks, kThreads, 0, stream>>>(params);
-      break;
+      return LaunchFusion<RmsNormFusion::kAddAfter>(params, stream);
+    case RmsNormFusion::kAddAfterNorm:
+      return LaunchFusion<RmsNormFusion::kAddAfterNorm>(params, stream);
   }
-  return LaunchStatus("RmsNorm");
+  return BadField("RmsNormParams.fusion", static_cast<int>(params.fusion), "an RmsNormFusion");
+}
+
+absl::Status LaunchRmsNormPair(const RmsNormParams& first, const RmsNormParams& second, cudaStream_t stream) {
+  for (const RmsNormParams* params : {&first, &second}) {
+    if (absl::Status status = params->Validate(); !status.ok()) return status;
+    if (params->fusion != RmsNormFusion::kNone) {
+      return BadField("RmsNormParams.fusion", static_cast<int>(params->fusion), "RmsNormFusion::kNone in a pair");
+    }
+  }
+  if (first.rows != second.rows) return BadField("RmsNormParams.rows", second.rows, "as many in both of a pair");
+  if (first.rows == 0) return absl::OkStatus();
+  const int64_t width = first.width > second.width ? first.width : second.width;
+  const auto kernel = width <= kStep ? RmsNormPairKernel<1> : RmsNormPairKernel<4>;
+  return LaunchOverlapped("RmsNormPair", kernel, dim3(static_cast<unsigned>(first.rows), 2), kThreads, stream, first,
+                          second);
 }
 
 }  // namespace lockstep::cuda

@@ -11,18 +11,21 @@
 namespace lockstep::cuda {
 
 enum class RmsNormFusion {
-  kNone,       // out = norm(x)
-  kAddBefore,  // residual = round(residual + x); out = norm(residual)
-  kAddAfter,   // residual = round(residual + norm(x))
+  kNone,          // out = norm(x)
+  kAddBefore,     // residual = round(residual + x); out = norm(residual)
+  kAddAfter,      // residual = round(residual + norm(x))
+  kAddAfterNorm,  // residual = round(residual + norm(x)); out = norm(residual) with out_weight
 };
 
 // norm(x) = round(weight * (x * rsqrt(mean(x^2) + eps))), fp32 inside. Strides in elements.
 struct RmsNormParams {
   RmsNormFusion fusion = RmsNormFusion::kNone;
-  const __nv_bfloat16* x = nullptr;       // [rows, width]
-  const __nv_bfloat16* weight = nullptr;  // [width]
-  __nv_bfloat16* residual = nullptr;      // [rows, width]; null with kNone
-  __nv_bfloat16* out = nullptr;           // [rows, width], may be x; null with kAddAfter
+  const __nv_bfloat16* x = nullptr;           // [rows, width]
+  const __nv_bfloat16* weight = nullptr;      // [width]
+  const __nv_bfloat16* out_weight = nullptr;  // [width]; null but with kAddAfterNorm
+  const int32_t* x_rows = nullptr;    // [rows]: out[r] = norm(x[x_rows[r]]), each 0 or more; null: x[r]. kNone only
+  __nv_bfloat16* residual = nullptr;  // [rows, width]; null with kNone
+  __nv_bfloat16* out = nullptr;       // [rows, width], may be x without x_rows; null with kAddAfter
   int64_t rows = 0;
   int64_t width = 0;
   int64_t x_stride = 0;
@@ -35,5 +38,7 @@ struct RmsNormParams {
 
 // Asynchronous on `stream`. Zero rows are no work.
 absl::Status LaunchRmsNorm(const RmsNormParams& params, cudaStream_t stream);
+// Two norms of as many rows in one launch, such as those of q and k. Their outputs must not overlap the other's x.
+absl::Status LaunchRmsNormPair(const RmsNormParams& first, const RmsNormParams& second, cudaStream_t stream);
 
 }  // namespace lockstep::cuda

@@ -27,8 +27,9 @@ absl::StatusOr<std::string> DescribeDevice(int device) {
   int driver = 0, runtime = 0, count = 0;
   cudaRuntimeGetVersion(&runtime);
   if (cudaDriverGetVersion(&driver) != cudaSuccess || driver == 0) {
-    return absl::FailedPreconditionError(absl::StrCat(
-        "--backend cuda: no NVIDIA driver is loaded; want a driver for CUDA ", VersionText(runtime), " and a Hopper GPU"));
+    return absl::FailedPreconditionError(
+        absl::StrCat("--backend cuda: no NVIDIA driver is loaded; want a driver for CUDA ", VersionText(runtime),
+                     " and a Hopper GPU"));
   }
   // A driver of the same major version runs what a newer toolkit built.
   if (driver / 1000 < runtime / 1000) {
@@ -47,12 +48,11 @@ absl::StatusOr<std::string> DescribeDevice(int device) {
         absl::StrCat("--cuda_device: value ", device, " is out of range; want 0 to ", count - 1));
   }
   cudaDeviceProp properties;
-  LOCKSTEP_RETURN_IF_ERROR(
-      cuda::CudaStatus(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties"));
+  LOCKSTEP_RETURN_IF_ERROR(cuda::CudaStatus(cudaGetDeviceProperties(&properties, device), "cudaGetDeviceProperties"));
   if (properties.major != kMajor || properties.minor != kMinor) {
-    return absl::FailedPreconditionError(absl::StrCat("--backend cuda: GPU ", device, " is a ", properties.name,
-                                                      " (compute capability ", properties.major, ".", properties.minor,
-                                                      "); this build runs on Hopper, ", kMajor, ".", kMinor, ", alone"));
+    return absl::FailedPreconditionError(absl::StrCat(
+        "--backend cuda: GPU ", device, " is a ", properties.name, " (compute capability ", properties.major, ".",
+        properties.minor, "); this build runs on Hopper, ", kMajor, ".", kMinor, ", alone"));
   }
   return absl::StrFormat("%s (sm_90, %.0f GB)", properties.name, static_cast<double>(properties.totalGlobalMem) * 1e-9);
 }

@@ -94,13 +94,15 @@ absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Engine::Step(const Ste
   }
   PlanLogits(input, first_row);
 
-  const StepRows padded = ops_.BeginStep({tokens_, positions_, pieces_, logit_rows_, kv_->bytes() > 0 ? config_.page_size : 0});
+  const StepRows padded =
+      ops_.BeginStep({tokens_, positions_, pieces_, logit_rows_, kv_->bytes() > 0 ? config_.page_size : 0});
   if (trace_ != nullptr) trace_->BeginStep(positions_, logit_rows_);
   ops_.RunStep(this, [&] {
     forward_->Run(padded.rows, kv_layers_, state_layers_);
     if (padded.logit_rows > 0) forward_->Logits(0, padded.logit_rows);
   });
-  // Logits for a block of rows at a time, so that prompt log-probabilities of a long piece need no [rows, vocab] buffer.
+  // Logits for a block of rows at a time, so that prompt log-probabilities of a long piece need no [rows, vocab]
+  // buffer.
   const int64_t count = static_cast<int64_t>(logit_rows_.size()), block = ops_.max_logit_rows();
   for (int64_t begin = 0; begin < count; begin += block) {
     const int64_t end = std::min(begin + block, count);

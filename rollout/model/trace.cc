@@ -76,15 +76,20 @@ absl::Status Trace::Write(const std::filesystem::path& folder, const std::string
       }
     }
     if (!out.flush()) return absl::InternalError(absl::StrCat("cannot write ", (folder / file).string()));
-    nlohmann::json entry = {{"layer", tensor->layer},   {"order", tensor->order},
-                            {"name", tensor->name},     {"dtype", tensor->dtype == DType::kF32 ? "f32" : "bf16"},
-                            {"width", tensor->width},   {"positions", positions},
+    nlohmann::json entry = {{"layer", tensor->layer},
+                            {"order", tensor->order},
+                            {"name", tensor->name},
+                            {"dtype", tensor->dtype == DType::kF32 ? "f32" : "bf16"},
+                            {"width", tensor->width},
+                            {"positions", positions},
                             {"file", file}};
     if (!tensor->parts.empty()) entry["parts"] = tensor->parts;
     index.push_back(std::move(entry));
   }
   std::ofstream out(folder / "index.json");
-  out << nlohmann::json{{"format", 1}, {"source", source}, {"tokens", std::vector<int32_t>(tokens.begin(), tokens.end())},
+  out << nlohmann::json{{"format", 1},
+                        {"source", source},
+                        {"tokens", std::vector<int32_t>(tokens.begin(), tokens.end())},
                         {"tensors", index}}
              .dump(1)
       << "\n";

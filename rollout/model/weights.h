@@ -13,37 +13,37 @@
 namespace lockstep {
 
 struct AttentionWeights {
-  std::unique_ptr<LinearWeight> qkv;  // rows: q [heads * head_dim], k [kv_heads * head_dim], v [kv_heads * head_dim]
-  std::unique_ptr<LinearWeight> o;    // [hidden, heads * head_dim]
-  std::unique_ptr<VectorWeight> q_norm;                 // [heads * head_dim]
-  std::unique_ptr<VectorWeight> k_norm;                 // [kv_heads * head_dim]
+  std::unique_ptr<LinearWeight> qkv;     // rows: q [heads * head_dim], k [kv_heads * head_dim], v [kv_heads * head_dim]
+  std::unique_ptr<LinearWeight> o;       // [hidden, heads * head_dim]
+  std::unique_ptr<VectorWeight> q_norm;  // [heads * head_dim]
+  std::unique_ptr<VectorWeight> k_norm;  // [kv_heads * head_dim]
 };
 
 struct GdnWeights {
   std::unique_ptr<LinearWeight>
       qkv_g;  // rows: q [key_width], k [key_width], v [value_width], g (output gate) [value_width]
-  std::unique_ptr<LinearWeight> ab;  // rows: a [value_heads], b [value_heads]
-  std::unique_ptr<LinearWeight> o;   // [hidden, value_width]
-  std::unique_ptr<VectorWeight> conv;                  // [conv_channels, conv_width], channels [q | k | v], oldest tap first
-  std::unique_ptr<VectorWeight> a_log;                 // [value_heads]
-  std::unique_ptr<VectorWeight> dt_bias;               // [value_heads]
-  std::unique_ptr<VectorWeight> o_norm;                // [value_dim]
+  std::unique_ptr<LinearWeight> ab;       // rows: a [value_heads], b [value_heads]
+  std::unique_ptr<LinearWeight> o;        // [hidden, value_width]
+  std::unique_ptr<VectorWeight> conv;     // [conv_channels, conv_width], channels [q | k | v], oldest tap first
+  std::unique_ptr<VectorWeight> a_log;    // [value_heads]
+  std::unique_ptr<VectorWeight> dt_bias;  // [value_heads]
+  std::unique_ptr<VectorWeight> o_norm;   // [value_dim]
 };
 
 struct LayerWeights {
   AttentionWeights attention;  // one of the two is filled, by the layer's mixer
   GdnWeights gdn;
-  std::unique_ptr<VectorWeight> mixer_norm;                 // kPre: input_layernorm; kPost: post_attention_layernorm
-  std::unique_ptr<VectorWeight> mlp_norm;                   // kPre: post_attention_layernorm; kPost: post_feedforward_layernorm
-  std::unique_ptr<LinearWeight> gate_up;  // rows: gate [intermediate], up [intermediate]
-  std::unique_ptr<LinearWeight> down;     // [hidden, intermediate]
+  std::unique_ptr<VectorWeight> mixer_norm;  // kPre: input_layernorm; kPost: post_attention_layernorm
+  std::unique_ptr<VectorWeight> mlp_norm;    // kPre: post_attention_layernorm; kPost: post_feedforward_layernorm
+  std::unique_ptr<LinearWeight> gate_up;     // rows: gate [intermediate], up [intermediate]
+  std::unique_ptr<LinearWeight> down;        // [hidden, intermediate]
 };
 
 struct ModelWeights {
   std::unique_ptr<EmbeddingTable> embedding;  // [vocab, hidden]
   std::vector<LayerWeights> layers;
-  std::unique_ptr<VectorWeight> final_norm;              // [hidden]
-  std::unique_ptr<LinearWeight> head;  // [vocab, hidden]; packed from the embedding when tied
+  std::unique_ptr<VectorWeight> final_norm;  // [hidden]
+  std::unique_ptr<LinearWeight> head;        // [vocab, hidden]; packed from the embedding when tied
 
   int64_t bytes() const;  // as held by the backend
 };

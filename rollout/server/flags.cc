@@ -36,9 +36,10 @@ ABSL_FLAG(std::string, control_listen, "127.0.0.1:50052",
 ABSL_FLAG(int32_t, threads, 0, "Threads that compute. 0: all cores this process may use.");
 ABSL_FLAG(double, memory_gb, 0,
           "Memory for KV pages and recurrent states, in GB (1e9 bytes). 0: by --memory_fraction.");
-ABSL_FLAG(double, memory_fraction, 0,
-          "Share of the memory that is free once the weights are loaded (cuda: of the GPU's) to use for activations, KV "
-          "pages and recurrent states. 0: 0.5 on cpu, 0.9 on cuda.");
+ABSL_FLAG(
+    double, memory_fraction, 0,
+    "Share of the memory that is free once the weights are loaded (cuda: of the GPU's) to use for activations, KV "
+    "pages and recurrent states. 0: 0.5 on cpu, 0.9 on cuda.");
 ABSL_FLAG(int32_t, cuda_device, 0, "Which GPU, as CUDA numbers them.");
 ABSL_FLAG(bool, cuda_graphs, true, "Record decode steps once for each batch size and replay them.");
 ABSL_FLAG(int64_t, page_size, 64, "Tokens per KV page. A multiple of 16 (cuda: of 64).");
@@ -76,7 +77,8 @@ const std::vector<FlagGroup>& Groups() {
   static const auto* groups = new std::vector<FlagGroup>{
       {"What to serve", {"model", "backend", "numerics"}},
       {"Where", {"listen", "control_listen"}},
-      {"Engine", {"threads", "cuda_device", "cuda_graphs", "memory_fraction", "memory_gb", "page_size", "max_batch_tokens",
+      {"Engine",
+       {"threads", "cuda_device", "cuda_graphs", "memory_fraction", "memory_gb", "page_size", "max_batch_tokens",
         "max_sequences"}},
       {"Limits",
        {"max_waiting_sequences", "max_prompt_tokens", "max_n", "max_request_bytes", "max_buffered_mb",

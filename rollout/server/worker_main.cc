@@ -50,9 +50,7 @@ class TerminationSignals {
 
   void SetServing() { state_->serving = true; }
   // False: not within `timeout`.
-  bool WaitUntilRequested(absl::Duration timeout) {
-    return state_->requested.WaitForNotificationWithTimeout(timeout);
-  }
+  bool WaitUntilRequested(absl::Duration timeout) { return state_->requested.WaitForNotificationWithTimeout(timeout); }
 
  private:
   struct State {

@@ -54,8 +54,8 @@ absl::Status Validate(const WorkerOptions& options) {
                                                    " is out of range; want 0 (by --memory_fraction) to 1e6"));
   }
   if (!(options.memory_fraction >= 0 && options.memory_fraction <= 1)) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("--memory_fraction: value ", options.memory_fraction, " is out of range; want 0 (the default) to 1"));
+    return absl::InvalidArgumentError(absl::StrCat("--memory_fraction: value ", options.memory_fraction,
+                                                   " is out of range; want 0 (the default) to 1"));
   }
   return absl::OkStatus();
 }
@@ -88,31 +88,32 @@ absl::StatusOr<ServingModel> MakeWorker(const WorkerOptions& options) {
       options.numerics.empty() ? DefaultNumerics(options.model_dir, options.backend) : options.numerics;
   const int threads = options.threads == 0 ? UsableCores() : options.threads;
   auto owned = std::make_shared<Owned>();
-  LOCKSTEP_ASSIGN_OR_RETURN(owned->model, LoadLocalModel(options.model_dir, numerics, threads,
-                                                          {.name = options.backend,
-                                                           .device = options.cuda_device,
-                                                           .cuda_graphs = options.cuda_graphs}));
+  LOCKSTEP_ASSIGN_OR_RETURN(
+      owned->model,
+      LoadLocalModel(options.model_dir, numerics, threads,
+                     {.name = options.backend, .device = options.cuda_device, .cuda_graphs = options.cuda_graphs}));
   LocalModel& model = *owned->model;
 
   // A decode row for every sequence fits a step; less would hold some back for no reason.
   const int64_t max_sequences = options.max_sequences > 0 ? options.max_sequences : cuda ? 256 : 64;
-  const int64_t max_batch_tokens =
-      std::max(options.max_batch_tokens > 0 ? options.max_batch_tokens : cuda ? 4096 : 512, max_sequences);
+  const int64_t max_batch_tokens = std::max(options.max_batch_tokens > 0 ? options.max_batch_tokens
+                                            : cuda                       ? 4096
+                                                                         : 512,
+                                            max_sequences);
   if (options.page_size % model.ops().kv_page_multiple() != 0) {
     return absl::InvalidArgumentError(absl::StrCat("--page_size: value ", options.page_size,
                                                    " is wrong; want a multiple of ", model.ops().kv_page_multiple()));
   }
   const double fraction = options.memory_fraction > 0 ? options.memory_fraction : cuda ? 0.9 : 0.5;
-  const int64_t budget =
-      options.memory_gb > 0
-          ? static_cast<int64_t>(options.memory_gb * 1e9)
-          : static_cast<int64_t>(fraction * static_cast<double>(model.ops().AvailableMemory())) -
-                (cuda ? ForwardPass::BufferBytes(model.spec, model.ops(), max_batch_tokens) : 0);
-  LOCKSTEP_ASSIGN_OR_RETURN(const LoopConfig config, FitMemory(model,
-                                                               {.page_size = options.page_size,
-                                                                .max_batch_tokens = max_batch_tokens,
-                                                                .max_sequences = max_sequences},
-                                                               budget, /*min_tokens=*/options.page_size));
+  const int64_t budget = options.memory_gb > 0
+                             ? static_cast<int64_t>(options.memory_gb * 1e9)
+                             : static_cast<int64_t>(fraction * static_cast<double>(model.ops().AvailableMemory())) -
+                                   (cuda ? ForwardPass::BufferBytes(model.spec, model.ops(), max_batch_tokens) : 0);
+  LOCKSTEP_ASSIGN_OR_RETURN(
+      const LoopConfig config,
+      FitMemory(model,
+                {.page_size = options.page_size, .max_batch_tokens = max_batch_tokens, .max_sequences = max_sequences},
+                budget, /*min_tokens=*/options.page_size));
   LOCKSTEP_ASSIGN_OR_RETURN(LocalLoop local, MakeLocalLoop(model, config));
   LogMemory(local.engine->memory(), config.page_size, !cuda);
 

@@ -18,8 +18,9 @@ namespace lockstep {
 struct WorkerOptions {
   std::filesystem::path model_dir;
   std::string backend = "cpu";
-  std::string numerics;  // profile name; empty: for a bfloat16 checkpoint "hf-torch" on cpu and "hf" on cuda, else "fp32"
-  int threads = 0;       // 0: the cores this process may use
+  std::string
+      numerics;     // profile name; empty: for a bfloat16 checkpoint "hf-torch" on cpu and "hf" on cuda, else "fp32"
+  int threads = 0;  // 0: the cores this process may use
   int cuda_device = 0;
   bool cuda_graphs = true;       // record decode steps and replay them
   double memory_gb = 0;          // for KV pages and state slots, 1e9 bytes; 0: by memory_fraction
@@ -35,7 +36,7 @@ struct ServingModel {
   std::string name;  // last component of the checkpoint's path
   ModelSpec spec;
   NumericsProfile profile{};
-  std::string device;  // for people
+  std::string device;          // for people
   bool has_tokenizer = false;  // stop strings can be matched
   int64_t max_sequence_tokens =
       0;  // prompt and completion: what the model and the memory allow, at most spec.max_position

@@ -1,15 +1,23 @@
-"""Score under --numerics hf-torch against transformers in bf16 (its PyTorch programs, on a CPU). The weights are the same bf16 values everywhere.
+"""Score under --numerics hf-torch against transformers in bf16 (its PyTorch programs, on a CPU). The weights are the
+same bf16 values everywhere.
 
-Two programs that round in the same places still differ where their sums are taken in another order: a rounding flips, and through the layers one flip grows to a
-good part of what bf16 itself costs. How far two right programs lie apart is measured here, on the same tokens: transformers against itself with nothing
-changed but the order of sums: linear layers in fp32 (the same bf16 operands, rounded once) and Gated DeltaNet in chunks of 32 instead of 64. So, with `own` = |transformers bf16 - transformers fp32|:
+On a CPU with AVX512-BF16 hf-torch takes the order of every sum from PyTorch, and most outputs of every operation have
+its bits; what is left is a nearest value missed by one of two exponentials, and the last keys of a sequence, which
+PyTorch's attention treats by the sequence's length. With `own` = |transformers bf16 - transformers fp32|, means over
+the tokens:
 
-  - Lockstep to transformers bf16: at most half of `own`, or at most 1.25 times what transformers differs from itself so (norms have orders too);
+  - Lockstep to transformers bf16: at most half of `own`;
   - Lockstep to transformers fp32: at most 1.15 times `own`: no less accurate than transformers is.
+
+A rounding that flips grows through the layers to a good part of what bf16 itself costs: transformers with nothing
+changed but the order of its sums (linear layers in fp32, Gated DeltaNet in chunks of 32 instead of 64) lies 0.2 to 0.8
+of `own` from itself. That control is measured beside, and on other CPUs, where PyTorch's linear layers have other
+orders, Lockstep may be 1.25 times as far as it.
 """
 
 import contextlib
 import functools
+import pathlib
 
 import configs
 import pytest
@@ -18,12 +26,17 @@ from scoring import score_all
 from transformers import OlmoHybridForCausalLM
 from transformers.models.olmo_hybrid import modeling_olmo_hybrid
 
+CPU_INFO = pathlib.Path("/proc/cpuinfo")
+HAS_BF16_DOT = CPU_INFO.exists() and "avx512_bf16" in CPU_INFO.read_text()
+
 LENGTHS = [2, 63, 64, 65, 128, 129, 300, 700]
 
 
 @contextlib.contextmanager
 def reordered_sums():
-    """Within it, bf16 linear layers multiply in fp32 and round once, and Gated DeltaNet runs in chunks of 32: the same casts, sums in another order."""
+    """Within it, bf16 linear layers multiply in fp32 and round once, and Gated DeltaNet runs in chunks of 32: the same
+    casts, sums in another order.
+    """
     linear = torch.nn.functional.linear
     chunk = modeling_olmo_hybrid.torch_chunk_gated_delta_rule
 
@@ -52,14 +65,15 @@ def compare(worker, reference_bf16, reference_fp32, sequences, name):
         return float((a - b).abs().mean())
 
     own, mismatch, itself, error = mean(bf16, fp32), mean(lockstep, bf16), mean(reordered, bf16), mean(lockstep, fp32)
+    same = float((lockstep == bf16).float().mean())
     print(
-        f"{name}: {len(bf16)} positions, mean |d logprob|: transformers bf16 to fp32 {own:.5f}; Lockstep to transformers bf16 {mismatch:.5f} "
-        f"(ratio {mismatch / own:.3f}); transformers bf16 to itself reordered {itself:.5f} (ratio {itself / own:.3f}); "
-        f"Lockstep to fp32 {error:.5f} (ratio {error / own:.3f})"
+        f"{name}: {len(bf16)} positions, {100 * same:.1f}% equal; mean |d logprob|: transformers bf16 to fp32 {own:.5f}; "
+        f"Lockstep to transformers bf16 {mismatch:.5f} (ratio {mismatch / own:.3f}); transformers bf16 to itself "
+        f"reordered {itself:.5f} (ratio {itself / own:.3f}); Lockstep to fp32 {error:.5f} (ratio {error / own:.3f})"
     )
     assert own > 1e-4, "transformers' bf16 and fp32 hardly differ: there is no scale to measure by"
     assert itself > 0, "the reordered sums changed nothing: the comparison lost its point"
-    assert mismatch <= max(0.5 * own, 1.25 * itself)
+    assert mismatch <= (0.5 * own if HAS_BF16_DOT else max(0.5 * own, 1.25 * itself))
     assert error <= 1.15 * own
 
 

@@ -1,0 +1,63 @@
+// What the attention kernels are given; made from AttentionParams on the host.
+#pragma once
+
+#include <cuda.h>
+#include <cuda_bf16.h>
+#include <cuda_runtime_api.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <string>
+
+#include "absl/status/status.h"
+#include "absl/status/statusor.h"
+#include "kernels/cuda/attention.h"
+#include "kernels/cuda/batch.h"
+
+namespace lockstep::cuda {
+
+// Query heads of one kv head that one matrix product of a decode kernel takes.
+constexpr int kDecodeColumns = 8;
+
+// From a score to the power of two: the factors of attention's scale and of log2(e), together or one after the other.
+struct ExponentScale {
+  float folded;  // scale * log2(e)
+  float scale;
+  float log2e;
+};
+
+struct AttentionArgs {
+  CUtensorMap map;  // of the pages
+  DeviceBatch batch;
+  const __nv_bfloat16* q;
+  __nv_bfloat16* out;
+  int64_t q_stride;
+  int64_t out_stride;
+  int32_t page_rows;  // of the map
+  int32_t page_size;
+  int32_t kv_heads;
+  int32_t group;  // query heads of a kv head
+  int32_t window;
+  ExponentScale exponent;
+};
+
+absl::StatusOr<AttentionArgs> MakeAttentionArgs(const AttentionParams& params, KvBox box);
+
+// Blocks of the decode kernels' first dimension: a kv head and up to 8 of its query heads each.
+int64_t DecodeUnits(int64_t heads, int64_t kv_heads);
+
+// Whether decode of so many pieces is spread, given a workspace.
+bool DecodeIsSpread(int64_t decode_pieces, int64_t heads, int64_t kv_heads);
+
+// Lets `kernel` have `bytes` of shared memory.
+template <class Kernel>
+absl::Status AllowSharedMemory(const char* name, Kernel* kernel, int bytes) {
+  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
+  if (error == cudaSuccess) return absl::OkStatus();
+  return absl::InternalError(std::string(name) + ": " + cudaGetErrorString(error));
+}
+
+// Decode with one sequence's keys spread over the card; needs params.workspace. The same bits.
+absl::Status LaunchAttentionDecodeSpread(const AttentionParams& params, cudaStream_t stream);
+
+}  // namespace lockstep::cuda

@@ -1,0 +1,248 @@
+#include "kernels/cuda/attention_decode.cuh"
+
+#include <cmath>
+
+#include "kernels/cuda/attention.h"
+#include "kernels/cuda/params.h"
+
+namespace lockstep::cuda {
+namespace {
+
+constexpr int kHeadDim = kDecodeHeadDim;
+constexpr int kBlock = kDecodeBlock;
+constexpr int kColumns = kDecodeColumns;
+constexpr int kMathWarps = 4;
+constexpr int kThreads = (kMathWarps + 1) * 32;
+#ifndef SLOTS
+#define SLOTS 4
+#define BLOCKS 3
+#endif
+constexpr int kSlots = SLOTS;  // 64 KB: three blocks an SM have 192 KB in flight
+constexpr int kScorePad = 8;                // floats: keeps the columns' rows of scores in different banks
+// From this many units on, one block each keeps the memory busy; fewer are spread.
+constexpr int64_t kSpreadBelow = 100;
+
+template <class Order>
+struct DecodeShared {
+  alignas(1024) std::byte slots[kSlots][kDecodeBlockBytes];
+  float scores[2][kColumns][Order::kKeys + kScorePad];
+  uint64_t full[kSlots];
+  uint64_t empty[kSlots];
+};
+
+// The loading warp: blocks of a tile's keys, then of its values.
+template <class Order>
+__device__ void Load(const AttentionArgs& args, const DevicePiece& piece, const KeyRange<Order>& range, int kv_head,
+                     DecodeShared<Order>& shared) {
+  constexpr int kHalves = Order::kKeys / kBlock;
+  PageCursor<Order> cursor(args, piece, range);
+  RingIndex<kSlots> ring;
+  for (int step = 0; step < range.tiles; ++step) {
+    const int tile = range.Tile(step);
+#pragma unroll
+    for (int unit = 0; unit < 2 * kHalves; ++unit) {
+      const int block = tile * kHalves + unit % kHalves;
+      if (!range.HasBlock(block)) continue;
+      const int head = unit < kHalves ? kv_head : args.kv_heads + kv_head;
+      const int row = cursor.Row(block) + head * args.page_size;
+      if (threadIdx.x % 32 == 0) {
+        BarrierWait(&shared.empty[ring.slot], ring.phase ^ 1);
+        BarrierArriveExpectBytes(&shared.full[ring.slot], kDecodeBlockBytes);
+        TensorCopy(&args.map, shared.slots[ring.slot], &shared.full[ring.slot], 0, row);
+      }
+      ring.Next();
+    }
+  }
+}
+
+// Grid: (kv_heads * groups of 8 query heads, decode_pieces), 4 warps of mathematics and one that loads.
+// A block walks its sequence tile by tile: the warps share a tile's keys for the scores, and the head dimension for the
+// sum over the values; every warp computes all the weights. Keys are the rows of the first product and dims those of
+// the second, so that up to 8 query heads cost what one costs.
+// Traffic: the keys and values that the piece sees, 512 bytes a position and kv head, each once.
+template <class Order>
+__global__ void __launch_bounds__(kThreads, BLOCKS) DecodeKernel(const __grid_constant__ AttentionArgs args) {
+  constexpr int kKeys = Order::kKeys;
+  constexpr int kHalves = kKeys / kBlock;
+  constexpr int kRowTiles = kKeys / (16 * kMathWarps);  // of 16 keys, a warp
+  constexpr int kDimTiles = kHeadDim / (16 * kMathWarps);
+  extern __shared__ __align__(1024) std::byte raw[];
+  auto& shared = *reinterpret_cast<DecodeShared<Order>*>(raw);
+  const DevicePiece piece = args.batch.pieces[blockIdx.y];
+  if (piece.row_count == 0) return;
+  const int kv_head = static_cast<int>(blockIdx.x) % args.kv_heads;
+  const int first_column = static_cast<int>(blockIdx.x) / args.kv_heads * kColumns;
+  const int columns = min(kColumns, args.group - first_column);
+  const KeyRange<Order> range(piece.position, args.window);
+  const int warp = static_cast<int>(threadIdx.x / 32);
+  const int lane = static_cast<int>(threadIdx.x % 32);
+
+  if (threadIdx.x == 0) {
+    for (int i = 0; i < kSlots; ++i) {
+      BarrierInit(&shared.full[i], 1);
+      BarrierInit(&shared.empty[i], kMathWarps);
+    }
+    BarrierInitFence();
+  }
+  __syncthreads();
+  if (warp == kMathWarps) {
+    Load(args, piece, range, kv_head, shared);
+    return;
+  }
+
+  const int group_row = lane / 4;
+  const int quad = lane % 4;
+  // Of a second operand this thread holds column lane / 4; the columns past the last repeat it, unused.
+  const int column = min(group_row, columns - 1);
+  const int64_t first_head = static_cast<int64_t>(kv_head) * args.group + first_column;
+  uint32_t q[16];
+  LoadQueries(args, piece, first_head + column, q);
+
+  float row_max = -INFINITY;
+  RowSum<Order> sum;
+  float o[kDimTiles][4] = {};
+  RingIndex<kSlots> ring;
+  for (int step = 0; step < range.tiles; ++step) {
+    const int tile = range.Tile(step);
+    const int tile_begin = tile * kKeys;
+    auto& scores = shared.scores[step & 1];
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      if (!range.HasBlock(tile * kHalves + half)) continue;
+#pragma unroll
+      for (int r = 0; r < kRowTiles; ++r) {
+        const int key = (warp * kRowTiles + r) * 16;
+        if (key / kBlock != half) continue;
+        if (r == 0) BarrierWait(&shared.full[ring.slot], ring.phase);
+        float s[4];
+        Scores16(shared.slots[ring.slot], key % kBlock, q, s);
+#pragma unroll
+        for (int i = 0; i < 4; ++i) {
+          if (2 * quad + i % 2 < columns) scores[2 * quad + i % 2][key + group_row + i / 2 * 8] = s[i];
+        }
+      }
+      __syncwarp();
+      if (lane == 0) BarrierArrive(&shared.empty[ring.slot]);
+      ring.Next();
+    }
+    // One barrier a tile: the scores alternate between two places.
+    NamedBarrier(1, kMathWarps * 32);
+
+    // This thread's keys 2 quad, 2 quad + 1 of every 8, of its column.
+    float s[kKeys / 4];
+#pragma unroll
+    for (int i = 0; i < kKeys / 8; ++i) {
+      const float2 pair = *reinterpret_cast<const float2*>(&scores[column][8 * i + 2 * quad]);
+      s[2 * i] = pair.x;
+      s[2 * i + 1] = pair.y;
+    }
+    if (tile_begin < range.first_key || tile_begin + kKeys - 1 > piece.position) {
+#pragma unroll
+      for (int i = 0; i < kKeys / 4; ++i) {
+        const int key = tile_begin + i / 2 * 8 + 2 * quad + i % 2;
+        if (key < range.first_key || key > piece.position) s[i] = -INFINITY;
+      }
+    }
+    float tile_max = s[0];
+#pragma unroll
+    for (int i = 1; i < kKeys / 4; ++i) tile_max = fmaxf(tile_max, s[i]);
+    const TileFactors factors = NextTile<Order>(row_max, QuadMax(tile_max), args.exponent);
+    sum.BeginTile(factors.rescale);
+    uint32_t p[kKeys / 8];
+#pragma unroll
+    for (int i = 0; i < kKeys / 8; ++i) {
+      const float low = Weight<Order>(s[2 * i], factors, args.exponent);
+      const float high = Weight<Order>(s[2 * i + 1], factors, args.exponent);
+      sum.Add(low);
+      sum.Add(high);
+      p[i] = PackBf16(low, high);
+    }
+    sum.EndTile();
+    // Of the output this thread holds columns 2 quad and 2 quad + 1.
+    const float rescale_low = __shfl_sync(0xFFFFFFFFu, factors.rescale, 8 * quad);
+    const float rescale_high = __shfl_sync(0xFFFFFFFFu, factors.rescale, 8 * quad + 4);
+#pragma unroll
+    for (int d = 0; d < kDimTiles; ++d) {
+      o[d][0] = __fmul_rn(o[d][0], rescale_low);
+      o[d][1] = __fmul_rn(o[d][1], rescale_high);
+      o[d][2] = __fmul_rn(o[d][2], rescale_low);
+      o[d][3] = __fmul_rn(o[d][3], rescale_high);
+    }
+#pragma unroll
+    for (int half = 0; half < kHalves; ++half) {
+      const int block = tile * kHalves + half;
+      if (!range.HasBlock(block)) continue;
+      BarrierWait(&shared.full[ring.slot], ring.phase);
+      const uint32_t base = SharedAddress(shared.slots[ring.slot]);
+#pragma unroll
+      for (int g = 0; g < kBlock / 16; ++g) {
+        const int key = block * kBlock + g * 16;
+        if (key > piece.position) break;
+#pragma unroll
+        for (int d = 0; d < kDimTiles; ++d) {
+          const int chunk = (warp * kDimTiles + d) * 2 + lane / 8 % 2;
+          uint32_t a[4];
+          LoadMatricesTransposed(a, base + BlockOffset(g * 16 + lane / 16 * 8 + lane % 8, chunk));
+          KeepWrittenValues(a, key, piece.position);
+          Mma16(o[d], a, p[half * (kBlock / 8) + 2 * g], p[half * (kBlock / 8) + 2 * g + 1]);
+        }
+      }
+      __syncwarp();
+      if (lane == 0) BarrierArrive(&shared.empty[ring.slot]);
+      ring.Next();
+    }
+  }
+
+  const float inverse = sum.Inverse();
+  const float inverses[2] = {__shfl_sync(0xFFFFFFFFu, inverse, 8 * quad),
+                             __shfl_sync(0xFFFFFFFFu, inverse, 8 * quad + 4)};
+  __nv_bfloat16* out = args.out + piece.row_begin * args.out_stride + first_head * kHeadDim;
+#pragma unroll
+  for (int d = 0; d < kDimTiles; ++d) {
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int to = 2 * quad + i % 2;
+      if (to >= columns) continue;
+      out[to * kHeadDim + (warp * kDimTiles + d) * 16 + group_row + i / 2 * 8] =
+          __float2bfloat16_rn(__fmul_rn(o[d][i], inverses[i % 2]));
+    }
+  }
+}
+
+template <class Order>
+absl::Status Launch(const AttentionParams& params, cudaStream_t stream) {
+  const absl::StatusOr<AttentionArgs> args = MakeAttentionArgs(params, KvBox::kRows);
+  if (!args.ok()) return args.status();
+  constexpr int kBytes = static_cast<int>(sizeof(DecodeShared<Order>));
+  if (absl::Status status = AllowSharedMemory("AttentionDecode", DecodeKernel<Order>, kBytes); !status.ok())
+    return status;
+  const dim3 grid(static_cast<unsigned>(DecodeUnits(params.heads, params.kv.kv_heads)),
+                  static_cast<unsigned>(params.batch.decode_pieces));
+  DecodeKernel<Order><<<grid, kThreads, kBytes, stream>>>(*args);
+  return LaunchStatus("AttentionDecode");
+}
+
+}  // namespace
+
+bool DecodeIsSpread(int64_t decode_pieces, int64_t heads, int64_t kv_heads) {
+  return decode_pieces * DecodeUnits(heads, kv_heads) < kSpreadBelow;
+}
+
+absl::Status LaunchAttentionDecode(const AttentionParams& params, cudaStream_t stream) {
+  if (absl::Status status = params.Validate(); !status.ok()) return status;
+  if (params.batch.decode_pieces == 0) return absl::OkStatus();
+  if (params.workspace != nullptr && DecodeIsSpread(params.batch.decode_pieces, params.heads, params.kv.kv_heads)) {
+    return LaunchAttentionDecodeSpread(params, stream);
+  }
+  switch (params.program) {
+    case AttentionProgram::kCudnn:
+      return Launch<CudnnOrder>(params, stream);
+    case AttentionProgram::kFa2:
+      return Launch<Fa2Order>(params, stream);
+    case AttentionProgram::kCudnnMask:
+      return Launch<CudnnMaskOrder>(params, stream);
+  }
+  return absl::InternalError("unreachable: Validate() knows the programs");
+}
+
+}  // namespace lockstep::cuda

@@ -1,0 +1,148 @@
+// Device code that the row-wise operations share: bf16 vectors as one load or store, and the scalar functions of
+// PyTorch and of Triton in their own bits.
+#pragma once
+
+#include <cuda_bf16.h>
+
+#include <cstdint>
+
+namespace lockstep::cuda {
+
+constexpr unsigned kAllLanes = 0xFFFFFFFFu;
+constexpr int kWarp = 32;
+
+// kCount bf16 values as they lie in memory, two a word. Words, not bf16 types, which compilers take apart.
+template <int kCount>
+struct Bf16s {
+  uint32_t words[kCount / 2];
+};
+
+template <int kCount>
+struct Floats {
+  float v[kCount];
+};
+
+template <int kCount>
+__device__ __forceinline__ Floats<kCount> Unpack(const Bf16s<kCount>& bf16s) {
+  Floats<kCount> floats;
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) {
+    floats.v[2 * i] = __uint_as_float(bf16s.words[i] << 16);
+    floats.v[2 * i + 1] = __uint_as_float(bf16s.words[i] & 0xFFFF0000u);
+  }
+  return floats;
+}
+
+template <int kCount>
+__device__ __forceinline__ Bf16s<kCount> Pack(const Floats<kCount>& floats) {
+  Bf16s<kCount> bf16s;
+#pragma unroll
+  for (int i = 0; i < kCount / 2; ++i) {
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bf16s.words[i]) : "f"(floats.v[2 * i + 1]), "f"(floats.v[2 * i]));
+  }
+  return bf16s;
+}
+
+// To bf16 and back, in pairs: converting single values takes the slow unit.
+template <int kCount>
+__device__ __forceinline__ Floats<kCount> RoundBf16(const Floats<kCount>& floats) {
+  return Unpack(Pack(floats));
+}
+
+// One access of 16 or 8 bytes. Plain loads: with in-place operands the data is not read-only during the kernel.
+template <int kCount>
+__device__ __forceinline__ Bf16s<kCount> Load(const __nv_bfloat16* from) {
+  static_assert(kCount == 8 || kCount == 4);
+  if constexpr (kCount == 8) {
+    const uint4 raw = *reinterpret_cast<const uint4*>(from);
+    return {{raw.x, raw.y, raw.z, raw.w}};
+  } else {
+    const uint2 raw = *reinterpret_cast<const uint2*>(from);
+    return {{raw.x, raw.y}};
+  }
+}
+
+template <int kCount>
+__device__ __forceinline__ void Store(const Bf16s<kCount>& bf16s, __nv_bfloat16* to) {
+  static_assert(kCount == 8 || kCount == 4);
+  if constexpr (kCount == 8) {
+    *reinterpret_cast<uint4*>(to) = {bf16s.words[0], bf16s.words[1], bf16s.words[2], bf16s.words[3]};
+  } else {
+    *reinterpret_cast<uint2*>(to) = {bf16s.words[0], bf16s.words[1]};
+  }
+}
+
+// PyTorch's functions of one fp32 value: the accurate exponential and logarithm, IEEE quotients.
+__device__ __forceinline__ float Sigmoid(float x) {
+  return __fdiv_rn(1.0f, __fadd_rn(1.0f, expf(-x)));
+}
+
+__device__ __forceinline__ float Silu(float x) {
+  return __fdiv_rn(x, __fadd_rn(1.0f, expf(-x)));
+}
+
+__device__ __forceinline__ float Softplus(float x) {
+  return x > 20.0f ? x : log1pf(expf(x));
+}
+
+// Silu(x) rounded to bf16, of an x that is a bf16 value: the same bits for each of the 65,536 (a test tries them all)
+// at a third of the instructions. Not for other x, nor for another rounding. Divisor and dividend are scaled by 2^-4,
+// so that the reciprocal is no subnormal number before the exponential overflows.
+__device__ __forceinline__ float SiluOfBf16(float x) {
+  constexpr float kLog2E = 1.4426950408889634f;
+  float e, inverse;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(__fmul_rn(x, -kLog2E)));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(__fmaf_rn(e, 0x1p-4f, 0x1p-4f)));
+  return __fmul_rn(__fmul_rn(x, 0x1p-4f), inverse);
+}
+
+// Silu(x) itself, in every bit, of a bf16 value of at most kSiluRange in magnitude: the quotient without the checks
+// that other operands need (a test tries all values).
+constexpr float kSiluRange = 80.0f;
+__device__ __forceinline__ float SiluInRange(float x) {
+  const float divisor = __fadd_rn(1.0f, expf(-x));
+  float inverse;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(divisor));
+  const float quotient = __fmul_rn(x, inverse);
+  return copysignf(__fmaf_rn(__fmaf_rn(-divisor, quotient, x), inverse, quotient), x);  // x = -0
+}
+
+// The instructions that Triton compiles exp, division and square root to.
+__device__ __forceinline__ float Exp2Approx(float x) {
+  float y;
+  asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ __forceinline__ float DivideFull(float x, float y) {
+  float quotient;
+  asm("div.full.f32 %0, %1, %2;" : "=f"(quotient) : "f"(x), "f"(y));
+  return quotient;
+}
+
+__device__ __forceinline__ float SqrtApprox(float x) {
+  float root;
+  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
+  return root;
+}
+
+__device__ __forceinline__ float TritonSigmoid(float x) {
+  constexpr float kLog2E = 1.4426950408889634f;
+  return DivideFull(1.0f, __fadd_rn(1.0f, Exp2Approx(__fmul_rn(-x, kLog2E))));
+}
+
+// Triton's sum of squares of a row that lies in kLanes neighbouring lanes, 8 neighbouring elements a lane (absent ones
+// zero): the compiler contracts the second product into the first. All kLanes lanes get the sum.
+template <int kLanes>
+__device__ __forceinline__ float TritonSumOfSquares(const Floats<8>& x) {
+  float sum = __fmaf_rn(x.v[0], x.v[0], __fmul_rn(x.v[1], x.v[1]));
+#pragma unroll
+  for (int i = 2; i < 8; ++i) sum = __fmaf_rn(x.v[i], x.v[i], sum);
+#pragma unroll
+  for (int distance = kLanes / 2; distance >= 1; distance /= 2) {
+    sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, distance));
+  }
+  return sum;
+}
+
+}  // namespace lockstep::cuda

@@ -1,0 +1,31 @@
+// Rows of a bf16 matrix by index: what of a step's hidden states goes on to the logits. With the final norm in the same
+// launch it is RmsNormParams::x_rows.
+#pragma once
+
+#include <cuda_bf16.h>
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "absl/status/status.h"
+
+namespace lockstep::cuda {
+
+// out[r] = in[indices[r]]. Strides in elements.
+struct GatherRowsParams {
+  const int32_t* indices = nullptr;   // [rows], each in [0, in_rows): another value traps on the device
+  const __nv_bfloat16* in = nullptr;  // [in_rows, width]
+  __nv_bfloat16* out = nullptr;       // [rows, width]; must not overlap `in`
+  int64_t rows = 0;
+  int64_t in_rows = 0;
+  int64_t width = 0;
+  int64_t in_stride = 0;
+  int64_t out_stride = 0;
+
+  absl::Status Validate() const;
+};
+
+// Asynchronous on `stream`. Zero rows are no work.
+absl::Status LaunchGatherRows(const GatherRowsParams& params, cudaStream_t stream);
+
+}  // namespace lockstep::cuda

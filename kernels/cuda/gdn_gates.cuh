@@ -1,0 +1,26 @@
+// Device code of the gates: a kernel of their own (gdn_gates.cu) and blocks of the convolution's (gdn_conv.cu).
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/cuda/bf16_rows.cuh"
+#include "kernels/cuda/gdn_gates.h"
+
+namespace lockstep::cuda {
+
+// Element `index` of [rows, heads]; one past the end is nothing.
+__device__ __forceinline__ void GdnGate(const GdnGatesParams& params, unsigned index) {
+  const auto heads = static_cast<unsigned>(params.heads);
+  const int64_t row = index / heads;
+  if (row >= params.rows) return;
+  const int64_t head = index % heads;
+  const float b = __bfloat162float(params.b[row * params.b_stride + head]);
+  float beta = __bfloat162float(__float2bfloat16_rn(Sigmoid(b)));
+  if (params.neg_eigval) beta = __fadd_rn(beta, beta);
+  params.beta[row * params.beta_stride + head] = __float2bfloat16_rn(beta);
+  const float a = __bfloat162float(params.a[row * params.a_stride + head]);
+  const float decay = -expf(params.a_log[head]);
+  params.g[row * params.g_stride + head] = __fmul_rn(decay, Softplus(__fadd_rn(a, params.dt_bias[head])));
+}
+
+}  // namespace lockstep::cuda

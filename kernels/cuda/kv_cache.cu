@@ -1,0 +1,120 @@
+#include "kernels/cuda/kv_cache.h"
+#include "kernels/cuda/params.h"
+
+namespace lockstep::cuda {
+namespace {
+
+constexpr int kThreads = 256;
+constexpr int kVector = 8;  // bf16 elements of a 16-byte load
+constexpr int64_t kRowBytes = kKvHeadDim * static_cast<int64_t>(sizeof(__nv_bfloat16));
+// Whole pages must start at the same offset of a 128-byte line, or a block costs one line more.
+constexpr uintptr_t kBaseAlignment = 128;
+
+// Grid: (rows, ceil(2 * kv_heads * 16 / 256)), 256 threads, a thread 16 bytes of k or v.
+// Traffic: 4 bytes an element of k and v (read and written once).
+__global__ void __launch_bounds__(kThreads) WriteKvKernel(const __grid_constant__ WriteKvParams params) {
+  const int row = static_cast<int>(blockIdx.x);
+  const int piece_index = params.batch.row_piece[row];
+  if (piece_index < 0) return;
+  constexpr int kHeadVectors = kKvHeadDim / kVector;
+  const int vectors = static_cast<int>(params.kv.kv_heads) * kHeadVectors;
+  const int index = static_cast<int>(blockIdx.y) * kThreads + static_cast<int>(threadIdx.x);
+  if (index >= 2 * vectors) return;
+  const bool is_v = index >= vectors;
+  const int column = (is_v ? index - vectors : index) * kVector;
+  const int position = params.batch.positions[row];
+  const int page_size = static_cast<int>(params.kv.page_size);
+  const int page = params.batch.pages[params.batch.pieces[piece_index].page_begin + position / page_size];
+  const __nv_bfloat16* from = (is_v ? params.v + row * params.v_stride : params.k + row * params.k_stride) + column;
+  const int64_t head = column / kKvHeadDim + (is_v ? params.kv.kv_heads : 0);
+  std::byte* to = params.kv.base + page * params.kv.page_bytes + (head * page_size + position % page_size) * kRowBytes +
+                  (column % kKvHeadDim) * static_cast<int64_t>(sizeof(__nv_bfloat16));
+  *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
+}
+
+// The driver's function, without linking against the driver: machines without a GPU have none.
+absl::StatusOr<decltype(&cuTensorMapEncodeTiled)> TensorMapEncoder() {
+  void* function = nullptr;
+  cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
+  const cudaError_t error =
+      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
+  if (error != cudaSuccess || result != cudaDriverEntryPointSuccess || function == nullptr) {
+    return absl::UnavailableError(
+        absl::StrCat("cuTensorMapEncodeTiled: not in this driver: ", cudaGetErrorString(error)));
+  }
+  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
+}
+
+}  // namespace
+
+absl::Status KvPages::Validate() const {
+  if (absl::Status status = CheckPointer("KvPages.base", base, kBaseAlignment); !status.ok()) return status;
+  if (kv_heads <= 0 || kv_heads > 1024) return BadField("KvPages.kv_heads", kv_heads, "1 to 1024");
+  if (page_size <= 0 || page_size % kKvBlock != 0 || page_size > 65536) {
+    return BadField("KvPages.page_size", page_size, "a multiple of 64 from 64 to 65536");
+  }
+  if (page_bytes < KvPageBytes(kv_heads, page_size) || page_bytes % kRowBytes != 0) {
+    return absl::InvalidArgumentError(absl::StrCat("KvPages.page_bytes: ", page_bytes, ", want at least ",
+                                                   KvPageBytes(kv_heads, page_size), " and a multiple of 256"));
+  }
+  if (page_count <= 0 || page_count > INT32_MAX / (page_bytes / kRowBytes)) {
+    return BadField("KvPages.page_count", page_count, "1 or more, with page_count * page_bytes / 256 below 2^31");
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<CUtensorMap> KvTensorMap(const KvPages& pages, KvBox box) {
+  static const absl::StatusOr<decltype(&cuTensorMapEncodeTiled)> encode = TensorMapEncoder();
+  if (!encode.ok()) return encode.status();
+  // Planes of `columns` elements: dimension 0 runs within a plane.
+  const cuuint64_t columns = box == KvBox::kQuarterRows ? kKvHeadDim / 4 : kKvHeadDim / 2;
+  const cuuint64_t planes = static_cast<cuuint64_t>(kKvHeadDim) / columns;
+  // The last page may end with its data.
+  const int64_t rows = (pages.page_count - 1) * (pages.page_bytes / kRowBytes) + 2 * pages.kv_heads * pages.page_size;
+  const cuuint64_t sizes[3] = {columns, planes, static_cast<cuuint64_t>(rows)};
+  const cuuint64_t strides[2] = {columns * sizeof(__nv_bfloat16), static_cast<cuuint64_t>(kRowBytes)};
+  const cuuint32_t extent[3] = {static_cast<cuuint32_t>(columns), box == KvBox::kRows ? 2u : 1u,
+                                static_cast<cuuint32_t>(kKvBlock)};
+  const cuuint32_t steps[3] = {1, 1, 1};
+  CUtensorMap map;
+  const CUresult result = (*encode)(
+      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, pages.base, sizes, strides, extent, steps,
+      CU_TENSOR_MAP_INTERLEAVE_NONE,
+      box == KvBox::kQuarterRows ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
+      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  if (result != CUDA_SUCCESS) {
+    return absl::InternalError(absl::StrCat("cuTensorMapEncodeTiled: error ", static_cast<int>(result)));
+  }
+  return map;
+}
+
+absl::Status WriteKvParams::Validate() const {
+  if (batch.rows < 0) return BadField("WriteKvParams.batch.rows", batch.rows, "0 or more");
+  if (absl::Status status = kv.Validate(); !status.ok()) return status;
+  const int64_t width = kv.kv_heads * kKvHeadDim;
+  if (absl::Status status = CheckPointer("WriteKvParams.k", k, sizeof(uint4)); !status.ok()) return status;
+  if (absl::Status status = CheckPointer("WriteKvParams.v", v, sizeof(uint4)); !status.ok()) return status;
+  if (absl::Status status = CheckStride("WriteKvParams.k_stride", k_stride, width, kVector); !status.ok())
+    return status;
+  if (absl::Status status = CheckStride("WriteKvParams.v_stride", v_stride, width, kVector); !status.ok())
+    return status;
+  const std::pair<const char*, const void*> arrays[] = {{"WriteKvParams.batch.pieces", batch.pieces},
+                                                        {"WriteKvParams.batch.pages", batch.pages},
+                                                        {"WriteKvParams.batch.positions", batch.positions},
+                                                        {"WriteKvParams.batch.row_piece", batch.row_piece}};
+  for (const auto& [field, pointer] : arrays) {
+    if (absl::Status status = CheckPointer(field, pointer, sizeof(int32_t)); !status.ok()) return status;
+  }
+  return absl::OkStatus();
+}
+
+absl::Status LaunchWriteKv(const WriteKvParams& params, cudaStream_t stream) {
+  if (absl::Status status = params.Validate(); !status.ok()) return status;
+  if (params.batch.rows == 0) return absl::OkStatus();
+  const int64_t vectors = 2 * params.kv.kv_heads * kKvHeadDim / kVector;
+  const dim3 grid(static_cast<unsigned>(params.batch.rows), static_cast<unsigned>((vectors + kThreads - 1) / kThreads));
+  WriteKvKernel<<<grid, kThreads, 0, stream>>>(params);
+  return LaunchStatus("WriteKv");
+}
+
+}  // namespace lockstep::cuda
