@@ -24,7 +24,8 @@ constexpr std::array<NumericsProfile, 4> kProfiles = {{
         .attention_exp = AttentionExp::kExact,
         .attention_p = DType::kBF16,
         .logits = DType::kBF16,
-        .verified_against = "",
+        .verified_against =
+            "on CUDA: transformers 5.17.0, flash-linear-attention 0.5.2, torch 2.11.0 (cuDNN 9.19), H200: bits",
     },
     {
         .name = "hf-flash",

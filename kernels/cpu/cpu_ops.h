@@ -11,7 +11,7 @@
 
 namespace lockstep {
 
-class CpuOps final : public Ops {
+class CpuOps : public Ops {
  public:
   CpuOps(const NumericsProfile& profile, ThreadPool* threads);
 

@@ -10,7 +10,7 @@
 #include "kernels/numerics.h"
 #include "kernels/ops.h"
 #include "rollout/base/thread_pool.h"
-#include "rollout/engine/row_sampler.h"
+#include "sampler/row_sampler.h"
 
 namespace lockstep {
 

@@ -2,15 +2,13 @@
 
 #include <cuda_runtime_api.h>
 
-#include <algorithm>
-#include <cstring>
 #include <utility>
-#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_format.h"
 #include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/memory.h"
+#include "kernels/cuda/sampling/device_sampler.h"
 #include "rollout/base/status.h"
 
 namespace lockstep {
@@ -59,8 +57,8 @@ absl::StatusOr<std::string> DescribeDevice(int device) {
 
 class CudaBackend final : public Backend {
  public:
-  CudaBackend(std::unique_ptr<cuda::CudaOps> ops, std::string device, ThreadPool* threads)
-      : ops_(std::move(ops)), device_(std::move(device)), threads_(*threads) {}
+  CudaBackend(std::unique_ptr<cuda::CudaOps> ops, std::string device)
+      : ops_(std::move(ops)), device_(std::move(device)) {}
 
   std::string_view name() const override { return "cuda"; }
   std::string device() const override { return device_; }
@@ -71,7 +69,6 @@ class CudaBackend final : public Backend {
  private:
   std::unique_ptr<cuda::CudaOps> ops_;
   std::string device_;
-  ThreadPool& threads_;
 };
 
 // Bytes read and written by a large copy within the device.
@@ -99,22 +96,8 @@ absl::StatusOr<double> CudaBackend::MeasureBandwidth() {
   return 2.0 * static_cast<double>(kBytes) / (best * 1e-3);
 }
 
-class HostRowSampler final : public RowSampler {
- public:
-  HostRowSampler(Ops& ops, ThreadPool& threads) : ops_(ops), sampler_(MakeCpuRowSampler(threads)) {}
-  void Enqueue(Rows logits, std::span<const SampleTask> tasks) override {
-    std::vector<float> values = ops_.Download(logits);
-    sampler_->Enqueue({values.data(), logits.rows, logits.width, logits.width}, tasks);
-  }
-  std::vector<absl::StatusOr<SampledToken>> Collect() override { return sampler_->Collect(); }
-
- private:
-  Ops& ops_;
-  std::unique_ptr<RowSampler> sampler_;
-};
-
-absl::StatusOr<std::unique_ptr<RowSampler>> CudaBackend::MakeSampler(int64_t) {
-  return std::make_unique<HostRowSampler>(*ops_, threads_);
+absl::StatusOr<std::unique_ptr<RowSampler>> CudaBackend::MakeSampler(int64_t vocab) {
+  return cuda::MakeDeviceSampler({.vocab = vocab, .stream = ops_->stream()});
 }
 
 }  // namespace
@@ -125,7 +108,7 @@ absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(const BackendOptions& o
   LOCKSTEP_ASSIGN_OR_RETURN(
       std::unique_ptr<cuda::CudaOps> ops,
       cuda::CudaOps::Create(profile, threads, {.device = options.device, .graphs = options.cuda_graphs}));
-  return std::make_unique<CudaBackend>(std::move(ops), std::move(device), threads);
+  return std::make_unique<CudaBackend>(std::move(ops), std::move(device));
 }
 
 }  // namespace lockstep

@@ -11,7 +11,7 @@
 #include "absl/status/statusor.h"
 #include "kernels/ops.h"
 #include "rollout/engine/backend.h"
-#include "rollout/engine/row_sampler.h"
+#include "sampler/row_sampler.h"
 #include "rollout/model/forward.h"
 #include "rollout/model/spec.h"
 #include "rollout/model/weights.h"

@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "tests/testing/failing_backend.h"
 #include "tests/testing/random_model.h"
 
 namespace lockstep {
@@ -175,6 +176,30 @@ TEST_F(StepLoopTest, NonFiniteLogitsAbortTheSampleAndNameTheReason) {
   }
   EXPECT_EQ(loop().Load().non_finite_samples, 2);
   EXPECT_TRUE(loop().idle());
+}
+
+TEST_F(StepLoopTest, AFailedDeviceEndsEveryRequestWithTheOperationsName) {
+  local_ = {};
+  model_->backend = MakeFailingBackend(model_->ops().profile(), model_->threads.get(), /*steps=*/3);
+  MakeLoop({.max_sequences = 8, .max_kv_tokens = 4096});
+  const auto a = Submit(Request("a", 10, 50, 2)), b = Submit(Request("b", 20, 50));
+  while (loop().Step()) {
+  }
+  EXPECT_EQ(loop().failure().message(), kDeviceFailure);
+  // Later ones end at once: no step computes anything any more.
+  const auto late = Submit(Request("c", 5, 5));
+  EXPECT_FALSE(loop().Step());
+  EXPECT_TRUE(loop().idle());
+  for (const auto& sink : {a, b, late}) {
+    for (const CollectedSample& s : sink->samples()) {
+      ASSERT_TRUE(s.done);
+      EXPECT_EQ(s.result.finish, FinishKind::kAborted);
+      EXPECT_EQ(s.result.abort, AbortReason::kInternal);
+      EXPECT_EQ(s.result.abort_message, kDeviceFailure);
+    }
+  }
+  EXPECT_EQ(a->samples()[0].tokens.size(), 3u);  // of the steps that succeeded, and none after
+  EXPECT_TRUE(late->samples()[0].tokens.empty());
 }
 
 TEST_F(StepLoopTest, ScoringOnePositionOrNoneEnds) {

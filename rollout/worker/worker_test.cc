@@ -3,8 +3,11 @@
 
 #include <gtest/gtest.h>
 
+#include <optional>
+
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "tests/testing/failing_backend.h"
 #include "tests/testing/random_model.h"
 
 namespace lockstep {
@@ -49,8 +52,12 @@ class CountingSink : public RequestSink {
 
 class WorkerTest : public testing::Test {
  protected:
-  void Start(int64_t max_waiting = 100) {
+  // `failing_after`: steps until the device fails; nullopt: never.
+  void Start(int64_t max_waiting = 100, std::optional<int> failing_after = std::nullopt) {
     auto model = std::shared_ptr<LocalModel>(MakeRandomModel(ModelKind::kHybrid, "fp32", 1, 1));
+    if (failing_after) {
+      model->backend = MakeFailingBackend(model->ops().profile(), model->threads.get(), *failing_after);
+    }
     auto local = MakeLocalLoop(*model, {.max_sequences = 2, .max_kv_tokens = 8192});
     ASSERT_TRUE(local.ok()) << local.status();
     struct Owned {
@@ -74,6 +81,20 @@ class WorkerTest : public testing::Test {
 
   std::unique_ptr<Worker> worker_;
 };
+
+TEST_F(WorkerTest, AFailedDeviceRefusesWhatComesAfter) {
+  Start(100, /*failing_after=*/2);
+  EXPECT_TRUE(worker_->Health().ok());
+  auto sink = std::make_shared<CountingSink>(1);
+  ASSERT_TRUE(worker_->Submit(Request("a", 50), sink).ok());
+  ASSERT_TRUE(sink->WaitUntilDone());
+  EXPECT_EQ(sink->result().finish, FinishKind::kAborted);
+  // The loop's failure is published right after the step that failed.
+  for (int i = 0; i < 1000 && worker_->Health().ok(); ++i) absl::SleepFor(absl::Milliseconds(1));
+  EXPECT_EQ(worker_->Health().message(), kDeviceFailure);
+  EXPECT_EQ(worker_->Submit(Request("b", 5), std::make_shared<CountingSink>(1)).code(),
+            absl::StatusCode::kUnavailable);
+}
 
 TEST_F(WorkerTest, RunsWhatIsSubmittedFromManyThreads) {
   Start();

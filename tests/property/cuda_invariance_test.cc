@@ -24,13 +24,12 @@ class CudaInvariance : public ::testing::TestWithParam<ModelKind> {
 TEST_P(CudaInvariance, GenerateEqualsItselfAndScoreUnderRandomSchedules) {
   Tally tally;
   for (const std::string numerics : {"hf", "hf-flash"}) {
-    for (uint64_t seed = 1; seed <= 2; ++seed) {
-      SCOPED_TRACE(testing::Message() << numerics << ", seed " << seed);
-      const auto recorded = MakeRandomModel(GetParam(), numerics, seed, 2, {.name = "cuda", .cuda_graphs = true});
-      const auto launched = MakeRandomModel(GetParam(), numerics, seed, 2, {.name = "cuda", .cuda_graphs = false});
-      CheckInvariance(*launched, *recorded, seed, 8, tally);
-      if (HasFatalFailure()) return;
-    }
+    SCOPED_TRACE(numerics);
+    const uint64_t seed = 1;
+    const auto recorded = MakeRandomModel(GetParam(), numerics, seed, 2, {.name = "cuda", .cuda_graphs = true});
+    const auto launched = MakeRandomModel(GetParam(), numerics, seed, 2, {.name = "cuda", .cuda_graphs = false});
+    CheckInvariance(*launched, *recorded, seed, 6, tally);
+    if (HasFatalFailure()) return;
   }
   std::printf("%ld schedules, %ld generated tokens compared, %ld scored, %ld preemptions, %ld forked samples\n",
               static_cast<long>(tally.schedules), static_cast<long>(tally.tokens), static_cast<long>(tally.scored),

@@ -1,4 +1,4 @@
-#include "rollout/engine/row_sampler.h"
+#include "sampler/row_sampler.h"
 
 #include <utility>
 

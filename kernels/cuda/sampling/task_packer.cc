@@ -1,0 +1,122 @@
+#include "kernels/cuda/sampling/task_packer.h"
+
+#include <algorithm>
+#include <cmath>
+
+#include "rollout/base/check.h"
+#include "sampler/adjust.h"
+#include "sampler/filters.h"
+
+namespace lockstep::cuda {
+namespace {
+
+// Whether the tokens so far end in all of `words` but the last.
+bool WouldComplete(std::span<const int32_t> tokens, std::span<const int32_t> words) {
+  const std::span<const int32_t> before = words.first(words.size() - 1);
+  return before.size() <= tokens.size() && std::equal(before.begin(), before.end(), tokens.end() - before.size());
+}
+
+}  // namespace
+
+void TaskPacker::Pack(std::span<const SampleTask> tasks) {
+  tasks_.clear();
+  edits_.clear();
+  list_entries_ = kept_bytes_ = 0;
+  for (const SampleTask& task : tasks) tasks_.push_back(PackOne(task));
+}
+
+PackedTask TaskPacker::PackOne(const SampleTask& sample) {
+  const RowTask& task = *sample.task;
+  const SamplingParams& params = *task.params;
+  const LogprobOptions& options = *task.options;
+  const bool greedy = params.temperature == 0.0f;
+  const float divisor = greedy ? 1.0f : params.temperature;
+  const bool scaled = divisor != 1.0f;
+  const bool processed = !task.forced || options.processed || options.kept_token_ids;
+
+  PackedTask packed;
+  DeviceTask& device = packed.device;
+  device.row = static_cast<int32_t>(sample.logits_row);
+  if (task.forced) {
+    LOCKSTEP_CHECK(task.forced_token >= 0 && task.forced_token < vocab_, "token {} in a vocabulary of {}",
+                   task.forced_token, vocab_);
+    device.token = task.forced_token;
+  }
+  device.temperature = divisor;
+  device.inverse = 1.0f / divisor;
+  if (options.raw || (options.temperature && !scaled)) device.flags |= kSampleRaw;
+  if (options.temperature && scaled) device.flags |= kSampleTemperature;
+  if (processed) device.flags |= kSampleProcessed;
+  if (greedy) device.flags |= kSampleGreedy;
+  if (options.top_k > 0) {
+    if (options.raw || (options.temperature && !scaled)) device.flags |= kSampleListRaw;
+    if (options.temperature && scaled) device.flags |= kSampleListTemperature;
+    if (options.processed && !greedy) device.flags |= kSampleListProcessed;
+    device.list_size = options.top_k;
+    packed.lists = list_entries_;
+    list_entries_ += int64_t{kSampleLists} * options.top_k;
+  }
+  if (processed && !greedy) {
+    if (HasFilters(params, vocab_)) {
+      if (params.top_k > 0 && params.top_k < vocab_) device.top_k = params.top_k;
+      if (params.top_p < 1.0f) {
+        device.top_p = static_cast<uint64_t>(std::ceil(std::ldexp(static_cast<double>(params.top_p), 48)));
+      }
+      device.min_p = params.min_p;
+    }
+    if (!task.forced) device.draw = static_cast<uint64_t>(UniformDraw(task.key) * 0x1p53);  // exact
+    if (options.kept_token_ids) {
+      packed.keeps_bits = true;
+      packed.kept = kept_bytes_;
+      kept_bytes_ += KeptBytes(vocab_);
+    }
+  }
+  if (processed && HasAdjustments(params, *task.history)) PackEdits(task, packed);
+  return packed;
+}
+
+LogitEdit& TaskPacker::EditOf(int32_t token) {
+  LOCKSTEP_CHECK(token >= 0 && token < vocab_, "token {} in a vocabulary of {}", token, vocab_);
+  if (place_[token] < 0) {
+    place_[token] = static_cast<int64_t>(edits_.size());
+    edits_.push_back({.token = token});
+  }
+  return edits_[place_[token]];
+}
+
+void TaskPacker::PackEdits(const RowTask& task, PackedTask& packed) {
+  const SamplingParams& params = *task.params;
+  const TokenHistory& history = *task.history;
+  packed.adjusted = true;
+  packed.edits = static_cast<int64_t>(edits_.size());
+  packed.device.repetition_penalty = params.repetition_penalty;
+  packed.device.frequency_penalty = params.frequency_penalty;
+  packed.device.presence_penalty = params.presence_penalty;
+  if (NeedsCounts(params)) {
+    LOCKSTEP_CHECK(history.tokens().empty() || !history.counts().empty(),
+                   "a penalty is on, but the TokenHistory was built without counts");
+    for (const TokenHistory::Count& count : history.counts()) {
+      LogitEdit& edit = EditOf(count.token);
+      edit.flags |= kEditRepeated;
+      edit.generated = count.generated;
+    }
+  }
+  for (const auto& [token, bias] : params.logit_bias) {
+    LogitEdit& edit = EditOf(token);
+    edit.flags |= kEditBiased;
+    edit.bias = bias;
+  }
+  packed.device.allow_only = params.allowed_token_ids.empty() ? 0 : 1;
+  for (const int32_t token : params.allowed_token_ids) EditOf(token).flags |= kEditAllowed;
+  for (const std::vector<int32_t>& words : params.bad_words) {
+    if (WouldComplete(history.tokens(), words)) EditOf(words.back()).flags |= kEditMasked;
+  }
+  if (history.generated() < params.min_tokens) {
+    for (const int32_t token : params.eos_token_ids) EditOf(token).flags |= kEditMasked;
+    for (const int32_t token : params.stop_token_ids) EditOf(token).flags |= kEditMasked;
+  }
+  packed.device.edit_count = static_cast<int32_t>(static_cast<int64_t>(edits_.size()) - packed.edits);
+  for (size_t i = packed.edits; i < edits_.size(); ++i) place_[edits_[i].token] = -1;
+}
+
+}  // namespace lockstep::cuda
