@@ -163,7 +163,8 @@ def run_program(request, build_dir):
     return run
 
 
-FLAGS = """model backend numerics listen control_listen threads memory_gb page_size max_batch_tokens max_sequences
+FLAGS = """model backend numerics listen control_listen threads cuda_device cuda_graphs
+memory_fraction memory_gb page_size max_batch_tokens max_sequences
 max_waiting_sequences max_prompt_tokens max_n max_request_bytes max_buffered_mb max_retained_mb reattach_seconds
 max_version_wait_seconds drain_seconds help version""".split()
 
@@ -217,8 +218,9 @@ BAD_ENGINE_FLAGS = [
     (["--memory_gb", "-1"], "--memory_gb"),
     (["--memory_gb", "nan"], "--memory_gb"),
     (["--page_size", "65"], "--page_size"),
-    (["--max_batch_tokens", "0"], "--max_batch_tokens"),
-    (["--max_sequences", "0"], "--max_sequences"),
+    (["--max_batch_tokens", "-1"], "--max_batch_tokens"),
+    (["--max_sequences", "-1"], "--max_sequences"),
+    (["--memory_fraction", "1.5"], "--memory_fraction"),
     (["--max_waiting_sequences", "0"], "--max_waiting_sequences"),
     (["--backend", "cuda"], "no CUDA backend"),
     (["--model", "/no/such/dir"], "/no/such/dir"),
