@@ -13,11 +13,8 @@ constexpr int kBlock = kDecodeBlock;
 constexpr int kColumns = kDecodeColumns;
 constexpr int kMathWarps = 4;
 constexpr int kThreads = (kMathWarps + 1) * 32;
-#ifndef SLOTS
-#define SLOTS 4
-#define BLOCKS 3
-#endif
-constexpr int kSlots = SLOTS;  // 64 KB: three blocks an SM have 192 KB in flight
+constexpr int kSlots = 4;  // 64 KB: three blocks an SM have 192 KB in flight
+constexpr int kBlocksPerSm = 3;
 constexpr int kScorePad = 8;                // floats: keeps the columns' rows of scores in different banks
 // From this many units on, one block each keeps the memory busy; fewer are spread.
 constexpr int64_t kSpreadBelow = 100;
@@ -61,7 +58,7 @@ __device__ void Load(const AttentionArgs& args, const DevicePiece& piece, const 
 // the second, so that up to 8 query heads cost what one costs.
 // Traffic: the keys and values that the piece sees, 512 bytes a position and kv head, each once.
 template <class Order>
-__global__ void __launch_bounds__(kThreads, BLOCKS) DecodeKernel(const __grid_constant__ AttentionArgs args) {
+__global__ void __launch_bounds__(kThreads, kBlocksPerSm) DecodeKernel(const __grid_constant__ AttentionArgs args) {
   constexpr int kKeys = Order::kKeys;
   constexpr int kHalves = kKeys / kBlock;
   constexpr int kRowTiles = kKeys / (16 * kMathWarps);  // of 16 keys, a warp

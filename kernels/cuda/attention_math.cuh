@@ -64,28 +64,35 @@ __device__ inline float Weight(float score, const TileFactors& factors, const Ex
 }
 
 // A row's sum of weights, as one thread of its quad holds it: over the columns 2t and 2t + 1 of every 8, ascending.
-// FlashAttention-2 goes on with the rescaled sum; cuDNN sums each tile from 0 and joins it by one fma.
+// FlashAttention-2 goes on with the sum so far, whose rescaling and the tile's first weight are one fma (the compiler's
+// contraction); cuDNN sums each tile from 0 and joins it by one fma.
 template <class Order>
 class RowSum {
  public:
   __device__ void BeginTile(float rescale) {
-    if constexpr (Order::kCudnn) {
-      before_ = sum_;
-      rescale_ = rescale;
-      sum_ = 0.0f;
-    } else {
-      sum_ = __fmul_rn(sum_, rescale);
-    }
+    before_ = sum_;
+    rescale_ = rescale;
+    first_ = true;
   }
-  __device__ void Add(float weight) { sum_ = __fadd_rn(sum_, weight); }
+  __device__ void Add(float weight) {
+    if (!first_) {
+      sum_ = __fadd_rn(sum_, weight);
+    } else if constexpr (Order::kCudnn) {
+      sum_ = weight;
+    } else {
+      sum_ = __fmaf_rn(before_, rescale_, weight);
+    }
+    first_ = false;
+  }
   __device__ void EndTile() {
     if constexpr (Order::kCudnn) sum_ = __fmaf_rn(before_, rescale_, sum_);
   }
-  // 1 / the whole row's sum, in all threads of the quad.
+  // 1 / the whole row's sum, in all threads of the quad. cuDNN takes the approximate reciprocal.
   __device__ float Inverse() const {
-    constexpr int kFirst = Order::kCudnn ? 1 : 2;
-    float sum = __fadd_rn(sum_, __shfl_xor_sync(0xFFFFFFFFu, sum_, kFirst));
-    sum = __fadd_rn(sum, __shfl_xor_sync(0xFFFFFFFFu, sum, 3 - kFirst));
+    constexpr int kNear = Order::kCudnn ? 1 : 2;
+    float sum = __fadd_rn(sum_, __shfl_xor_sync(0xFFFFFFFFu, sum_, kNear));
+    sum = __fadd_rn(sum, __shfl_xor_sync(0xFFFFFFFFu, sum, 3 - kNear));
+    if constexpr (!Order::kCudnn) return __fdiv_rn(1.0f, sum);
     float inverse;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(sum));
     return inverse;
@@ -95,6 +102,7 @@ class RowSum {
   float sum_ = 0.0f;
   float before_ = 0.0f;
   float rescale_ = 0.0f;
+  bool first_ = true;  // a constant in every unrolled Add()
 };
 
 __device__ inline float QuadMax(float value) {

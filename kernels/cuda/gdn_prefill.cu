@@ -450,41 +450,20 @@ __global__ void __launch_bounds__(kChunkThreads, 4)
 
 // ---- Second kernel: the state through a piece's chunks.
 
-constexpr int kPairs = 4;                            // pairs of warps, each with 16 columns of d_v
-constexpr int kScanThreads = (2 * kPairs + 1) * 32;  // and one warp that loads
-constexpr int kScanSlices = kValueTiles / kPairs;
+constexpr int kScanWarps = 4;                        // a warp 16 columns of d_v
+constexpr int kScanThreads = (kScanWarps + 1) * 32;  // and one that loads
+constexpr int kScanSlices = kValueTiles / kScanWarps;
 constexpr int kStages = 2;
-constexpr int kSliceUBytes = kPairs * 4 * 512;
+constexpr int kSliceUBytes = kScanWarps * 4 * 512;
 constexpr int kStageOperands = kRecordUsed - kRecordW;  // w, q, k, P and the exponentials: one piece of the record
 constexpr int kStageBytes = (kSliceUBytes + kStageOperands + 127) / 128 * 128;
 constexpr int kTurnPitch = 48;  // bytes of a row of 16 outputs while turned: conflict-free for stmatrix
-constexpr int kStateTiles = kGdnKeyDim / 8;
-
-// What a pair's first warp tells its second of a chunk.
-struct Exchange {
-  uint4 image[kKeySteps][32];  // bf16 S^T, A operand
-  uint4 values[4][32];         // bf16 v'^T, A operand
-};
 
 struct ScanShared {
   alignas(128) char stages[kStages][kStageBytes];
-  Exchange exchange[kStages][kPairs];
-  char turn[kPairs][kBlock * kTurnPitch];
+  char turn[kScanWarps][kBlock * kTurnPitch];
   uint64_t full[kStages];
   uint64_t empty[kStages];
-  uint64_t given[kStages][kPairs];
-  uint64_t taken[kStages][kPairs];
-};
-
-// The chunks of a piece that one pass covers.
-struct Span {
-  int start;      // position of the first row
-  int piece_end;  // position after the piece's last row
-  int chunks;
-
-  __device__ int ChunkStart(int n) const { return (start / kGdnChunk + n) * kGdnChunk; }
-  __device__ int FirstRow(int n) const { return max(start - ChunkStart(n), 0); }
-  __device__ int EndRow(int n) const { return min(piece_end - ChunkStart(n), kGdnChunk); }
 };
 
 __device__ uint4 Lanes(const char* stage, int offset, int index, int lane) {
@@ -525,90 +504,142 @@ __device__ int FirstTile(const DeviceTile* tiles, const Window& window, int numb
   return -1;
 }
 
-__device__ void Unpack(uint32_t (&r)[4], uint4 x) {
-  r[0] = x.x;
-  r[1] = x.y;
-  r[2] = x.z;
-  r[3] = x.w;
-}
-
-// One thread: the records of the span, a stage a chunk.
-__device__ void LoadRecords(const Span& span, int slice, const char* record, int64_t record_stride,
-                            ScanShared& shared) {
-  for (int n = 0; n < span.chunks; ++n) {
-    const int stage = n % kStages;
-    if (n >= kStages) BarrierWait(&shared.empty[stage], (n / kStages - 1) & 1);
-    BarrierExpect(&shared.full[stage], kSliceUBytes + kStageOperands);
-    BulkLoad(shared.stages[stage] + kSliceUBytes, record + kRecordW, kStageOperands, &shared.full[stage]);
-    BulkLoad(shared.stages[stage], record + kRecordU + slice * kSliceUBytes, kSliceUBytes, &shared.full[stage]);
-    record += record_stride;
+// Grid: (3 slices of d_v, value_heads, pieces of the window), 4 warps of 16 columns and a loading warp.
+// Everything of a column stays in its warp: S and each product's result turn into the next product's operand in
+// registers. Traffic a chunk and head: 66.7 KB of record (42 KB of it by all three slices), 24.6 KB written.
+__global__ void __launch_bounds__(kScanThreads, 2)
+    GdnScanKernel(const __grid_constant__ GdnParams params, const __grid_constant__ Window window) {
+  FollowPreviousKernel();
+  extern __shared__ __align__(128) char memory[];
+  ScanShared& shared = *reinterpret_cast<ScanShared*>(memory);
+  const int slice = blockIdx.x;
+  const int head = blockIdx.y;
+  const int thread = threadIdx.x;
+  const int lane = thread % 32;
+  const int warp = thread / 32;
+  const int first = FirstTile(params.batch.tiles, window, blockIdx.z, lane);
+  if (first < 0) return;
+  const DevicePiece piece = params.batch.pieces[params.batch.tiles[first].piece];
+  if (thread == 0) {
+    for (int stage = 0; stage < kStages; ++stage) {
+      BarrierInit(&shared.full[stage], 1);
+      BarrierInit(&shared.empty[stage], kScanWarps);
+    }
+    BarrierInitFence();
   }
-}
+  __syncthreads();
+  const int start = params.batch.tiles[first].position;
+  const int piece_end = piece.position + piece.row_count;
+  const int chunks = min((piece_end - 1) / kGdnChunk - start / kGdnChunk + 1, window.end - first);
+  const char* records = window.records + (int64_t{first - window.begin} * params.value_heads + head) * kRecordBytes;
+  const int64_t record_stride = int64_t{params.value_heads} * kRecordBytes;
 
-// A pair's first warp: v' and S of its columns, through the span's chunks. S and each product's result turn into the
-// next product's operand in registers.
-__device__ void AdvanceState(const Span& span, const HeadState& state, int tile, int pair, int lane,
-                             ScanShared& shared) {
+  if (warp == kScanWarps) {
+    if (lane != 0) return;
+    for (int n = 0; n < chunks; ++n) {
+      const int stage = n % kStages;
+      if (n >= kStages) BarrierWait(&shared.empty[stage], (n / kStages - 1) & 1);
+      const char* record = records + n * record_stride;
+      BarrierExpect(&shared.full[stage], kSliceUBytes + kStageOperands);
+      BulkLoad(shared.stages[stage] + kSliceUBytes, record + kRecordW, kStageOperands, &shared.full[stage]);
+      BulkLoad(shared.stages[stage], record + kRecordU + slice * kSliceUBytes, kSliceUBytes, &shared.full[stage]);
+    }
+    return;
+  }
+
+  const HeadState state = StateOf(params, piece.slot, head);
+  const int tile = slice * kScanWarps + warp;
+  constexpr int kStateTiles = kGdnKeyDim / 8;
   float4* state_f32 = reinterpret_cast<float4*>(state.state_f32) + tile * kStateTiles * 32 + lane;
-  uint4* state_image = reinterpret_cast<uint4*>(state.image) + tile * kKeySteps * 32 + lane;
   float s[kStateTiles][4] = {};  // S^T: 16 columns of d_v x d_k
-  if (span.start >= kGdnChunk) {
+  if (start >= kGdnChunk) {
 #pragma unroll
-    for (int k = 0; k < kStateTiles; ++k) {
-      const float4 x = state_f32[k * 32];
-      s[k][0] = x.x;
-      s[k][1] = x.y;
-      s[k][2] = x.z;
-      s[k][3] = x.w;
+    for (int n = 0; n < kStateTiles; ++n) {
+      const float4 x = state_f32[n * 32];
+      s[n][0] = x.x;
+      s[n][1] = x.y;
+      s[n][2] = x.z;
+      s[n][3] = x.w;
     }
   }
-  const int column = (lane & 3) * 2;
-  for (int n = 0; n < span.chunks; ++n) {
-    const int slot = n % kStages;
-    const uint32_t parity = (n / kStages) & 1;
-    Exchange& exchange = shared.exchange[slot][pair];
-    if (n >= kStages) BarrierWait(&shared.taken[slot][pair], parity ^ 1);
+  char* turn = shared.turn[warp];
+  const int pair = (lane & 3) * 2;
+  const int turned_row = lane >> 1;
+  const int turned_chunk = tile * 2 + (lane & 1);
+  for (int n = 0; n < chunks; ++n) {
+    const int chunk_start = start / kGdnChunk * kGdnChunk + n * kGdnChunk;
+    const int row_first = max(start - chunk_start, 0);
+    const int row_end = min(piece_end - chunk_start, kGdnChunk);
+    const bool closed = row_end == kGdnChunk;
     uint32_t image[kKeySteps][4];
 #pragma unroll
-    for (int k = 0; k < kKeySteps; ++k) {
-      PackOperand(image[k], s[2 * k], s[2 * k + 1]);
-      exchange.image[k][lane] = make_uint4(image[k][0], image[k][1], image[k][2], image[k][3]);
-    }
-    const char* stage = shared.stages[slot];
-    BarrierWait(&shared.full[slot], parity);
-    float w_s[8][4] = {};
+    for (int k = 0; k < kKeySteps; ++k) PackOperand(image[k], s[2 * k], s[2 * k + 1]);
+    const char* stage = shared.stages[n % kStages];
+    BarrierWait(&shared.full[n % kStages], (n / kStages) & 1);
+
+    float v[8][4] = {};
 #pragma unroll
     for (int k = 0; k < kKeySteps; ++k) {
 #pragma unroll
       for (int b = 0; b < 4; ++b) {
         const uint4 w = Lanes(stage, kRecordW, k * 4 + b, lane);
-        MmaBf16(w_s[2 * b], image[k], w.x, w.y);
-        MmaBf16(w_s[2 * b + 1], image[k], w.z, w.w);
+        MmaBf16(v[2 * b], image[k], w.x, w.y);
+        MmaBf16(v[2 * b + 1], image[k], w.z, w.w);
       }
     }
-    uint32_t decayed[4][4];  // v' exp2(G_63 - G_j), as an operand over the chunk's rows
+    uint32_t rounded[4][4];  // v' as an operand over the chunk's rows
+    uint32_t decayed[4][4];  // v' exp2(G_63 - G_j)
 #pragma unroll
     for (int b = 0; b < 4; ++b) {
-      uint32_t u[4];
-      uint32_t rounded[4];
-      Unpack(u, *reinterpret_cast<const uint4*>(stage + ((pair * 4 + b) * 32 + lane) * 16));
+      const uint4 u4 = *reinterpret_cast<const uint4*>(stage + ((warp * 4 + b) * 32 + lane) * 16);
+      const uint32_t u[4] = {u4.x, u4.y, u4.z, u4.w};
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const float2 decay = Exps(stage, kGdnChunk + b * kBlock + half * 8 + column);
+        const float2 decay = Exps(stage, kGdnChunk + b * kBlock + half * 8 + pair);
 #pragma unroll
         for (int below = 0; below < 2; ++below) {
           const float2 left = UnpackBf16(u[half * 2 + below]);
-          const float x = left.x - w_s[2 * b + half][below * 2];
-          const float y = left.y - w_s[2 * b + half][below * 2 + 1];
-          rounded[half * 2 + below] = PackBf16(x, y);
+          const float x = left.x - v[2 * b + half][below * 2];
+          const float y = left.y - v[2 * b + half][below * 2 + 1];
+          rounded[b][half * 2 + below] = PackBf16(x, y);
           decayed[b][half * 2 + below] = PackBf16(x * decay.x, y * decay.y);
         }
       }
-      exchange.values[b][lane] = make_uint4(rounded[0], rounded[1], rounded[2], rounded[3]);
     }
-    __syncwarp();
-    if (lane == 0) BarrierArrive(&shared.given[slot][pair]);
-    if (span.EndRow(n) == kGdnChunk) {
+    __nv_bfloat16* out = params.out + int64_t{head} * kGdnValueDim + turned_chunk * 8 +
+                         (int64_t{piece.row_begin} + chunk_start - piece.position) * params.out_stride;
+#pragma unroll
+    for (int b = 0; b < 4; ++b) {
+      if (b * kBlock >= row_end || (b + 1) * kBlock <= row_first) continue;
+      float q_s[2][4] = {};
+      float p_v[2][4] = {};
+#pragma unroll
+      for (int k = 0; k < kKeySteps; ++k) {
+        const uint4 q = Lanes(stage, kRecordQ, k * 4 + b, lane);
+        MmaBf16(q_s[0], image[k], q.x, q.y);
+        MmaBf16(q_s[1], image[k], q.z, q.w);
+      }
+#pragma unroll
+      for (int c = 0; c <= b; ++c) {
+        const uint4 p = Lanes(stage, kRecordP, LowerBlock(b, c), lane);
+        MmaBf16(p_v[0], rounded[c], p.x, p.y);
+        MmaBf16(p_v[1], rounded[c], p.z, p.w);
+      }
+      uint32_t o[4];
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float2 exp_g = Exps(stage, b * kBlock + half * 8 + pair);
+#pragma unroll
+        for (int below = 0; below < 2; ++below) {
+          o[half * 2 + below] = PackBf16(OutputElement(q_s[half][below * 2], exp_g.x, p_v[half][below * 2]),
+                                         OutputElement(q_s[half][below * 2 + 1], exp_g.y, p_v[half][below * 2 + 1]));
+        }
+      }
+      const uint4 turned = TurnBlock(turn, o, lane);
+      const int row = b * kBlock + turned_row;
+      if (row >= row_first && row < row_end) *reinterpret_cast<uint4*>(out + row * params.out_stride) = turned;
+    }
+    if (closed) {
       const float exp_last = Exps(stage, 2 * kGdnChunk).x;
 #pragma unroll
       for (int k = 0; k < kStateTiles; ++k) {
@@ -624,133 +655,29 @@ __device__ void AdvanceState(const Span& span, const HeadState& state, int tile,
           MmaBf16(s[2 * k + 1], decayed[b], keys.z, keys.w);
         }
       }
-    }
-    __syncwarp();
-    if (lane == 0) BarrierArrive(&shared.empty[slot]);
-  }
-  const bool closed_one = span.chunks > 1 || span.EndRow(0) == kGdnChunk;
-  if (!closed_one) return;  // the slot's S is still that of the last boundary
+    } else {
 #pragma unroll
-  for (int k = 0; k < kStateTiles; ++k) state_f32[k * 32] = make_float4(s[k][0], s[k][1], s[k][2], s[k][3]);
-#pragma unroll
-  for (int k = 0; k < kKeySteps; ++k) {
-    uint32_t image[4];
-    PackOperand(image, s[2 * k], s[2 * k + 1]);
-    state_image[k * 32] = make_uint4(image[0], image[1], image[2], image[3]);
-  }
-}
-
-// A pair's second warp: o of its columns, and of an open chunk v' into the slot.
-__device__ void WriteOutputs(const GdnParams& params, const DevicePiece& piece, const Span& span, int head,
-                             const HeadState& state, int tile, int pair, int lane, ScanShared& shared) {
-  char* turn = shared.turn[pair];
-  const int column = (lane & 3) * 2;
-  const int turned_row = lane >> 1;
-  const int turned_chunk = tile * 2 + (lane & 1);
-  for (int n = 0; n < span.chunks; ++n) {
-    const int slot = n % kStages;
-    const uint32_t parity = (n / kStages) & 1;
-    const int row_first = span.FirstRow(n);
-    const int row_end = span.EndRow(n);
-    const Exchange& exchange = shared.exchange[slot][pair];
-    const char* stage = shared.stages[slot];
-    uint32_t image[kKeySteps][4];
-    uint32_t values[4][4];
-    BarrierWait(&shared.given[slot][pair], parity);
-#pragma unroll
-    for (int k = 0; k < kKeySteps; ++k) Unpack(image[k], exchange.image[k][lane]);
-#pragma unroll
-    for (int b = 0; b < 4; ++b) Unpack(values[b], exchange.values[b][lane]);
-    __syncwarp();
-    if (lane == 0) BarrierArrive(&shared.taken[slot][pair]);
-    BarrierWait(&shared.full[slot], parity);
-    __nv_bfloat16* out = params.out + int64_t{head} * kGdnValueDim + turned_chunk * 8 +
-                         (int64_t{piece.row_begin} + span.ChunkStart(n) - piece.position) * params.out_stride;
-#pragma unroll
-    for (int b = 0; b < 4; ++b) {
-      if (b * kBlock >= row_end || (b + 1) * kBlock <= row_first) continue;
-      float q_s[2][4] = {};
-      float p_v[2][4] = {};
-#pragma unroll
-      for (int k = 0; k < kKeySteps; ++k) {
-        const uint4 q = Lanes(stage, kRecordQ, k * 4 + b, lane);
-        MmaBf16(q_s[0], image[k], q.x, q.y);
-        MmaBf16(q_s[1], image[k], q.z, q.w);
-      }
-#pragma unroll
-      for (int c = 0; c <= b; ++c) {
-        const uint4 p = Lanes(stage, kRecordP, LowerBlock(b, c), lane);
-        MmaBf16(p_v[0], values[c], p.x, p.y);
-        MmaBf16(p_v[1], values[c], p.z, p.w);
-      }
-      uint32_t o[4];
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float2 exp_g = Exps(stage, b * kBlock + half * 8 + column);
-#pragma unroll
-        for (int below = 0; below < 2; ++below) {
-          o[half * 2 + below] = PackBf16(OutputElement(q_s[half][below * 2], exp_g.x, p_v[half][below * 2]),
-                                         OutputElement(q_s[half][below * 2 + 1], exp_g.y, p_v[half][below * 2 + 1]));
+      for (int b = 0; b < 4; ++b) {
+        const uint4 turned = TurnBlock(turn, rounded[b], lane);
+        const int row = b * kBlock + turned_row;
+        if (row >= row_first && row < row_end) {
+          *reinterpret_cast<uint4*>(state.vp_rows + ValueOffset(row, turned_chunk)) = turned;
         }
       }
-      const uint4 turned = TurnBlock(turn, o, lane);
-      const int row = b * kBlock + turned_row;
-      if (row >= row_first && row < row_end) *reinterpret_cast<uint4*>(out + row * params.out_stride) = turned;
     }
     __syncwarp();
-    if (lane == 0) BarrierArrive(&shared.empty[slot]);
-    if (row_end == kGdnChunk) continue;
+    if (lane == 0) BarrierArrive(&shared.empty[n % kStages]);
+  }
+  // A chunk was closed: the slot's S is that of another boundary.
+  if (min(piece_end, start / kGdnChunk * kGdnChunk + chunks * kGdnChunk) / kGdnChunk == start / kGdnChunk) return;
+  uint4* image_out = reinterpret_cast<uint4*>(state.image) + tile * kKeySteps * 32 + lane;
 #pragma unroll
-    for (int b = 0; b < 4; ++b) {
-      const uint4 turned = TurnBlock(turn, values[b], lane);
-      const int row = b * kBlock + turned_row;
-      if (row >= row_first && row < row_end) {
-        *reinterpret_cast<uint4*>(state.vp_rows + ValueOffset(row, turned_chunk)) = turned;
-      }
-    }
-  }
-}
-
-// Grid: (3 slices of d_v, value_heads, pieces of the window), 4 pairs of warps and a loading warp.
-// Traffic a chunk and head: 66.7 KB of record (42 KB of it by all three slices), 24.6 KB written.
-__global__ void __launch_bounds__(kScanThreads, 1)
-    GdnScanKernel(const __grid_constant__ GdnParams params, const __grid_constant__ Window window) {
-  FollowPreviousKernel();
-  extern __shared__ __align__(128) char memory[];
-  ScanShared& shared = *reinterpret_cast<ScanShared*>(memory);
-  const int slice = blockIdx.x;
-  const int head = blockIdx.y;
-  const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  const int first = FirstTile(params.batch.tiles, window, blockIdx.z, lane);
-  if (first < 0) return;
-  if (threadIdx.x == 0) {
-    for (int stage = 0; stage < kStages; ++stage) {
-      BarrierInit(&shared.full[stage], 1);
-      BarrierInit(&shared.empty[stage], 2 * kPairs);
-      for (int pair = 0; pair < kPairs; ++pair) {
-        BarrierInit(&shared.given[stage][pair], 1);
-        BarrierInit(&shared.taken[stage][pair], 1);
-      }
-    }
-    BarrierInitFence();
-  }
-  __syncthreads();
-  const DeviceTile tile = params.batch.tiles[first];
-  const DevicePiece piece = params.batch.pieces[tile.piece];
-  const int piece_end = piece.position + piece.row_count;
-  const int chunks = (piece_end - 1) / kGdnChunk - tile.position / kGdnChunk + 1;
-  const Span span = {.start = tile.position, .piece_end = piece_end, .chunks = min(chunks, window.end - first)};
-  const HeadState state = StateOf(params, piece.slot, head);
-  if (warp == 2 * kPairs) {
-    if (lane != 0) return;
-    const char* record = window.records + (int64_t{first - window.begin} * params.value_heads + head) * kRecordBytes;
-    LoadRecords(span, slice, record, int64_t{params.value_heads} * kRecordBytes, shared);
-  } else if (warp < kPairs) {
-    AdvanceState(span, state, slice * kPairs + warp, warp, lane, shared);
-  } else {
-    const int pair = warp - kPairs;
-    WriteOutputs(params, piece, span, head, state, slice * kPairs + pair, pair, lane, shared);
+  for (int n = 0; n < kStateTiles; ++n) state_f32[n * 32] = make_float4(s[n][0], s[n][1], s[n][2], s[n][3]);
+#pragma unroll
+  for (int k = 0; k < kKeySteps; ++k) {
+    uint32_t operand[4];
+    PackOperand(operand, s[2 * k], s[2 * k + 1]);
+    image_out[k * 32] = make_uint4(operand[0], operand[1], operand[2], operand[3]);
   }
 }
 

@@ -204,19 +204,20 @@ void AddTiles(std::integer_sequence<int, kWidths...>, int warpgroups, int blocks
   (tiles.push_back({.warpgroups = warpgroups, .blocks = blocks, .features = kWidths}), ...);
 }
 
-// Every compiled tile, over ragged rows and features, with a k of whole boxes (and of a half box at the end).
+// Every compiled tile: over ragged rows and features, fewer features than the tile's, a k of whole boxes and one that
+// ends within a box.
 TEST_F(CudaLinear, TilesGiveTheSameBits) {
   std::vector<LinearTile> tiles;
   AddTiles(LinearWidths1x1(), 1, 1, tiles);
   AddTiles(LinearWidths2x1(), 2, 1, tiles);
   AddTiles(LinearWidths2x2(), 2, 2, tiles);
-  for (const int64_t k : {768, 784}) {
-    const Problem problem(600, 776, k, 4);
+  for (const auto& [n, k] : {std::pair{776, 768}, {776, 784}, {40, 768}}) {
+    const Problem problem(600, n, k, 4);
     const std::vector<uint32_t> want = RunLinear<uint32_t>(problem, problem.m);
     for (const LinearTile& tile : tiles) {
       for (const int64_t rows : {1, 33, 130, 600}) {
         SCOPED_TRACE(::testing::Message() << tile.warpgroups << " x " << tile.blocks << " x " << tile.features << ", "
-                                          << rows << " rows, k " << k);
+                                          << rows << " rows, n " << n << ", k " << k);
         ExpectSame(RunLinear<uint32_t>(problem, rows, &tile), FirstRows(want, rows, problem.n));
       }
     }

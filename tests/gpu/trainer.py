@@ -9,8 +9,8 @@ import platform
 import numpy
 import torch
 
-# Rows of a log_softmax at a time. A multiple of 4, so that every row is aligned as in the whole fp32 tensor: PyTorch's
-# order of summation depends on a row's address modulo 16 bytes.
+# Rows of a log_softmax at a time. PyTorch's order of summation depends on a row's address modulo 16 bytes, so where the
+# vocabulary is no multiple of 4 each row is taken alone, which aligns it: the order that a worker has for every row.
 ROWS = 1024
 
 MODES = ("stock", "nosplit")
@@ -132,9 +132,10 @@ def token_logprobs(model, batch, wanted=None):
         wanted = torch.as_tensor(wanted, device=model.device)
         wanted = torch.cat([wanted, wanted.new_zeros(1, wanted.shape[1])])
         following = torch.cat([following, wanted], 1)
+    step = ROWS if vocab % 4 == 0 else 1
     rows = [
-        torch.log_softmax(logits[begin : begin + ROWS].float(), -1).gather(1, following[begin : begin + ROWS])
-        for begin in range(0, count * length, ROWS)
+        torch.log_softmax(logits[begin : begin + step].float(), -1).gather(1, following[begin : begin + step])
+        for begin in range(0, count * length, step)
     ]
     values = torch.cat(rows).view(count, length, -1)[:, :-1].cpu().numpy()
     return values[..., 0] if wanted is None else (values[..., 0], values[0, :, 1:])
