@@ -15,6 +15,8 @@
 namespace lockstep::cuda {
 
 // Which of PyTorch's backends: the order in which a row takes its keys, and the roundings of the exponent.
+// transformers gives SDPA a mask, and so runs kCudnnMask for every row, in sliding layers when the whole forward has
+// `window` tokens or more, and in all layers when the batch is padded; else it runs kCudnn.
 enum class AttentionProgram {
   kCudnn,      // tiles of 128 keys, from key 0 forwards
   kFa2,        // tiles of 64 keys, from the diagonal backwards

@@ -1,8 +1,7 @@
-#include "kernels/cuda/attention_decode.cuh"
-
 #include <cmath>
 
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/attention_decode.cuh"
 #include "kernels/cuda/params.h"
 
 namespace lockstep::cuda {
@@ -15,7 +14,7 @@ constexpr int kMathWarps = 4;
 constexpr int kThreads = (kMathWarps + 1) * 32;
 constexpr int kSlots = 4;  // 64 KB: three blocks an SM have 192 KB in flight
 constexpr int kBlocksPerSm = 3;
-constexpr int kScorePad = 8;                // floats: keeps the columns' rows of scores in different banks
+constexpr int kScorePad = 8;  // floats: keeps the columns' rows of scores in different banks
 // From this many units on, one block each keeps the memory busy; fewer are spread.
 constexpr int64_t kSpreadBelow = 100;
 

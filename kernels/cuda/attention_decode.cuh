@@ -73,8 +73,7 @@ class PageCursor {
 // The queries as the second operand: this thread's column is query head `column` of the kv head's group.
 __device__ inline void LoadQueries(const AttentionArgs& args, const DevicePiece& piece, int64_t head,
                                    uint32_t (&q)[16]) {
-  const __nv_bfloat16* row =
-      args.q + piece.row_begin * args.q_stride + head * kDecodeHeadDim + 2 * (threadIdx.x % 4);
+  const __nv_bfloat16* row = args.q + piece.row_begin * args.q_stride + head * kDecodeHeadDim + 2 * (threadIdx.x % 4);
 #pragma unroll
   for (int i = 0; i < 16; ++i) q[i] = *reinterpret_cast<const uint32_t*>(row + 8 * i);
 }

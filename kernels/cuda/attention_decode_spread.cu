@@ -423,8 +423,7 @@ absl::Status Launch(const AttentionParams& params, cudaStream_t stream) {
                        .columns = static_cast<int32_t>(RecordColumns(params.heads, params.kv.kv_heads))};
   const int64_t units = DecodeUnits(params.heads, params.kv.kv_heads);
   const int64_t pieces = params.batch.decode_pieces;
-  const int64_t splits =
-      std::clamp<int64_t>(kScoreBlocks / (units * pieces), 1, spread.tiles_a_unit);
+  const int64_t splits = std::clamp<int64_t>(kScoreBlocks / (units * pieces), 1, spread.tiles_a_unit);
   constexpr int kScoreBytes = static_cast<int>(sizeof(ScoreShared));
   constexpr int kValueBytes = static_cast<int>(sizeof(ValueShared<Order>));
   if (absl::Status status = AllowSharedMemory("AttentionScores", ScoreKernel<Order>, kScoreBytes); !status.ok())

@@ -9,8 +9,9 @@
 
 namespace lockstep::cuda {
 
-// kCudnn: tiles of kKeys keys from key 0 on, the roundings between tiles as cuDNN has them; else from the diagonal back,
-// as FlashAttention-2 has them. kFolded: the score's scale and log2(e) are one factor, rounded before; else two products.
+// kCudnn: tiles of kKeys keys from key 0 on, the roundings between tiles as cuDNN has them; else from the diagonal
+// back, as FlashAttention-2 has them. kFolded: the score's scale and log2(e) are one factor, rounded before; else two
+// products.
 template <bool kCudnn_, int kKeys_, bool kFolded_>
 struct TileOrder {
   static constexpr bool kCudnn = kCudnn_;

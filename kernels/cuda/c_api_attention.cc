@@ -11,8 +11,7 @@ namespace {
 
 using lockstep::cuda::CApiResult;
 
-lockstep::cuda::KvPages Pages(void* base, int64_t page_count, int64_t page_bytes, int64_t page_size,
-                              int64_t kv_heads) {
+lockstep::cuda::KvPages Pages(void* base, int64_t page_count, int64_t page_bytes, int64_t page_size, int64_t kv_heads) {
   return {.base = static_cast<std::byte*>(base),
           .page_count = page_count,
           .page_bytes = page_bytes,
@@ -27,16 +26,15 @@ extern "C" {
 int lockstep_rope(const int32_t* positions, const int32_t* row_piece, int32_t rows, void* q, void* k,
                   const float* inv_freq, int64_t heads, int64_t kv_heads, int64_t q_stride, int64_t k_stride,
                   float attention_scaling, void* stream) {
-  const lockstep::cuda::RopeParams params = {
-      .batch = {.positions = positions, .row_piece = row_piece, .rows = rows},
-      .q = static_cast<__nv_bfloat16*>(q),
-      .k = static_cast<__nv_bfloat16*>(k),
-      .inv_freq = inv_freq,
-      .heads = heads,
-      .kv_heads = kv_heads,
-      .q_stride = q_stride,
-      .k_stride = k_stride,
-      .attention_scaling = attention_scaling};
+  const lockstep::cuda::RopeParams params = {.batch = {.positions = positions, .row_piece = row_piece, .rows = rows},
+                                             .q = static_cast<__nv_bfloat16*>(q),
+                                             .k = static_cast<__nv_bfloat16*>(k),
+                                             .inv_freq = inv_freq,
+                                             .heads = heads,
+                                             .kv_heads = kv_heads,
+                                             .q_stride = q_stride,
+                                             .k_stride = k_stride,
+                                             .attention_scaling = attention_scaling};
   return CApiResult(lockstep::cuda::LaunchRope(params, static_cast<cudaStream_t>(stream)));
 }
 
@@ -61,8 +59,8 @@ int lockstep_write_kv(const void* pieces, const int32_t* pages, const int32_t* p
 int lockstep_attention(int32_t program, const void* pieces, const void* tiles, const int32_t* pages,
                        int32_t piece_count, int32_t decode_pieces, int32_t tile_count, const void* q, void* out,
                        int64_t q_stride, int64_t out_stride, void* base, int64_t page_count, int64_t page_bytes,
-                       int64_t page_size, int64_t kv_heads, int64_t heads, int64_t window, float scale,
-                       void* workspace, int64_t workspace_bytes, int64_t max_positions, void* stream) {
+                       int64_t page_size, int64_t kv_heads, int64_t heads, int64_t window, float scale, void* workspace,
+                       int64_t workspace_bytes, int64_t max_positions, void* stream) {
   const lockstep::cuda::AttentionParams params = {
       .program = static_cast<lockstep::cuda::AttentionProgram>(program),
       .batch = {.pieces = static_cast<const lockstep::cuda::DevicePiece*>(pieces),

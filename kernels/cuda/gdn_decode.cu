@@ -429,7 +429,7 @@ __device__ void FinishRow(const GdnParams& params, const Row& row, int64_t batch
 #pragma unroll
     for (int m = 0; m < kTiles; ++m) MmaBf16(s[m], image[m][k], b0, b1);
   }
-  // Lane 4g + c finishes column row.g + 8 (c % 2) of tile c / 2.
+  // Lane 4g + c finishes column g + 8 (c % 2) of tile c / 2.
   static_assert(kTiles == 2);
   const bool second = (row.lane & 2) != 0;
   const auto mine = [&](const float(&tiles)[kTiles][4], int odd) {

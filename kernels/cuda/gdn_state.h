@@ -25,7 +25,8 @@ inline constexpr int64_t kGdnScalarBytes = int64_t{3} * kGdnChunk * 4;
 // Byte offsets from the start of a layer's part of a slot. Every part but conv_tail is [value_heads, its bytes above];
 // the order inside a head's bytes is in gdn_math.cuh.
 struct GdnStateLayout {
-  int64_t conv_tail = 0;  // bf16 [conv_width - 1, conv_channels], oldest row first; the convolution's own
+  int64_t conv_tail =
+      0;  // bf16 [conv_width - 1, conv_channels], position p in row p % (conv_width - 1); the convolution's own
   int64_t state_f32 = 0;  // S in fp32, in MMA accumulator order
   int64_t image = 0;      // S in bf16, in MMA operand order
   int64_t k_rows = 0;     // bf16 [64, 96]: k of the open chunk

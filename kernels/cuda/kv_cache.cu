@@ -77,11 +77,10 @@ absl::StatusOr<CUtensorMap> KvTensorMap(const KvPages& pages, KvBox box) {
                                 static_cast<cuuint32_t>(kKvBlock)};
   const cuuint32_t steps[3] = {1, 1, 1};
   CUtensorMap map;
-  const CUresult result = (*encode)(
-      &map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, pages.base, sizes, strides, extent, steps,
-      CU_TENSOR_MAP_INTERLEAVE_NONE,
-      box == KvBox::kQuarterRows ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
-      CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+  const CUresult result = (*encode)(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, pages.base, sizes, strides, extent,
+                                    steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
+                                    box == KvBox::kQuarterRows ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
+                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     return absl::InternalError(absl::StrCat("cuTensorMapEncodeTiled: error ", static_cast<int>(result)));
   }

@@ -15,10 +15,10 @@ namespace lockstep::cuda {
 // cos and sin are fp32 and multiplied by attention_scaling; the two products and their sum round to fp32 one by one,
 // the result to bf16. Strides in elements.
 struct RopeParams {
-  DeviceBatch batch;                    // rows, positions, row_piece; padding rows are skipped
-  __nv_bfloat16* q = nullptr;           // [rows, heads * 128]
-  __nv_bfloat16* k = nullptr;           // [rows, kv_heads * 128]
-  const float* inv_freq = nullptr;      // [64]
+  DeviceBatch batch;                // rows, positions, row_piece; padding rows are skipped
+  __nv_bfloat16* q = nullptr;       // [rows, heads * 128]
+  __nv_bfloat16* k = nullptr;       // [rows, kv_heads * 128]
+  const float* inv_freq = nullptr;  // [64]
   int64_t heads = 0;
   int64_t kv_heads = 0;
   int64_t q_stride = 0;

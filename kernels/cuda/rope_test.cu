@@ -52,17 +52,16 @@ TEST(CudaRope, NearTheOracleAndTouchesItsColumnsOnly) {
   int32_t* device_row_piece = ToDevice(row_piece);
   float* device_inv_freq = ToDevice(inv_freq);
   auto* q = reinterpret_cast<__nv_bfloat16*>(device_x);
-  const RopeParams params = {.batch = {.positions = device_positions,
-                                       .row_piece = device_row_piece,
-                                       .rows = static_cast<int32_t>(rows)},
-                             .q = q,
-                             .k = q + kHeads * kDim,
-                             .inv_freq = device_inv_freq,
-                             .heads = kHeads,
-                             .kv_heads = kKvHeads,
-                             .q_stride = kStride,
-                             .k_stride = kStride,
-                             .attention_scaling = kScaling};
+  const RopeParams params = {
+      .batch = {.positions = device_positions, .row_piece = device_row_piece, .rows = static_cast<int32_t>(rows)},
+      .q = q,
+      .k = q + kHeads * kDim,
+      .inv_freq = device_inv_freq,
+      .heads = kHeads,
+      .kv_heads = kKvHeads,
+      .q_stride = kStride,
+      .k_stride = kStride,
+      .attention_scaling = kScaling};
   ASSERT_TRUE(LaunchRope(params, nullptr).ok());
   std::vector<uint16_t> got(x.size());
   EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);

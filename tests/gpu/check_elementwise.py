@@ -1,13 +1,15 @@
 """The CUDA row-wise operations beside transformers', PyTorch's and flash-linear-attention's own, bit for bit.
 
-Needs a Hopper GPU, torch, transformers, fla and liblockstep_cuda.so (argument 1). Exit code 1 if any bit differs.
---no-times: bits only.
-Writes elementwise.json to $JOB_OUT if that is set: what was compared, and times beside the peers'.
+Needs a Hopper GPU, torch, transformers, fla and liblockstep_cuda.so, at LOCKSTEP_CUDA_LIBRARY or where the loader finds
+it. Exit code 1 if any bit differs. Writes elementwise.json to $JOB_OUT if that is set: what was compared, and times
+beside the peers'.
 """
 
+import argparse
 import ctypes
 import json
 import os
+import pathlib
 import random
 import sys
 import time
@@ -44,8 +46,9 @@ CTYPES = {"p": ctypes.c_void_p, "l": ctypes.c_int64, "i": ctypes.c_int32, "f": c
 class Lockstep:
     """The C functions, called with tensors as pointers, on torch's current stream."""
 
-    def __init__(self, path):
-        self._library = ctypes.CDLL(path)
+    def __init__(self):
+        path = os.environ.get("LOCKSTEP_CUDA_LIBRARY", "liblockstep_cuda.so")
+        self._library = ctypes.CDLL(str(pathlib.Path(path).resolve()) if os.path.exists(path) else path)
         self._library.lockstep_last_error.restype = ctypes.c_char_p
         for name, signature in SIGNATURES.items():
             getattr(self._library, "lockstep_" + name).argtypes = [CTYPES[c] for c in signature] + [ctypes.c_void_p]
@@ -517,9 +520,13 @@ def measure(lockstep, report):
 
 
 def main():
-    torch.manual_seed(int(os.environ.get("SEED", "0")))
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--no_timing", action="store_true", help="bits only")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.manual_seed(options.seed)
     torch.backends.cuda.preferred_blas_library("cublaslt")
-    lockstep = Lockstep(sys.argv[1])
+    lockstep = Lockstep()
     report = Report()
     fix_config(l2norm.l2norm_fwd_kernel, 13)  # 64 rows, 4 warps
     fix_config(fused_norm_gate.layer_norm_gated_fwd_kernel.fn, 0)  # 16 rows, 4 warps
@@ -530,7 +537,7 @@ def main():
         print(f"{check.__name__}: {time.monotonic() - begin:.1f} s")
         torch.cuda.empty_cache()
     check_head_sizes(lockstep, report)
-    if "--no-times" not in sys.argv:
+    if not options.no_timing:
         measure(lockstep, report)
     versions = {"torch": torch.__version__, "transformers": transformers.__version__, "fla": fla.__version__,
                 "device": torch.cuda.get_device_name()}
