@@ -86,6 +86,9 @@ absl::Status Compute(std::span<const float> logits, const SamplingParams& params
     max /= params.temperature;
     scratch.scaled.resize(logits.size());
     DivideRow(logits, params.temperature, scratch.scaled.data());
+    if (max == kImpossible) {
+      return absl::FailedPreconditionError("sampling.temperature: every logit / temperature is -inf: no token is left");
+    }
     if (!std::isfinite(max)) return NotFinite(scratch.scaled, "sampling.temperature: logit / temperature");
     out.temperature.row = scratch.scaled;
     if (options.temperature) {

@@ -389,6 +389,14 @@ TEST(ErrorTest, OverflowByTemperatureOrBias) {
   EXPECT_TRUE(Error({1, -3e38f}, params).ok());
 }
 
+TEST(ErrorTest, UnderflowByTemperatureLeavesNothing) {
+  SamplingParams params;
+  params.temperature = kMinTemperature;
+  const absl::Status status = Error({-3e38f, -3.2e38f}, params);
+  EXPECT_EQ(status.code(), absl::StatusCode::kFailedPrecondition);
+  EXPECT_THAT(std::string(status.message()), HasSubstr("sampling.temperature"));
+}
+
 TEST(ErrorTest, NothingLeft) {
   EXPECT_EQ(Error({-kInf, -kInf}, {}).code(), absl::StatusCode::kFailedPrecondition);
   EXPECT_EQ(std::string(Error({-kInf, -kInf}, {}).message()), "logits: all 2 are -inf");
