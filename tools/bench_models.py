@@ -73,7 +73,7 @@ class StepBytes:
 
     weights: int
     state: int  # per sequence: FP32 S; it is written back only once in 64 steps
-    chunk_row: int  # per sequence and row of the open chunk: k, beta v and v', in FP32
+    chunk_row: int  # per sequence and row of the open chunk: k in bf16, u, w and v' in FP32
     kv_row: int  # per sequence and token of context: keys and values in bf16
 
     def of(self, sequences, context):
@@ -99,6 +99,6 @@ def step_bytes(config_json):
     return StepBytes(
         weights=2 * matrices,
         state=4 * recurrent * value_heads * c["linear_key_head_dim"] * c["linear_value_head_dim"],
-        chunk_row=4 * recurrent * (key_width + 2 * value_width),
+        chunk_row=recurrent * (2 * key_width + 4 * (value_heads * c["linear_key_head_dim"] + 2 * value_width)),
         kv_row=2 * attention * 2 * kv_width,
     )

@@ -79,9 +79,10 @@ void BenchGdn(const std::string& name, int threads) {
   });
   const double tokens = static_cast<double>(kSteps * kSequences * shape.value_heads);
   const double element = backend.profile.gdn == GdnProgram::kChunkBf16 ? 2.0 : 4.0;
-  // kChunkBf16: keys, bf16(beta v), bf16(beta k 2^G), v' and T of 32 rows; kChunkFp32: keys and v'.
-  const double open =
-      backend.profile.gdn == GdnProgram::kChunkBf16 ? 32.0 * (96 * 4 + 192 * 4 + 64 * 4) : 32.0 * (96 + 192) * 4;
+  // kChunkBf16: keys, bf16(beta v), bf16(beta k 2^G), v' and T of 32 rows; kChunkFp32: keys, u, w and v'.
+  const double key_bytes = static_cast<double>(DTypeBytes(backend.profile.activations));
+  const double open = backend.profile.gdn == GdnProgram::kChunkBf16 ? 32.0 * (96 * 4 + 192 * 4 + 64 * 4)
+                                                                    : 32.0 * (96 * key_bytes + (192 + 96 + 192) * 4);
   const double state = 96 * 192;
   const double bytes = state * element + open + (2 * state * 4 + 64 * 192 * 4) / 64.0;
   std::printf("gdn %-8s %d threads  decode  %6.2f us/token/head (one thread's time %6.2f)  %6.1f GB/s\n", name.c_str(),

@@ -11,10 +11,10 @@
 #include "absl/status/statusor.h"
 #include "kernels/ops.h"
 #include "rollout/engine/backend.h"
-#include "sampler/row_sampler.h"
 #include "rollout/model/forward.h"
 #include "rollout/model/spec.h"
 #include "rollout/model/weights.h"
+#include "sampler/row_sampler.h"
 #include "sampler/sampler.h"
 
 namespace lockstep {

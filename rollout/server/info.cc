@@ -41,6 +41,8 @@ void FillNumerics(const NumericsProfile& profile, v1::NumericsInfo* out) {
   out->set_weights_dtype(Dtype(profile.weights));
   out->set_activations_dtype(Dtype(profile.activations));
   out->set_kv_dtype(Dtype(profile.kv));
+  out->set_linear_program(profile.linear == LinearProgram::kAscending ? "ascending" : "torch_cpu_pairs");
+  out->set_square_sum(profile.square_sum == SquareSum::kLanes16 ? "lanes16" : "torch_cpu");
   out->set_gdn_program(profile.gdn == GdnProgram::kChunkBf16 ? "chunk_bf16" : "chunk_fp32");
   out->set_conv_casts(profile.conv == ConvCasts::kTwo ? "two" : "one");
   out->set_gated_norm_casts(profile.gated_norm == GatedNormCasts::kThree ? "three" : "one");

@@ -38,8 +38,12 @@ absl::StatusOr<LoopConfig> FitMemory(const LocalModel& model, LoopConfig config,
     return config;
   }
   const int64_t pages_needed = (min_tokens + config.page_size - 1) / config.page_size;
-  const int64_t slots = slot == 0 ? config.max_sequences
-                                  : std::clamp<int64_t>((bytes - pages_needed * page) / slot, 0, config.max_sequences);
+  // At most half for the states: slots that find no pages run nothing.
+  const int64_t at_least_one = bytes >= slot + pages_needed * page ? 1 : 0;
+  const int64_t slots = slot == 0
+                            ? config.max_sequences
+                            : std::min(config.max_sequences,
+                                       std::max(at_least_one, std::min(bytes / 2, bytes - pages_needed * page) / slot));
   const int64_t pages = (bytes - slots * slot) / page;
   if (slots < 1 || pages < pages_needed) {
     return absl::InvalidArgumentError(absl::StrCat("a sequence of ", min_tokens, " tokens takes ",

@@ -92,8 +92,7 @@ TEST_F(WorkerTest, AFailedDeviceRefusesWhatComesAfter) {
   // The loop's failure is published right after the step that failed.
   for (int i = 0; i < 1000 && worker_->Health().ok(); ++i) absl::SleepFor(absl::Milliseconds(1));
   EXPECT_EQ(worker_->Health().message(), kDeviceFailure);
-  EXPECT_EQ(worker_->Submit(Request("b", 5), std::make_shared<CountingSink>(1)).code(),
-            absl::StatusCode::kUnavailable);
+  EXPECT_EQ(worker_->Submit(Request("b", 5), std::make_shared<CountingSink>(1)).code(), absl::StatusCode::kUnavailable);
 }
 
 TEST_F(WorkerTest, RunsWhatIsSubmittedFromManyThreads) {

@@ -10,9 +10,7 @@ class FailingOps final : public CpuOps {
  public:
   FailingOps(const NumericsProfile& profile, ThreadPool* threads, int steps)
       : CpuOps(profile, threads), steps_(steps) {}
-  absl::Status status() override {
-    return --steps_ >= 0 ? absl::OkStatus() : absl::InternalError(kDeviceFailure);
-  }
+  absl::Status status() override { return --steps_ >= 0 ? absl::OkStatus() : absl::InternalError(kDeviceFailure); }
 
  private:
   int steps_;
