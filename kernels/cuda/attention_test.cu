@@ -9,59 +9,21 @@
 #include <string>
 #include <vector>
 
-#include "gmock/gmock.h"
-#include "gtest/gtest.h"
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/cuda_test_util.h"
 #include "kernels/cuda/kv_cache.h"
 #include "kernels/float_bits.h"
 
 namespace lockstep::cuda {
 namespace {
 
-using ::testing::HasSubstr;
-using Bits = std::vector<uint16_t>;
 
 constexpr int64_t kDim = 128;
-constexpr uint16_t kPoison = 0xFFFF;  // a NaN no operation writes
 constexpr int32_t kPoisonPage = 0x3FFFFFFF;
 constexpr int64_t kFusedPad = 8;  // columns of a fused row beside k and v
 constexpr AttentionProgram kPrograms[] = {AttentionProgram::kCudnn, AttentionProgram::kFa2,
                                           AttentionProgram::kCudnnMask};
 const float kScale = 1.0f / std::sqrt(128.0f);
-
-Bits RandomBits(size_t count, uint32_t seed) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<float> normal;
-  Bits bits(count);
-  for (uint16_t& b : bits) b = F32ToBf16(normal(generator));
-  return bits;
-}
-
-// Device memory with a host vector's contents.
-template <class T>
-class DeviceArray {
- public:
-  explicit DeviceArray(const std::vector<T>& host) : size_(host.size()) {
-    EXPECT_EQ(cudaMalloc(&data_, std::max<size_t>(size_, 1) * sizeof(T)), cudaSuccess);
-    EXPECT_EQ(cudaMemcpy(data_, host.data(), size_ * sizeof(T), cudaMemcpyHostToDevice), cudaSuccess);
-  }
-  ~DeviceArray() { cudaFree(data_); }
-  DeviceArray(const DeviceArray&) = delete;
-  DeviceArray& operator=(const DeviceArray&) = delete;
-
-  T* data() const { return static_cast<T*>(data_); }
-  __nv_bfloat16* bf16() const { return static_cast<__nv_bfloat16*>(data_); }
-  std::vector<T> Host() const {
-    std::vector<T> host(size_);
-    EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
-    EXPECT_EQ(cudaMemcpy(host.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost), cudaSuccess);
-    return host;
-  }
-
- private:
-  void* data_ = nullptr;
-  size_t size_;
-};
 
 struct Shape {
   int64_t heads = 2;
@@ -294,20 +256,6 @@ size_t Sequences::OutsideOracle(const Bits& out) const {
   return outside;
 }
 
-void ExpectSameBits(const Bits& got, const Bits& want) {
-  ASSERT_EQ(got.size(), want.size());
-  ASSERT_FALSE(want.empty());
-  size_t differing = 0;
-  size_t first = 0;
-  for (size_t i = got.size(); i-- > 0;) {
-    if (got[i] == want[i]) continue;
-    ++differing;
-    first = i;
-  }
-  EXPECT_EQ(differing, 0u) << "of " << want.size() << "; the first at " << first << ": " << std::hex << got[first]
-                           << ", want " << want[first];
-}
-
 std::vector<Shape> Shapes() {
   std::vector<Shape> shapes;
   for (const AttentionProgram program : kPrograms) {
@@ -437,18 +385,6 @@ TEST_F(CudaAttention, AWindowThatHidesNothingChangesNothing) {
     shape.window = 300;
     ExpectSameBits(Sequences(shape, {300}).Whole(), want);
   }
-}
-
-__nv_bfloat16* Address(uintptr_t value = 4096) {
-  return reinterpret_cast<__nv_bfloat16*>(value);
-}
-
-template <class Params, class Change>
-void ExpectRefusedAfter(Params params, const char* field, Change change) {
-  change(params);
-  const absl::Status status = params.Validate();
-  EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << field;
-  EXPECT_THAT(std::string(status.message()), HasSubstr(field));
 }
 
 const KvPages kGoodPages = {.base = reinterpret_cast<std::byte*>(4096),

@@ -8,7 +8,6 @@
 #include "kernels/cuda/gather_rows.h"
 #include "kernels/cuda/gdn_conv.h"
 #include "kernels/cuda/gdn_gates.h"
-#include "kernels/cuda/non_finite_rows.h"
 #include "kernels/cuda/rms_norm.h"
 #include "kernels/cuda/swiglu.h"
 
@@ -76,12 +75,6 @@ extern "C" int lockstep_gather_rows(const int32_t* indices, const void* in, void
                                    .in_stride = in_stride,
                                    .out_stride = out_stride};
   return CApiResult(LaunchGatherRows(params, Stream(stream)));
-}
-
-extern "C" int lockstep_non_finite_rows(const void* x, int32_t* flags, int64_t rows, int64_t width, int64_t x_stride,
-                                        void* stream) {
-  const NonFiniteRowsParams params = {.x = In(x), .flags = flags, .rows = rows, .width = width, .x_stride = x_stride};
-  return CApiResult(LaunchNonFiniteRows(params, Stream(stream)));
 }
 
 extern "C" int lockstep_swiglu(const void* gate_up, void* out, int64_t rows, int64_t width, int64_t gate_up_stride,

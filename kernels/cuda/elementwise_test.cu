@@ -8,12 +8,11 @@
 #include <vector>
 
 #include "kernels/cuda/add.h"
-#include "kernels/cuda/elementwise_test_util.h"
+#include "kernels/cuda/cuda_test_util.h"
 #include "kernels/cuda/gated_rms_norm.h"
 #include "kernels/cuda/gather_rows.h"
 #include "kernels/cuda/gdn_conv.h"
 #include "kernels/cuda/gdn_gates.h"
-#include "kernels/cuda/non_finite_rows.h"
 
 namespace lockstep::cuda {
 namespace {
@@ -503,21 +502,6 @@ TEST_F(CudaOps, GatherRowsCopies) {
   ExpectSameBits(out.Host(), want);
 }
 
-TEST_F(CudaOps, NonFiniteRowsAreFlagged) {
-  constexpr int64_t kWidth = 5002;
-  Bits x = RandomBits(6 * kWidth, 63);
-  x[0] = 0x7F7F;  // the largest finite value
-  x[1 * kWidth] = 0xFF80;
-  x[2 * kWidth + 4097] = 0x7FC0;
-  x[4 * kWidth + kWidth - 1] = 0x7F80;
-  const DeviceArray<uint16_t> device_x(x);
-  const DeviceArray<int32_t> flags(std::vector<int32_t>(6, -1));
-  const NonFiniteRowsParams params = {
-      .x = device_x.bf16(), .flags = flags.data(), .rows = 6, .width = kWidth, .x_stride = kWidth};
-  ASSERT_TRUE(LaunchNonFiniteRows(params, nullptr).ok());
-  EXPECT_EQ(flags.Host(), (std::vector<int32_t>{0, 1, 1, 0, 1, 0}));
-}
-
 // From here on no GPU is needed.
 TEST(CudaParams, GdnConvNamesTheBadField) {
   using P = GdnConvParams;
@@ -641,14 +625,6 @@ TEST(CudaParams, RowOperationsNameTheBadField) {
   ExpectRefusedAfter(gather, ".out:", [](GatherRowsParams& p) { p.out = nullptr; });
   ExpectRefusedAfter(gather, ".in_stride", [](GatherRowsParams& p) { p.in_stride = 63; });
   ExpectRefusedAfter(gather, ".out_stride", [](GatherRowsParams& p) { p.out_stride = 63; });
-
-  const NonFiniteRowsParams rows = {.x = Address(), .flags = &word, .rows = 2, .width = 64, .x_stride = 64};
-  ASSERT_TRUE(rows.Validate().ok());
-  ExpectRefusedAfter(rows, ".rows", [](NonFiniteRowsParams& p) { p.rows = -1; });
-  ExpectRefusedAfter(rows, ".width", [](NonFiniteRowsParams& p) { p.width = 63; });
-  ExpectRefusedAfter(rows, ".x:", [](NonFiniteRowsParams& p) { p.x = nullptr; });
-  ExpectRefusedAfter(rows, ".flags", [](NonFiniteRowsParams& p) { p.flags = nullptr; });
-  ExpectRefusedAfter(rows, ".x_stride", [](NonFiniteRowsParams& p) { p.x_stride = 62; });
 }
 
 }  // namespace

@@ -9,8 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "gmock/gmock.h"
-#include "gtest/gtest.h"
+#include "kernels/cuda/cuda_test_util.h"
 #include "kernels/cuda/gdn_decode.h"
 #include "kernels/cuda/gdn_prefill.h"
 #include "kernels/float_bits.h"
@@ -19,36 +18,8 @@ namespace lockstep::cuda {
 namespace {
 
 using ::testing::HasSubstr;
-using Bits = std::vector<uint16_t>;
 
 constexpr int kConvWidth = 4;
-constexpr uint16_t kPoison = 0xFFFF;  // a NaN no operation writes
-
-// Device memory with a host vector's contents.
-template <class T>
-class DeviceArray {
- public:
-  explicit DeviceArray(const std::vector<T>& host) : size_(host.size()) {
-    EXPECT_EQ(cudaMalloc(&data_, size_ * sizeof(T)), cudaSuccess);
-    EXPECT_EQ(cudaMemcpy(data_, host.data(), size_ * sizeof(T), cudaMemcpyHostToDevice), cudaSuccess);
-  }
-  ~DeviceArray() { cudaFree(data_); }
-  DeviceArray(const DeviceArray&) = delete;
-  DeviceArray& operator=(const DeviceArray&) = delete;
-
-  T* data() const { return static_cast<T*>(data_); }
-  __nv_bfloat16* bf16() const { return static_cast<__nv_bfloat16*>(data_); }
-  std::vector<T> Host() const {
-    std::vector<T> host(size_);
-    EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
-    EXPECT_EQ(cudaMemcpy(host.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost), cudaSuccess);
-    return host;
-  }
-
- private:
-  void* data_ = nullptr;
-  size_t size_;
-};
 
 struct Heads {
   int key = 1;

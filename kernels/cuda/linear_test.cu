@@ -9,8 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "gmock/gmock.h"
-#include "gtest/gtest.h"
+#include "kernels/cuda/cuda_test_util.h"
 #include "kernels/cuda/linear.h"
 #include "kernels/float_bits.h"
 
@@ -18,44 +17,8 @@ namespace lockstep::cuda {
 namespace {
 
 using ::testing::HasSubstr;
-using Bits = std::vector<uint16_t>;
 
-constexpr uint16_t kPoison = 0xFFFF;  // a NaN no operation writes: the GPU's own is 0x7FFF
-constexpr int64_t kMargin = 8;        // columns and rows around an output that must stay poisoned
-
-Bits RandomBits(size_t count, uint32_t seed, float scale = 1.0f) {
-  std::mt19937 generator(seed);
-  std::normal_distribution<float> normal(0.0f, scale);
-  Bits bits(count);
-  for (uint16_t& b : bits) b = F32ToBf16(normal(generator));
-  return bits;
-}
-
-// Device memory with a host vector's contents.
-template <class T>
-class DeviceArray {
- public:
-  explicit DeviceArray(const std::vector<T>& host) : size_(host.size()) {
-    EXPECT_EQ(cudaMalloc(&data_, size_ * sizeof(T)), cudaSuccess);
-    EXPECT_EQ(cudaMemcpy(data_, host.data(), size_ * sizeof(T), cudaMemcpyHostToDevice), cudaSuccess);
-  }
-  ~DeviceArray() { cudaFree(data_); }
-  DeviceArray(const DeviceArray&) = delete;
-  DeviceArray& operator=(const DeviceArray&) = delete;
-
-  T* data() const { return static_cast<T*>(data_); }
-  __nv_bfloat16* bf16() const { return static_cast<__nv_bfloat16*>(data_); }
-  std::vector<T> Host() const {
-    std::vector<T> host(size_);
-    EXPECT_EQ(cudaDeviceSynchronize(), cudaSuccess);
-    EXPECT_EQ(cudaMemcpy(host.data(), data_, size_ * sizeof(T), cudaMemcpyDeviceToHost), cudaSuccess);
-    return host;
-  }
-
- private:
-  void* data_ = nullptr;
-  size_t size_;
-};
+constexpr int64_t kMargin = 8;  // columns and rows around an output that must stay poisoned
 
 int Exponent(float x) {
   return x == 0.0f ? -126 : std::max(-126, std::ilogb(x));

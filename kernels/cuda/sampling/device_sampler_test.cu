@@ -10,7 +10,7 @@
 #include <string>
 #include <vector>
 
-#include "kernels/cuda/elementwise_test_util.h"
+#include "kernels/cuda/cuda_test_util.h"
 #include "kernels/cuda/sampling/device_sampler.h"
 #include "kernels/cuda/sampling/row_math.cuh"
 #include "kernels/cuda/sampling/sample_rows.h"

@@ -1,10 +1,11 @@
-// What the tests of the row-wise operations share: bf16 values as bits, device memory, recorded arrays. The environment
+// What the tests of this folder share: bf16 values as bits, device memory, recorded arrays. The environment
 // variable LOCKSTEP_TEST_DATA replaces the compiled-in folder, so that a test runs on another machine.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_runtime_api.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdlib>
 #include <fstream>
@@ -49,7 +50,7 @@ template <class T>
 class DeviceArray {
  public:
   explicit DeviceArray(const std::vector<T>& host) : size_(host.size()) {
-    EXPECT_EQ(cudaMalloc(&data_, size_ * sizeof(T)), cudaSuccess);
+    EXPECT_EQ(cudaMalloc(&data_, std::max<size_t>(size_, 1) * sizeof(T)), cudaSuccess);
     EXPECT_EQ(cudaMemcpy(data_, host.data(), size_ * sizeof(T), cudaMemcpyHostToDevice), cudaSuccess);
   }
   ~DeviceArray() { cudaFree(data_); }
