@@ -59,13 +59,13 @@ class LinearWeight {
   virtual int64_t bytes() const = 0;
 };
 
-// An embedding table [vocab, hidden]; made by Ops::PackEmbedding.
+// An embedding table [vocab, hidden]; made by Ops::PackEmbedding or TieEmbedding.
 class EmbeddingTable {
  public:
   virtual ~EmbeddingTable() = default;
   virtual int64_t vocab() const = 0;
   virtual int64_t hidden() const = 0;
-  virtual int64_t bytes() const = 0;
+  virtual int64_t bytes() const = 0;  // of its own; 0 when tied
 };
 
 // A small weight of a norm, a convolution or a gate; made by Ops::PackVector.
@@ -182,6 +182,8 @@ class Ops {
   // is the parts' row order. RESOURCE_EXHAUSTED if the device's memory does not suffice.
   virtual absl::StatusOr<std::unique_ptr<LinearWeight>> PackLinear(std::span<const HostMatrix> parts) = 0;
   virtual absl::StatusOr<std::unique_ptr<EmbeddingTable>> PackEmbedding(const HostMatrix& table) = 0;
+  // The table that is the head's weight (tied embeddings), in the head's memory. The head must outlive its use.
+  virtual std::unique_ptr<EmbeddingTable> TieEmbedding(const LinearWeight& head) = 0;
   // `exact`: kept in fp32 whatever the profile; else values are exact in profile().weights and may be held in it.
   virtual absl::StatusOr<std::unique_ptr<VectorWeight>> PackVector(std::span<const float> values, bool exact) = 0;
 

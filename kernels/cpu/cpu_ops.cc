@@ -80,6 +80,9 @@ absl::StatusOr<std::unique_ptr<LinearWeight>> CpuOps::PackLinear(std::span<const
 absl::StatusOr<std::unique_ptr<EmbeddingTable>> CpuOps::PackEmbedding(const HostMatrix& table) {
   return CpuPackEmbedding(context_, table);
 }
+std::unique_ptr<EmbeddingTable> CpuOps::TieEmbedding(const LinearWeight& head) {
+  return CpuTieEmbedding(head);
+}
 absl::StatusOr<std::unique_ptr<VectorWeight>> CpuOps::PackVector(std::span<const float> values, bool) {
   return std::make_unique<CpuVector>(values);
 }

@@ -4,13 +4,21 @@
 
 #include "kernels/cpu/aligned_buffer.h"
 #include "kernels/cpu/host_matrix.h"
+#include "kernels/cpu/linear_weight.h"
 #include "kernels/cpu/row_grain.h"
 #include "rollout/base/check.h"
 
 namespace lockstep {
 namespace {
 
-class CpuEmbeddingTable final : public EmbeddingTable {
+// What CpuEmbed reads rows from.
+class CpuRowTable : public EmbeddingTable {
+ public:
+  virtual DType dtype() const = 0;  // kBF16 or kF32
+  virtual void Read(int64_t row, float* to) const = 0;
+};
+
+class CpuEmbeddingTable final : public CpuRowTable {
  public:
   CpuEmbeddingTable(int64_t vocab, int64_t hidden, DType dtype)
       : vocab_(vocab), hidden_(hidden), dtype_(dtype), data_(vocab * hidden * DTypeBytes(dtype)) {}
@@ -19,7 +27,15 @@ class CpuEmbeddingTable final : public EmbeddingTable {
   int64_t hidden() const override { return hidden_; }
   int64_t bytes() const override { return data_.bytes(); }
 
-  DType dtype() const { return dtype_; }
+  DType dtype() const override { return dtype_; }
+  void Read(int64_t r, float* to) const override {
+    if (dtype_ == DType::kF32) {
+      std::memcpy(to, row<float>(r), hidden_ * sizeof(float));
+    } else {
+      const uint16_t* from = row<uint16_t>(r);
+      for (int64_t i = 0; i < hidden_; ++i) to[i] = Bf16ToF32(from[i]);
+    }
+  }
   template <class T>
   T* row(int64_t r) const {
     return reinterpret_cast<T*>(data_.data()) + r * hidden_;
@@ -28,8 +44,21 @@ class CpuEmbeddingTable final : public EmbeddingTable {
  private:
   const int64_t vocab_;
   const int64_t hidden_;
-  const DType dtype_;  // kBF16 or kF32
+  const DType dtype_;
   const AlignedBuffer data_;
+};
+
+class CpuTiedTable final : public CpuRowTable {
+ public:
+  explicit CpuTiedTable(const CpuLinearWeight& head) : head_(head) {}
+  int64_t vocab() const override { return head_.out_features(); }
+  int64_t hidden() const override { return head_.in_features(); }
+  int64_t bytes() const override { return 0; }
+  DType dtype() const override { return head_.layout() == PanelLayout::kF32 ? DType::kF32 : DType::kBF16; }
+  void Read(int64_t row, float* to) const override { ReadFeature(head_, row, to); }
+
+ private:
+  const CpuLinearWeight& head_;
 };
 
 }  // namespace
@@ -53,8 +82,12 @@ std::unique_ptr<EmbeddingTable> CpuPackEmbedding(const CpuContext& ctx, const Ho
   return packed;
 }
 
+std::unique_ptr<EmbeddingTable> CpuTieEmbedding(const LinearWeight& head) {
+  return std::make_unique<CpuTiedTable>(static_cast<const CpuLinearWeight&>(head));
+}
+
 void CpuEmbed(const CpuContext& ctx, std::span<const int32_t> tokens, const EmbeddingTable& table, Rows out) {
-  const auto& packed = static_cast<const CpuEmbeddingTable&>(table);
+  const auto& packed = static_cast<const CpuRowTable&>(table);
   LOCKSTEP_CHECK(out.rows == static_cast<int64_t>(tokens.size()) && out.width == packed.hidden(),
                  "Embed: {} tokens, table [{}, {}], out [{}, {}]", tokens.size(), packed.vocab(), packed.hidden(),
                  out.rows, out.width);
@@ -66,13 +99,8 @@ void CpuEmbed(const CpuContext& ctx, std::span<const int32_t> tokens, const Embe
       LOCKSTEP_CHECK(token >= 0 && token < packed.vocab(), "Embed: token {} of row {}, vocabulary {}", token, r,
                      packed.vocab());
       float* to = out.row(r);
-      if (packed.dtype() == DType::kBF16) {
-        const uint16_t* from = packed.row<uint16_t>(token);
-        for (int64_t i = 0; i < out.width; ++i) to[i] = Bf16ToF32(from[i]);
-      } else {
-        const float* from = packed.row<float>(token);
-        for (int64_t i = 0; i < out.width; ++i) to[i] = round ? RoundBf16(from[i]) : from[i];
-      }
+      packed.Read(token, to);
+      for (int64_t i = 0; round && i < out.width; ++i) to[i] = RoundBf16(to[i]);
     }
   });
 }

@@ -1,4 +1,4 @@
-// The embedding table, row-major in profile.weights, and the row look-up.
+// The embedding table, row-major in profile.weights or the head's packed weight, and the row look-up.
 #pragma once
 
 #include <cstdint>
@@ -11,6 +11,8 @@
 namespace lockstep {
 
 std::unique_ptr<EmbeddingTable> CpuPackEmbedding(const CpuContext& ctx, const HostMatrix& table);
+// Rows of the head's packed weight, which must outlive the table's use.
+std::unique_ptr<EmbeddingTable> CpuTieEmbedding(const LinearWeight& head);
 void CpuEmbed(const CpuContext& ctx, std::span<const int32_t> tokens, const EmbeddingTable& table, Rows out);
 
 }  // namespace lockstep

@@ -2,6 +2,7 @@
 
 #include <vector>
 
+#include "kernels/cpu/linear.h"
 #include "kernels/cpu/test_util.h"
 
 namespace lockstep {
@@ -28,7 +29,7 @@ TEST(Embedding, RowsOfEveryDtypeInEveryProfile) {
                                  {bf16.data(), vocab, hidden, DType::kBF16},
                                  {f16.data(), vocab, hidden, DType::kF16}};
     const std::vector<int32_t> tokens = {49, 0, 7, 7, 13, 48, 0};
-    for (const char* profile : {"hf", "fp32"}) {
+    for (const char* profile : {"hf", "hf-torch", "fp32"}) {
       for (const HostMatrix& table : tables) {
         TestContext context(profile, 2);
         const auto packed = CpuPackEmbedding(context.get(), table);
@@ -38,6 +39,19 @@ TEST(Embedding, RowsOfEveryDtypeInEveryProfile) {
         Matrix out(static_cast<int64_t>(tokens.size()), hidden);
         CpuEmbed(context.get(), tokens, *packed, out.view());
         EXPECT_EQ(out.TouchedOutside(), 0);
+        // Out of the head's packed weight: the same rows.
+        const auto head = CpuPackLinear(context.get(), {&table, 1});
+        const auto tied = CpuTieEmbedding(*head);
+        EXPECT_EQ(tied->vocab(), vocab);
+        EXPECT_EQ(tied->hidden(), hidden);
+        EXPECT_EQ(tied->bytes(), 0);
+        Matrix tied_out(static_cast<int64_t>(tokens.size()), hidden);
+        CpuEmbed(context.get(), tokens, *tied, tied_out.view());
+        for (size_t r = 0; r < tokens.size(); ++r) {
+          for (int64_t i = 0; i < hidden; ++i) {
+            ASSERT_EQ(tied_out.at(static_cast<int64_t>(r), i), out.at(static_cast<int64_t>(r), i)) << profile;
+          }
+        }
         for (size_t r = 0; r < tokens.size(); ++r) {
           for (int64_t i = 0; i < hidden; ++i) {
             const int64_t at = tokens[r] * hidden + i;

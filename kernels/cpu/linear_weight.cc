@@ -73,6 +73,27 @@ void PackPanel(const std::array<SourceRow, kPanelFeatures>& sources, int64_t cou
 
 }  // namespace
 
+void ReadFeature(const CpuLinearWeight& weight, int64_t feature, float* to) {
+  const std::byte* panel = weight.panel(feature / kPanelFeatures);
+  const int64_t j = feature % kPanelFeatures;
+  const auto* floats = reinterpret_cast<const float*>(panel) + j;
+  const auto* halves = reinterpret_cast<const uint32_t*>(panel) + j % 16;
+  const auto* pairs = reinterpret_cast<const uint32_t*>(panel) + j;
+  for (int64_t k = 0; k < weight.in_features(); ++k) {
+    switch (weight.layout()) {
+      case PanelLayout::kF32:
+        to[k] = floats[k * kPanelFeatures];
+        break;
+      case PanelLayout::kBf16Halves:
+        to[k] = Bf16ToF32(static_cast<uint16_t>(halves[k * (kPanelFeatures / 2)] >> (j < 16 ? 16 : 0)));
+        break;
+      case PanelLayout::kBf16Pairs:
+        to[k] = Bf16ToF32(static_cast<uint16_t>(pairs[k / 2 * kPanelFeatures] >> (k % 2 * 16)));
+        break;
+    }
+  }
+}
+
 PanelLayout PanelLayoutOf(const NumericsProfile& profile) {
   if (profile.linear == LinearProgram::kTorchCpuPairs) {
     LOCKSTEP_CHECK(profile.weights == DType::kBF16 && profile.activations == DType::kBF16,

@@ -47,6 +47,9 @@ class CpuLinearWeight final : public LinearWeight {
   const AlignedBuffer data_;
 };
 
+// to[k] = the weight's value for output `feature` and input k: exactly what was packed. to: [in_features].
+void ReadFeature(const CpuLinearWeight& weight, int64_t feature, float* to);
+
 // The layout that a profile's linear program reads.
 PanelLayout PanelLayoutOf(const NumericsProfile& profile);
 

@@ -54,15 +54,17 @@ class CudaLinearWeight final : public LinearWeight {
 
 class CudaEmbeddingTable final : public EmbeddingTable {
  public:
-  CudaEmbeddingTable(int64_t vocab, int64_t hidden, std::unique_ptr<CudaMemory> memory)
-      : vocab_(vocab), hidden_(hidden), memory_(std::move(memory)) {}
+  // `memory`: null where `data` is another's.
+  CudaEmbeddingTable(int64_t vocab, int64_t hidden, const __nv_bfloat16* data, std::unique_ptr<CudaMemory> memory)
+      : vocab_(vocab), hidden_(hidden), data_(data), memory_(std::move(memory)) {}
   int64_t vocab() const override { return vocab_; }
   int64_t hidden() const override { return hidden_; }
-  int64_t bytes() const override { return memory_->bytes(); }
-  const __nv_bfloat16* data() const { return reinterpret_cast<const __nv_bfloat16*>(memory_->data()); }
+  int64_t bytes() const override { return memory_ == nullptr ? 0 : memory_->bytes(); }
+  const __nv_bfloat16* data() const { return data_; }
 
  private:
   const int64_t vocab_, hidden_;
+  const __nv_bfloat16* const data_;
   const std::unique_ptr<CudaMemory> memory_;
 };
 
@@ -270,7 +272,13 @@ absl::StatusOr<std::unique_ptr<LinearWeight>> CudaOps::PackLinear(std::span<cons
 absl::StatusOr<std::unique_ptr<EmbeddingTable>> CudaOps::PackEmbedding(const HostMatrix& table) {
   LOCKSTEP_ASSIGN_OR_RETURN(auto memory, CudaMemory::Allocate(table.rows * table.cols * DTypeBytes(DType::kBF16)));
   LOCKSTEP_RETURN_IF_ERROR(Upload({&table, 1}, memory->data()));
-  return std::make_unique<CudaEmbeddingTable>(table.rows, table.cols, std::move(memory));
+  const auto* data = reinterpret_cast<const __nv_bfloat16*>(memory->data());
+  return std::make_unique<CudaEmbeddingTable>(table.rows, table.cols, data, std::move(memory));
+}
+
+std::unique_ptr<EmbeddingTable> CudaOps::TieEmbedding(const LinearWeight& head) {
+  const auto& packed = static_cast<const CudaLinearWeight&>(head);
+  return std::make_unique<CudaEmbeddingTable>(packed.out_features(), packed.in_features(), packed.data(), nullptr);
 }
 
 absl::StatusOr<std::unique_ptr<VectorWeight>> CudaOps::PackVector(std::span<const float> values, bool exact) {

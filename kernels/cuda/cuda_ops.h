@@ -49,6 +49,7 @@ class CudaOps final : public Ops {
 
   absl::StatusOr<std::unique_ptr<LinearWeight>> PackLinear(std::span<const HostMatrix> parts) override;
   absl::StatusOr<std::unique_ptr<EmbeddingTable>> PackEmbedding(const HostMatrix& table) override;
+  std::unique_ptr<EmbeddingTable> TieEmbedding(const LinearWeight& head) override;
   absl::StatusOr<std::unique_ptr<VectorWeight>> PackVector(std::span<const float> values, bool exact) override;
 
   StepRows BeginStep(const StepBatch& batch) override;

@@ -69,15 +69,19 @@ class Loader {
     return packed;
   }
 
-  // The embedding, and with `head` also the head packed from the same matrix.
+  // The embedding; with `head` the head packed from the matrix, and the embedding that is tied to it.
   std::unique_ptr<EmbeddingTable> Embedding(const std::string& name, std::unique_ptr<LinearWeight>* head) {
     const CheckpointTensor& tensor = Only(name);
     const AlignedTensor aligned(tensor);
     Check(tensor, aligned.values());
     if (!status_.ok()) return nullptr;
     const HostMatrix matrix = Matrix(tensor, aligned.values());
-    std::unique_ptr<EmbeddingTable> packed = Kept(ops_.PackEmbedding(matrix));
-    if (head != nullptr) *head = Kept(ops_.PackLinear({&matrix, 1}));
+    std::unique_ptr<EmbeddingTable> packed;
+    if (head == nullptr) {
+      packed = Kept(ops_.PackEmbedding(matrix));
+    } else if ((*head = Kept(ops_.PackLinear({&matrix, 1}))) != nullptr) {
+      packed = ops_.TieEmbedding(**head);
+    }
     Done(tensor);
     return packed;
   }

@@ -40,10 +40,10 @@ struct LayerWeights {
 };
 
 struct ModelWeights {
-  std::unique_ptr<EmbeddingTable> embedding;  // [vocab, hidden]
+  std::unique_ptr<EmbeddingTable> embedding;  // [vocab, hidden]; may be tied to the head
   std::vector<LayerWeights> layers;
   std::unique_ptr<VectorWeight> final_norm;  // [hidden]
-  std::unique_ptr<LinearWeight> head;        // [vocab, hidden]; packed from the embedding when tied
+  std::unique_ptr<LinearWeight> head;        // [vocab, hidden]; the embedding's too when tied
 
   int64_t bytes() const;  // as held by the backend
 };

@@ -80,6 +80,14 @@ class RecordingOps : public Ops {
     return packed;
   }
 
+  std::unique_ptr<EmbeddingTable> TieEmbedding(const LinearWeight& head) override {
+    const auto& packed = static_cast<const RecordedLinear&>(head);
+    auto table = std::make_unique<RecordedEmbedding>();
+    table->rows = packed.out;
+    table->cols = packed.in;
+    table->values = packed.values;
+    return table;
+  }
   absl::StatusOr<std::unique_ptr<VectorWeight>> PackVector(std::span<const float> values, bool) override {
     return std::make_unique<RecordedVector>(values);
   }
