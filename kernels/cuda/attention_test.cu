@@ -17,7 +17,6 @@
 namespace lockstep::cuda {
 namespace {
 
-
 constexpr int64_t kDim = 128;
 constexpr int32_t kPoisonPage = 0x3FFFFFFF;
 constexpr int64_t kFusedPad = 8;  // columns of a fused row beside k and v
