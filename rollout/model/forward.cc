@@ -241,6 +241,7 @@ void ForwardPass::GdnMixer(size_t index, const GdnWeights& weights, Rows in, con
   ops_.GdnConv(projected.columns(0, shape.conv_channels()), *weights.conv, shape, state, conv);
   if (ops_.normalises_in_conv()) {
     Record(index, "qk_l2", conv.columns(0, 2 * keys), {{"q", keys}, {"k", keys}});
+    Record(index, "conv_v", conv.columns(2 * keys, values));
   } else {
     Record(index, "conv", conv, {{"q", keys}, {"k", keys}, {"v", values}});
   }
