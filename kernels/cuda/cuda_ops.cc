@@ -210,8 +210,8 @@ std::vector<float> CudaOps::Download(Rows rows) {
 }
 
 absl::Status CudaOps::Upload(std::span<const HostMatrix> parts, std::byte* to) {
-  PinnedMemory buffers[2];
-  for (PinnedMemory& buffer : buffers) {
+  for (PinnedMemory& buffer : upload_) {
+    if (buffer.bytes() > 0) continue;
     LOCKSTEP_ASSIGN_OR_RETURN(buffer, PinnedMemory::Allocate(kUploadBytes));
   }
   int turn = 0;
@@ -223,7 +223,7 @@ absl::Status CudaOps::Upload(std::span<const HostMatrix> parts, std::byte* to) {
       const int64_t rows = std::min(block, part.rows - begin);
       // The copy before last used this buffer.
       LOCKSTEP_RETURN_IF_ERROR(CudaStatus(cudaEventSynchronize(images_[turn].copied), "Upload"));
-      std::byte* staged = buffers[turn].data();
+      std::byte* staged = upload_[turn].data();
       threads_.ParallelFor(rows, 64, [&](int64_t first, int64_t last, int) {
         for (int64_t r = first; r < last; ++r) {
           const std::byte* from =

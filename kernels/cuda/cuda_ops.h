@@ -109,6 +109,7 @@ class CudaOps final : public Ops {
   Image images_[2];
   int next_image_ = 0;
   std::unique_ptr<CudaMemory> device_image_;
+  PinnedMemory upload_[2];  // what weights go through, in turn; locking pages anew for each matrix would take seconds
   // The last one is in use; kernels in flight and recorded steps may still use outgrown ones.
   std::vector<std::unique_ptr<CudaMemory>> workspaces_;
   BatchSizes sizes_;           // of the current step

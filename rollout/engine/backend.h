@@ -4,7 +4,6 @@
 #include <cstdint>
 #include <memory>
 #include <string>
-#include <string_view>
 
 #include "absl/status/statusor.h"
 #include "kernels/numerics.h"
@@ -18,13 +17,11 @@ struct BackendOptions {
   std::string name = "cpu";  // "cpu" or "cuda"
   int device = 0;            // CUDA device ordinal
   bool cuda_graphs = true;   // record decode steps and replay them
-  int64_t max_rows = 512;    // of one step
 };
 
 class Backend {
  public:
   virtual ~Backend() = default;
-  virtual std::string_view name() const = 0;
   virtual std::string device() const = 0;  // for people: "NVIDIA H200 (sm_90, 141 GB)"
   virtual Ops& ops() = 0;
   // Bytes per second between the device and its memory, measured now: what floors are computed from. On a CPU the reads

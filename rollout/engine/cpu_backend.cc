@@ -13,7 +13,6 @@ class CpuBackend final : public Backend {
   CpuBackend(const NumericsProfile& profile, ThreadPool* threads)
       : threads_(*threads), ops_(MakeCpuOps(profile, threads)) {}
 
-  std::string_view name() const override { return "cpu"; }
   std::string device() const override { return "CPU, " + std::to_string(threads_.threads()) + " threads"; }
   Ops& ops() override { return *ops_; }
   absl::StatusOr<double> MeasureBandwidth() override;

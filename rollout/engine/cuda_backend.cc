@@ -60,7 +60,6 @@ class CudaBackend final : public Backend {
   CudaBackend(std::unique_ptr<cuda::CudaOps> ops, std::string device)
       : ops_(std::move(ops)), device_(std::move(device)) {}
 
-  std::string_view name() const override { return "cuda"; }
   std::string device() const override { return device_; }
   Ops& ops() override { return *ops_; }
   absl::StatusOr<double> MeasureBandwidth() override;

@@ -206,6 +206,7 @@ bool StepLoop::Step() {
     if (!owners_[t].forced) {
       OnSampled(sequence, std::move(results[t]), now);
     } else if (!results[t].ok()) {
+      totals_.non_finite_samples += absl::IsInternal(results[t].status());
       FinishAborted(sequence, AbortReason::kInternal, std::string(results[t].status().message()), now);
     } else {
       Request& request = *sequence.request;

@@ -20,7 +20,6 @@ class FailingBackend final : public Backend {
  public:
   FailingBackend(const NumericsProfile& profile, ThreadPool* threads, int steps)
       : threads_(*threads), ops_(profile, threads, steps) {}
-  std::string_view name() const override { return "failing"; }
   std::string device() const override { return "a device that fails"; }
   Ops& ops() override { return ops_; }
   absl::StatusOr<double> MeasureBandwidth() override { return absl::InternalError(kDeviceFailure); }
