@@ -83,13 +83,13 @@ def ask_worker(worker, arguments, vocab_size):
     return sequences, scores, invariance, seconds
 
 
-def self_noise(model, tokens, alone, batch_limit):
+def self_noise(model, tokens, alone, shortest, batch_limit):
     """The trainer against its own log-probabilities of the sequence `alone`: as a prefix, and among three others."""
     from trainer import token_logprobs
 
     noise = Difference()
     prefix = len(tokens) * 3 // 4 - 1
-    if prefix >= 2:
+    if prefix >= max(2, shortest):
         noise.add(token_logprobs(model, [tokens[:prefix]])[0], alone[: prefix - 1])
     if len(tokens) <= batch_limit:
         batch = [tokens] + [tokens[k:] + tokens[:k] for k in (1, 2, 3)]
@@ -97,13 +97,13 @@ def self_noise(model, tokens, alone, batch_limit):
     return noise
 
 
-def compare(model, sequences, scores, longest, arguments):
-    """One mode and attention backend: (tokens compared, the k best compared, self_noise)."""
+def compare(model, sequences, scores, lengths, arguments):
+    """One mode and attention backend, sequences of `lengths`: (tokens compared, the k best compared, self_noise)."""
     from trainer import token_logprobs
 
     tokens_difference, top_difference, noise = Difference(), Difference(), Difference()
     for number, ((name, tokens), score) in enumerate(zip(sequences, scores)):
-        if len(tokens) > longest:
+        if len(tokens) not in lengths:
             continue
         wanted = score.top_ids if score.top_ids.size else None
         theirs = token_logprobs(model, [tokens], wanted)
@@ -113,7 +113,7 @@ def compare(model, sequences, scores, longest, arguments):
         theirs = theirs[0]
         tokens_difference.add(score.logprobs, theirs, name, position=1)
         if arguments.self_noise_every and number % arguments.self_noise_every == 0:
-            one = self_noise(model, tokens, theirs, arguments.self_noise_batch_limit)
+            one = self_noise(model, tokens, theirs, lengths.start, arguments.self_noise_batch_limit)
             noise.tokens += one.tokens
             noise.differing += one.differing
             noise.total += one.total
@@ -301,7 +301,8 @@ def run(arguments):
             begin = time.perf_counter()
             with trainer.blas_mode(mode), trainer.attention_backend(name):
                 longest = min(arguments.max_length, trainer.longest_sequence(model, name))
-                differences = compare(model, sequences, scores, longest, arguments)
+                lengths = range(trainer.shortest_sequence(model, name), longest + 1)
+                differences = compare(model, sequences, scores, lengths, arguments)
                 rows.append(make_row(arguments, name, mode, *differences, time.perf_counter() - begin))
                 print_rows(rows[-1:])
                 first = rows[-1]["first_differing"]
@@ -309,6 +310,7 @@ def run(arguments):
                     tokens = dict(sequences)[first["sequence"]]
                     rows[-1]["trace"] = find_operation(model, tokens, first["position"], arguments)
                     print("\n".join(rows[-1]["trace"]), flush=True)
+            rows[-1]["lengths"] = [lengths.start, longest]
             if arguments.json:  # what is known so far, should time run out
                 pathlib.Path(arguments.json).write_text(json.dumps(findings(), indent=1) + "\n")
     for *_, worker in answers:

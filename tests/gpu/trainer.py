@@ -3,6 +3,7 @@
 import contextlib
 import importlib
 import json
+import math
 import pathlib
 import platform
 
@@ -52,6 +53,17 @@ def longest_sequence(model, attention):
     config = model.config
     sliding = "sliding_attention" in config.layer_types
     return config.sliding_window if attention == "flash" and sliding else config.max_position_embeddings
+
+
+def shortest_sequence(model, attention):
+    """From which on the trainer's attention is one program: PyTorch's flash attention splits the keys of smaller work
+    over the card and joins the parts, in another order than it takes for a longer sequence of the same tokens.
+    """
+    if attention != "flash" or not torch.cuda.is_available():
+        return 1
+    # FlashAttention-2's num_splits_heuristic: one split from 0.8 times two blocks a processor on; a block is 64 queries.
+    blocks = 0.8 * 2 * torch.cuda.get_device_properties(0).multi_processor_count
+    return (math.ceil(blocks / model.config.num_attention_heads) - 1) * 64 + 1
 
 
 def pin_fla_configurations():
