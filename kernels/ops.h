@@ -169,6 +169,9 @@ class Ops {
   virtual absl::StatusOr<std::unique_ptr<DeviceMemory>> Allocate(int64_t bytes) = 0;
   // Within the device, ordered with the operations.
   virtual void Copy(std::byte* to, const std::byte* from, int64_t bytes) = 0;
+  // Between the device and host memory, ordered with the operations; they wait.
+  virtual void CopyToHost(std::byte* to, const std::byte* from, int64_t bytes) = 0;
+  virtual void CopyFromHost(std::byte* to, const std::byte* from, int64_t bytes) = 0;
   // To host memory: [rows, width] as fp32, with no gaps. Waits.
   virtual std::vector<float> Download(Rows rows) = 0;
 

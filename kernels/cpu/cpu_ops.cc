@@ -65,6 +65,12 @@ absl::StatusOr<std::unique_ptr<DeviceMemory>> CpuOps::Allocate(int64_t bytes) {
   LOCKSTEP_ASSIGN_OR_RETURN(Arena arena, Arena::Map(bytes));
   return std::make_unique<CpuMemory>(std::move(arena));
 }
+void CpuOps::CopyToHost(std::byte* to, const std::byte* from, int64_t bytes) {
+  std::memcpy(to, from, bytes);
+}
+void CpuOps::CopyFromHost(std::byte* to, const std::byte* from, int64_t bytes) {
+  std::memcpy(to, from, bytes);
+}
 void CpuOps::Copy(std::byte* to, const std::byte* from, int64_t bytes) {
   std::memcpy(to, from, bytes);
 }

@@ -24,6 +24,8 @@ class CpuOps : public Ops {
   int64_t reserved_memory() const override { return 0; }
   absl::StatusOr<std::unique_ptr<DeviceMemory>> Allocate(int64_t bytes) override;
   void Copy(std::byte* to, const std::byte* from, int64_t bytes) override;
+  void CopyToHost(std::byte* to, const std::byte* from, int64_t bytes) override;
+  void CopyFromHost(std::byte* to, const std::byte* from, int64_t bytes) override;
   std::vector<float> Download(Rows rows) override;
   DType activation_dtype() const override { return DType::kF32; }
   DType logit_dtype() const override { return DType::kF32; }

@@ -185,6 +185,16 @@ absl::StatusOr<std::unique_ptr<DeviceMemory>> CudaOps::Allocate(int64_t bytes) {
   return CudaMemory::AllocateZeroed(bytes);
 }
 
+void CudaOps::CopyToHost(std::byte* to, const std::byte* from, int64_t bytes) {
+  Keep(CudaStatus(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_), "CopyToHost"));
+  Synchronize();
+}
+
+void CudaOps::CopyFromHost(std::byte* to, const std::byte* from, int64_t bytes) {
+  Keep(CudaStatus(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_), "CopyFromHost"));
+  Synchronize();
+}
+
 void CudaOps::Copy(std::byte* to, const std::byte* from, int64_t bytes) {
   Keep(CudaStatus(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, stream_), "Copy"));
 }

@@ -42,6 +42,8 @@ class CudaOps final : public Ops {
   int64_t reserved_memory() const override;
   absl::StatusOr<std::unique_ptr<DeviceMemory>> Allocate(int64_t bytes) override;
   void Copy(std::byte* to, const std::byte* from, int64_t bytes) override;
+  void CopyToHost(std::byte* to, const std::byte* from, int64_t bytes) override;
+  void CopyFromHost(std::byte* to, const std::byte* from, int64_t bytes) override;
   std::vector<float> Download(Rows rows) override;
   DType activation_dtype() const override { return DType::kBF16; }
   DType logit_dtype() const override { return profile_.logits; }

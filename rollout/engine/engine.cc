@@ -75,8 +75,40 @@ void Engine::Copy(const StateCopy& copy) {
   }
 }
 
+void Engine::ForEachPart(const StateSwap& swap, absl::FunctionRef<void(std::byte*, int64_t)> visit) const {
+  if (layout_.bytes > 0) visit(states_->data() + swap.slot * layout_.bytes, layout_.bytes);
+  for (size_t i = 0; i < spec_.layers.size(); ++i) {
+    if (kv_layers_[i].base == nullptr) continue;
+    const int64_t bytes = ops_.KvPageBytes(spec_.layers[i].attention, config_.page_size);
+    for (const int32_t page : swap.pages) visit(kv_layers_[i].base + page * bytes, bytes);
+  }
+}
+
+void Engine::Save(const StateSwap& swap) {
+  int64_t total = 0;
+  ForEachPart(swap, [&](std::byte*, int64_t bytes) { total += bytes; });
+  swap.host->resize(total);
+  std::byte* to = swap.host->data();
+  ForEachPart(swap, [&](std::byte* part, int64_t bytes) {
+    ops_.CopyToHost(to, part, bytes);
+    to += bytes;
+  });
+}
+
+void Engine::Restore(const StateSwap& swap) {
+  const std::byte* from = swap.host->data();
+  ForEachPart(swap, [&](std::byte* part, int64_t bytes) {
+    ops_.CopyFromHost(part, from, bytes);
+    from += bytes;
+  });
+  LOCKSTEP_CHECK(from == swap.host->data() + swap.host->size(), "a saved state of {} bytes", swap.host->size());
+  std::vector<std::byte>().swap(*swap.host);
+}
+
 absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Engine::Step(const StepInput& input) {
+  for (const StateSwap& swap : input.saves) Save(swap);
   for (int32_t s : input.reset_slots) ResetSlot(s);
+  for (const StateSwap& swap : input.restores) Restore(swap);
   tokens_.clear();
   positions_.clear();
   pieces_.clear();

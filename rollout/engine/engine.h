@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
 #include "kernels/ops.h"
 #include "rollout/engine/backend.h"
@@ -51,8 +52,17 @@ struct StateCopy {
   int32_t from_page = -1, to_page = -1;  // -1: none
 };
 
+// A sequence's state in its slot and pages, and in host memory.
+struct StateSwap {
+  int32_t slot = -1;
+  std::span<const int32_t> pages;
+  std::vector<std::byte>* host = nullptr;
+};
+
 struct StepInput {
-  std::span<const int32_t> reset_slots;  // cleared first
+  std::span<const StateSwap> saves;      // to host memory, before anything else
+  std::span<const int32_t> reset_slots;  // cleared next
+  std::span<const StateSwap> restores;   // then from host memory
   std::span<const EnginePiece> pieces;
   std::span<const RowTask> tasks;
   std::span<const StateCopy> copies;  // made last
@@ -79,6 +89,10 @@ class Engine {
   Engine(const ModelSpec& spec, Ops& ops, const EngineConfig& config);
   void ResetSlot(int32_t index);
   void Copy(const StateCopy& copy);
+  // The slot and the pages' parts of every layer, in a fixed order.
+  void ForEachPart(const StateSwap& swap, absl::FunctionRef<void(std::byte* part, int64_t bytes)> visit) const;
+  void Save(const StateSwap& swap);
+  void Restore(const StateSwap& swap);
   // Which rows' logits the tasks need (logit_rows_) and the tasks in that order (order_, logits_index_).
   void PlanLogits(const StepInput& input, std::span<const int64_t> first_row);
   // Samples the tasks of logit rows [begin, end) from the block of logits that begins at row `begin`.

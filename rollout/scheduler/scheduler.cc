@@ -1,6 +1,7 @@
 #include "rollout/scheduler/scheduler.h"
 
 #include <algorithm>
+#include <utility>
 
 #include "absl/strings/str_cat.h"
 #include "rollout/base/check.h"
@@ -51,7 +52,32 @@ void Scheduler::Remove(SequenceId id) {
   running_.erase(RankOf(s));
   waiting_.erase(RankOf(s));
   Release(s);
+  started_ -= s.started ? 1 : 0;
   sequences_.erase(id);
+}
+
+void Scheduler::Restart(SequenceId id) {
+  Sequence& s = Get(id);
+  s.kept = false;
+  s.swapped = 0;
+  if (s.slot < 0) return;
+  running_.erase(RankOf(s));
+  Release(s);
+  waiting_.insert(RankOf(s));
+}
+
+void Scheduler::Keep(SequenceId id) {
+  LOCKSTEP_CHECK(has_state(id), "sequence {} has no state to keep", id);
+  Get(id).kept = true;
+}
+
+void Scheduler::Start(Sequence& s) {
+  waiting_.erase(RankOf(s));
+  running_.insert(RankOf(s));
+  s.slot = free_slots_.back();
+  free_slots_.pop_back();
+  started_ += s.started ? 0 : 1;
+  s.started = true;
 }
 
 void Scheduler::AppendToken(SequenceId id) {
@@ -83,6 +109,15 @@ void Scheduler::Release(Sequence& s) {
 
 void Scheduler::Preempt(Sequence& s, StepPlan& plan) {
   running_.erase(RankOf(s));
+  if (s.kept) {
+    s.swapped = s.computed;
+    // One that was to come back in this very plan is still in host memory.
+    if (std::erase_if(plan.swapped_in, [&](const Swap& swap) { return swap.id == s.spec.id; }) == 0) {
+      Swap swap{s.spec.id, s.slot, s.pages};
+      swap.pages.resize(PagesFor(s.computed));
+      plan.swapped_out.push_back(std::move(swap));
+    }
+  }
   Release(s);
   waiting_.insert(RankOf(s));
   plan.preempted.push_back(s.spec.id);
@@ -121,11 +156,14 @@ bool Scheduler::Admit(Sequence& s, StepPlan& plan) {
   if (config_.pages > 0 && pages + std::max<int64_t>(spare, 0) > pages_.free() &&
       !(running_.empty() && PagesFor(s.known) <= pages_.free()))
     return false;
-  waiting_.erase(RankOf(s));
-  running_.insert(RankOf(s));
-  s.slot = free_slots_.back();
-  free_slots_.pop_back();
-  plan.reset_slots.push_back(s.slot);
+  Start(s);
+  if (s.swapped == 0) {
+    plan.reset_slots.push_back(s.slot);
+    return true;
+  }
+  s.computed = std::exchange(s.swapped, 0);
+  for (int64_t p = PagesFor(s.computed); p > 0; --p) s.pages.push_back(pages_.Take());
+  plan.swapped_in.push_back({s.spec.id, s.slot, s.pages});
   return true;
 }
 
@@ -163,7 +201,7 @@ StepPlan Scheduler::Plan() {
     for (const Rank& r : std::vector<Rank>(waiting_.begin(), waiting_.end())) {
       if (budget <= 0) break;
       Sequence& s = Get(r.id);
-      if (WaitsForLeader(s)) continue;
+      if (WaitsForLeader(s) || (hold_ && !s.started)) continue;
       if (!Admit(s, plan)) break;
       PlanPiece(s, &budget, plan);
     }
@@ -184,12 +222,10 @@ void Scheduler::PlanForks(StepPlan& plan) {
     for (const Rank& r : std::vector<Rank>(waiting_.begin(), waiting_.end())) {
       Sequence& s = Get(r.id);
       if (s.spec.group != leader.spec.group || s.known != s.spec.known) continue;
+      if (hold_ && !s.started) continue;
       if (disturb_ && Chance(20)) continue;
       if (free_slots_.empty() || pages_.free() < (partial_page ? 1 : 0) + (config_.pages > 0 ? running() : 0)) return;
-      waiting_.erase(r);
-      running_.insert(r);
-      s.slot = free_slots_.back();
-      free_slots_.pop_back();
+      Start(s);
       Fork fork{leader.spec.id, s.spec.id, leader.slot, s.slot, -1, -1};
       s.pages = leader.pages;
       s.pages.resize(PagesFor(prompt));

@@ -61,7 +61,16 @@ struct Fork {
   int32_t to_page = -1;
 };
 
+// The state of a kept sequence (Scheduler::Keep), moved out to host memory or back.
+struct Swap {
+  SequenceId id = 0;
+  int32_t slot = 0;
+  std::vector<int32_t> pages;  // those of the positions computed
+};
+
 struct StepPlan {
+  std::vector<Swap> swapped_out;  // to be saved before anything else: their slots and pages may be others' already
+  std::vector<Swap> swapped_in;   // to be restored before the rows run
   std::vector<PlannedPiece> pieces;
   std::vector<int32_t> reset_slots;  // to be cleared before the rows run: sequences that start at position 0
   std::vector<Fork>
@@ -85,6 +94,20 @@ class Scheduler {
   // The sequence sampled a token: one more is known.
   void AppendToken(SequenceId id);
 
+  // While held, no sequence starts that never ran.
+  void HoldNew(bool hold) { hold_ = hold; }
+  bool held() const { return hold_; }
+  // Sequences that ran at least once and are not removed.
+  int64_t started() const { return started_; }
+  bool has_started(SequenceId id) const { return Get(id).started; }
+  // The sequence's state is to be computed again from its first position.
+  void Restart(SequenceId id);
+  // The sequence's state cannot be computed again: from now on it is saved and restored where others are recomputed.
+  // It has a state, or is swapped out.
+  void Keep(SequenceId id);
+  // Whether it has one.
+  bool has_state(SequenceId id) const { return Get(id).slot >= 0 || Get(id).swapped > 0; }
+
   int32_t slot(SequenceId id) const;
   const std::vector<int32_t>& page_table(SequenceId id) const;
   int64_t computed(SequenceId id) const;
@@ -102,6 +125,9 @@ class Scheduler {
     uint64_t arrival = 0;
     int64_t known = 0;
     int64_t computed = 0;
+    bool started = false;
+    bool kept = false;
+    int64_t swapped = 0;  // positions of a kept sequence's state that are in host memory
     int32_t slot = -1;
     std::vector<int32_t> pages;
     bool decoding() const { return computed > 0 && known == computed + 1; }
@@ -122,6 +148,7 @@ class Scheduler {
   void Release(Sequence& s);
   void Preempt(Sequence& s, StepPlan& plan);
   bool Admit(Sequence& s, StepPlan& plan);
+  void Start(Sequence& s);
   bool WaitsForLeader(const Sequence& s) const;
   void PlanPiece(Sequence& s, int64_t* budget, StepPlan& plan);
   void PlanForks(StepPlan& plan);
@@ -131,6 +158,8 @@ class Scheduler {
   SchedulerConfig config_;
   PagePool pages_;
   std::vector<int32_t> free_slots_;
+  bool hold_ = false;
+  int64_t started_ = 0;
   std::map<SequenceId, std::unique_ptr<Sequence>> sequences_;
   std::set<Rank> running_;
   std::set<Rank> waiting_;

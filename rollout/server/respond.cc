@@ -51,6 +51,8 @@ v1::AbortReason ToProto(AbortReason reason) {
       return v1::ABORT_REASON_SHUTDOWN;
     case AbortReason::kInternal:
       return v1::ABORT_REASON_INTERNAL;
+    case AbortReason::kWeightUpdate:
+      return v1::ABORT_REASON_WEIGHT_UPDATE;
     case AbortReason::kBufferLimit:
       return v1::ABORT_REASON_BUFFER_LIMIT;
   }

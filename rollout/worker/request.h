@@ -9,10 +9,13 @@
 #include <variant>
 #include <vector>
 
+#include "absl/functional/any_invocable.h"
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "sampler/params.h"
 #include "sampler/sampler.h"
+#include "weights_sync/version.h"
 
 namespace lockstep {
 
@@ -61,7 +64,16 @@ struct RequestSpec {
 
 enum class FinishKind : uint8_t { kStop, kLength, kAborted, kScored };
 enum class LengthReason : uint8_t { kMaxTokens, kContext };
-enum class AbortReason : uint8_t { kClient, kCancelled, kDeadline, kTimeBudget, kShutdown, kInternal, kBufferLimit };
+enum class AbortReason : uint8_t {
+  kClient,
+  kCancelled,
+  kDeadline,
+  kTimeBudget,
+  kShutdown,
+  kInternal,
+  kBufferLimit,
+  kWeightUpdate
+};
 enum class StopKind : uint8_t { kEos, kTokenId, kTokenSequence, kString };
 
 struct StopMatch {
@@ -70,12 +82,6 @@ struct StopMatch {
   int32_t index = -1;     // kTokenSequence, kString: which of the request's
   // kString: bytes of the last token's text that belong to the match or come before it; what follows is past the stop.
   int64_t last_token_text_offset = 0;
-};
-
-struct WeightVersion {
-  int64_t epoch = 0;
-  int64_t step = 0;
-  auto operator<=>(const WeightVersion&) const = default;
 };
 
 // Tokens [begin, end) of a sample (generated offsets) were computed under `weights` from a state built under `state`.
@@ -130,6 +136,27 @@ class RequestSink {
   virtual void OnSampleDone(int32_t sample, SampleResult result) = 0;
 };
 
+// What becomes of samples in flight when the weights change; proto/lockstep/v1/weights.proto says more.
+enum class InFlightPolicy : uint8_t { kFinish, kKeep, kRecompute, kAbort };
+
+struct WeightSwitch {
+  WeightVersion version;
+  InFlightPolicy policy = InFlightPolicy::kRecompute;
+  // kFinish: how long to wait, and what then; nullopt: the switch does not happen.
+  absl::Duration finish_timeout;
+  std::optional<InFlightPolicy> fallback;
+};
+
+struct WeightSwitchResult {
+  absl::Duration wait;   // for requests to finish, and for the step boundary
+  absl::Duration pause;  // during which no step ran
+  int64_t kept = 0;      // samples in flight, by what became of them
+  int64_t recomputed = 0;
+  int64_t aborted = 0;
+};
+
+enum class PauseMode : uint8_t { kKeep, kAbort, kFinish };
+
 struct WorkerLoad {
   int64_t running_sequences = 0;  // in the batch
   int64_t waiting_sequences = 0;  // accepted, not in the batch
@@ -163,6 +190,22 @@ class WorkerInterface {
   // Refuses new requests from now on; returns once all accepted ones have finished, or at `deadline` after aborting the
   // rest as kShutdown.
   virtual void Drain(absl::Time deadline) = 0;
+};
+
+// What the control plane calls, beside WorkerInterface. Thread-safe; each call waits for a step boundary.
+class WorkerControl {
+ public:
+  virtual ~WorkerControl() = default;
+  // Runs `install`, which puts new weights in the place of those that serve, on the step loop's thread between two
+  // steps, and goes on under the new version. DEADLINE_EXCEEDED: requests did not finish in time and there is no
+  // fallback; nothing changed. UNAVAILABLE: the worker is stopping or its device has failed. An error of `install` is
+  // returned; it is the device's, and the worker has failed.
+  virtual absl::StatusOr<WeightSwitchResult> SwitchWeights(const WeightSwitch& change,
+                                                           absl::AnyInvocable<absl::Status()> install) = 0;
+  // No step runs until Resume; returns the samples that stand still. kFinish: once they have finished, new ones
+  // waiting, or at `deadline` with what is left.
+  virtual int64_t Pause(PauseMode mode, absl::Time deadline) = 0;
+  virtual void Resume() = 0;
 };
 
 }  // namespace lockstep

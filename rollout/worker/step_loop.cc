@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <utility>
 
+#include "absl/strings/str_cat.h"
 #include "rollout/base/check.h"
 
 namespace lockstep {
@@ -30,6 +31,9 @@ struct StepLoop::Sequence {
   absl::Time admitted = absl::InfinitePast();
   absl::Time first_token = absl::InfinitePast();
   absl::Time last_token = absl::InfinitePast();
+  WeightVersion state_version;  // under which the state was begun
+  std::vector<VersionSpan> spans;
+  std::vector<std::byte> swapped;  // the state of a kept sequence while it has no slot
 };
 
 StepLoop::StepLoop(Engine& engine, const SchedulerConfig& config, const TokenBytes* token_bytes)
@@ -113,6 +117,40 @@ absl::Time StepLoop::Expire(absl::Time now) {
   return expiries_.empty() ? absl::InfiniteFuture() : expiries_.begin()->first;
 }
 
+WeightSwitchResult StepLoop::SwitchWeights(const WeightVersion& version, InFlightPolicy policy, absl::Time now) {
+  LOCKSTEP_CHECK(policy != InFlightPolicy::kFinish, "kFinish is not for the step loop");
+  WeightSwitchResult counts;
+  std::vector<SequenceId> ids;
+  for (const auto& [id, sequence] : sequences_) {
+    if (scheduler_.has_started(id)) ids.push_back(id);
+  }
+  for (const SequenceId id : ids) {
+    Sequence& sequence = Get(id);
+    const Request& request = *sequence.request;
+    const PromptLogprobRange& range = request.spec.prompt_logprobs;
+    const bool partly_scored = request.next_prompt_logprob > range.begin && request.next_prompt_logprob < range.end;
+    const bool generated = !sequence.spans.empty();
+    if (policy == InFlightPolicy::kAbort || partly_scored) {
+      ++counts.aborted;
+      FinishAborted(sequence, AbortReason::kWeightUpdate,
+                    absl::StrCat("the weights became version ", VersionText(version),
+                                 policy == InFlightPolicy::kAbort
+                                     ? " with policy ABORT"
+                                     : " while prompt log-probabilities were computed; send the request again"),
+                    now);
+    } else if (policy == InFlightPolicy::kKeep && generated && scheduler_.has_state(id)) {
+      scheduler_.Keep(id);
+      ++counts.kept;
+    } else {
+      scheduler_.Restart(id);
+      std::vector<std::byte>().swap(sequence.swapped);
+      ++counts.recomputed;
+    }
+  }
+  weight_version_ = version;
+  return counts;
+}
+
 void StepLoop::PlanPromptLogprobs(Sequence& sequence, int64_t piece_index, const PlannedPiece& piece) {
   Request& request = *sequence.request;
   const int64_t end = std::min(request.spec.prompt_logprobs.end, piece.position + piece.count + 1);
@@ -158,12 +196,18 @@ bool StepLoop::Step() {
     ++Get(id).counters.preemptions;
     ++totals_.preemptions;
   }
-  if (plan.empty()) {
-    LOCKSTEP_CHECK(idle() || !plan.preempted.empty() || scheduler_.config().disturb_seed,
+  stalled_ = plan.empty() && !idle() && scheduler_.held() && scheduler_.started() == 0;
+  if (plan.empty() && plan.swapped_out.empty()) {
+    LOCKSTEP_CHECK(idle() || stalled_ || !plan.preempted.empty() || scheduler_.config().disturb_seed,
                    "{} sequences wait and none can run", scheduler_.waiting());
     return !idle();
   }
 
+  saves_.clear();
+  restores_.clear();
+  // What was swapped out is its sequence's, which may not have ended since the plan.
+  for (const Swap& swap : plan.swapped_out) saves_.push_back({swap.slot, swap.pages, &Get(swap.id).swapped});
+  for (const Swap& swap : plan.swapped_in) restores_.push_back({swap.slot, swap.pages, &Get(swap.id).swapped});
   pieces_.clear();
   tasks_.clear();
   owners_.clear();
@@ -172,6 +216,7 @@ bool StepLoop::Step() {
     const PlannedPiece& piece = plan.pieces[i];
     Sequence& sequence = Get(piece.id);
     if (sequence.admitted == absl::InfinitePast()) sequence.admitted = start;
+    if (piece.position == 0) sequence.state_version = weight_version_;
     pieces_.push_back({.position = piece.position,
                        .tokens = sequence.history.tokens().subspan(piece.position, piece.count),
                        .slot = scheduler_.slot(piece.id),
@@ -183,13 +228,18 @@ bool StepLoop::Step() {
       if (fork.leader != piece.id) continue;
       Sequence& follower = Get(fork.follower);
       follower.admitted = start;
+      follower.state_version = sequence.state_version;
       follower.counters.cached_prompt_tokens = piece.position + piece.count;
       PlanSample(follower, static_cast<int64_t>(i), piece);
       copies_.push_back({fork.from_slot, fork.to_slot, fork.from_page, fork.to_page});
     }
   }
-  absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> step =
-      engine_.Step({.reset_slots = plan.reset_slots, .pieces = pieces_, .tasks = tasks_, .copies = copies_});
+  absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> step = engine_.Step({.saves = saves_,
+                                                                                 .reset_slots = plan.reset_slots,
+                                                                                 .restores = restores_,
+                                                                                 .pieces = pieces_,
+                                                                                 .tasks = tasks_,
+                                                                                 .copies = copies_});
   scheduler_.Apply(plan);
   if (!step.ok()) {
     failure_ = step.status();
@@ -245,6 +295,11 @@ void StepLoop::OnSampled(Sequence& sequence, absl::StatusOr<SampledToken> sample
   if (sequence.first_token == absl::InfinitePast()) sequence.first_token = now;
   sequence.last_token = now;
   ++totals_.generated_tokens;
+  if (sequence.spans.empty() || sequence.spans.back().weights != weight_version_ ||
+      sequence.spans.back().state != sequence.state_version) {
+    sequence.spans.push_back({weight_version_, sequence.state_version, offset, offset});
+  }
+  sequence.spans.back().end = offset + 1;
   const int32_t token = sampled->token;
   SampleTokens out{.sample = sequence.sample, .offset = offset, .tokens = {token}, .logprobs = {}};
   out.logprobs.push_back(std::move(sampled->logprobs));
@@ -270,9 +325,7 @@ void StepLoop::FinishAborted(Sequence& sequence, AbortReason reason, std::string
 
 void StepLoop::Finish(Sequence& sequence, SampleResult result, absl::Time now) {
   Request& request = *sequence.request;
-  const int64_t prefix = static_cast<int64_t>(request.spec.generated_prefix.size());
-  const int64_t generated = sequence.history.generated();
-  if (generated > prefix) result.spans.push_back({.weights = {}, .state = {}, .begin = prefix, .end = generated});
+  result.spans = std::move(sequence.spans);
   const bool admitted = sequence.admitted != absl::InfinitePast();
   const bool started = sequence.first_token != absl::InfinitePast();
   sequence.counters.queue_time = (admitted ? sequence.admitted : now) - request.submitted;

@@ -9,6 +9,7 @@
 #include <optional>
 #include <string>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "absl/status/status.h"
@@ -42,6 +43,20 @@ class StepLoop {
   bool Step();
   // Not ok once the device has failed: every request was ended with this error, and no step can run again.
   const absl::Status& failure() const { return failure_; }
+  // The device has failed elsewhere than in a step.
+  void Fail(absl::Status failure) { failure_ = std::move(failure); }
+
+  // While held, no sample starts that never ran.
+  void HoldNew(bool hold) { scheduler_.HoldNew(hold); }
+  // Samples that ran at least once and have not ended.
+  int64_t in_flight() const { return scheduler_.started(); }
+  // The last Step() found nothing to run although requests wait: they are held.
+  bool stalled() const { return stalled_; }
+  // The weights are those of `version` from now on; kFinish is the caller's to wait for. Counts what became of samples
+  // in flight. Under kKeep a sample without a token is recomputed, which loses nothing; and whatever the policy, one of
+  // which only some prompt log-probabilities were delivered ends, since the rest would be of other weights.
+  WeightSwitchResult SwitchWeights(const WeightVersion& version, InFlightPolicy policy, absl::Time now);
+  const WeightVersion& weight_version() const { return weight_version_; }
 
   bool idle() const { return requests_.empty(); }
   int64_t waiting_sequences() const { return scheduler_.waiting(); }
@@ -67,6 +82,8 @@ class StepLoop {
   SequenceId next_id_ = 1;
   WorkerLoad totals_;
   absl::Status failure_;
+  bool stalled_ = false;
+  WeightVersion weight_version_;
 
   // The step in preparation; members to keep their memory from step to step.
   struct TaskOwner {
@@ -77,6 +94,7 @@ class StepLoop {
   std::vector<RowTask> tasks_;
   std::vector<TaskOwner> owners_;  // by task
   std::vector<StateCopy> copies_;
+  std::vector<StateSwap> saves_, restores_;
 };
 
 }  // namespace lockstep

@@ -4,6 +4,8 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/synchronization/notification.h"
+#include "absl/time/clock.h"
 #include "rollout/base/status.h"
 
 namespace lockstep {
@@ -71,6 +73,101 @@ void Worker::Drain(absl::Time deadline) {
   mutex_.Await(absl::Condition(&done));
 }
 
+WeightVersion Worker::weight_version() const {
+  absl::MutexLock lock(&mutex_);
+  return version_;
+}
+
+absl::Status Worker::AtBoundary(absl::AnyInvocable<void(absl::Time now)> command) {
+  absl::Notification done;
+  {
+    absl::MutexLock lock(&mutex_);
+    if (ended_ || stop_) return absl::UnavailableError("this worker is stopping");
+    commands_.push_back([&](absl::Time now) {
+      command(now);
+      done.Notify();
+    });
+  }
+  done.WaitForNotification();
+  return absl::OkStatus();
+}
+
+bool Worker::AwaitNoneInFlight(absl::Time deadline) {
+  absl::MutexLock lock(&mutex_);
+  const auto done = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    return (in_flight_ == 0 && commands_.empty()) || !failure_.ok() || stop_;
+  };
+  return mutex_.AwaitWithDeadline(absl::Condition(&done), deadline) && failure_.ok() && !stop_;
+}
+
+absl::StatusOr<WeightSwitchResult> Worker::SwitchWeights(const WeightSwitch& change,
+                                                         absl::AnyInvocable<absl::Status()> install) {
+  const absl::Time begin = absl::Now();
+  InFlightPolicy policy = change.policy;
+  const bool finish = policy == InFlightPolicy::kFinish;
+  const auto hold = [this](bool on) {
+    return AtBoundary([this, on](absl::Time) {
+      holding_ = on;
+      loop_->HoldNew(on);
+    });
+  };
+  if (finish) {
+    LOCKSTEP_RETURN_IF_ERROR(hold(true));
+    if (!AwaitNoneInFlight(begin + change.finish_timeout) && !change.fallback) {
+      LOCKSTEP_RETURN_IF_ERROR(hold(false));
+      LOCKSTEP_RETURN_IF_ERROR(Health());
+      return absl::DeadlineExceededError(absl::StrCat("finish_timeout_ms: samples were still in flight after ",
+                                                      absl::ToInt64Milliseconds(change.finish_timeout),
+                                                      " ms, and there is no fallback"));
+    }
+    policy = change.fallback.value_or(InFlightPolicy::kRecompute);
+  }
+  WeightSwitchResult result;
+  absl::Status status;
+  LOCKSTEP_RETURN_IF_ERROR(AtBoundary([&](absl::Time now) {
+    if (finish) {
+      holding_ = false;
+      loop_->HoldNew(false);
+    }
+    status = loop_->failure();
+    if (!status.ok()) return;
+    status = install();
+    if (!status.ok()) return loop_->Fail(status);
+    result = loop_->SwitchWeights(change.version, policy, now);
+    const absl::Time end = absl::Now();
+    result.wait = now - begin;
+    result.pause = end - now;
+    absl::MutexLock lock(&mutex_);
+    version_ = change.version;
+  }));
+  if (!status.ok()) return status;
+  return result;
+}
+
+int64_t Worker::Pause(PauseMode mode, absl::Time deadline) {
+  if (mode == PauseMode::kFinish) {
+    const auto hold = [this](absl::Time) {
+      holding_ = true;
+      loop_->HoldNew(true);
+    };
+    if (AtBoundary(hold).ok()) AwaitNoneInFlight(deadline);
+  }
+  int64_t in_flight = 0;
+  // A worker that is stopping runs no steps either.
+  AtBoundary([&](absl::Time now) {
+    if (mode == PauseMode::kAbort) loop_->AbortAll(AbortReason::kClient, now);
+    holding_ = false;
+    loop_->HoldNew(false);
+    paused_ = true;
+    in_flight = loop_->in_flight();
+  }).IgnoreError();
+  return in_flight;
+}
+
+void Worker::Resume() {
+  AtBoundary([this](absl::Time) { paused_ = false; }).IgnoreError();
+}
+
 void Worker::Run() {
   absl::Time next_expiry = absl::InfiniteFuture();
   for (;;) {
@@ -78,7 +175,7 @@ void Worker::Run() {
     bool stop;
     {
       absl::MutexLock lock(&mutex_);
-      if (loop_->idle()) {
+      if (loop_->idle() || paused_ || loop_->stalled()) {
         const auto wake = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return HasWork(); };
         mutex_.AwaitWithDeadline(absl::Condition(&wake), next_expiry);
       }
@@ -90,12 +187,19 @@ void Worker::Run() {
     for (Command& command : commands) command(absl::Now());
     if (stop) loop_->AbortAll(AbortReason::kShutdown, absl::Now());
     next_expiry = loop_->Expire(absl::Now());
-    loop_->Step();
+    if (!paused_ || stop) loop_->Step();
     {
       absl::MutexLock lock(&mutex_);
       failure_ = loop_->failure();
       load_ = loop_->Load();
       idle_ = loop_->idle();
+      in_flight_ = loop_->in_flight();
+      ended_ = stop;
+      // Whoever came too late for the loop.
+      if (stop) commands = std::exchange(commands_, {});
+    }
+    if (stop) {
+      for (Command& command : commands) command(absl::Now());
     }
     if (stop) return;
   }

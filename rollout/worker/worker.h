@@ -17,7 +17,7 @@
 
 namespace lockstep {
 
-class Worker : public WorkerInterface {
+class Worker : public WorkerInterface, public WorkerControl {
  public:
   // `max_waiting`: sequences (samples) accepted but not running; past it Submit is RESOURCE_EXHAUSTED. `owned` lives
   // until the thread has ended: whatever the loop stands on.
@@ -28,7 +28,11 @@ class Worker : public WorkerInterface {
   absl::Status Submit(RequestSpec spec, std::shared_ptr<RequestSink> sink) override;
   void Abort(const std::string& request_id, std::optional<int32_t> sample, AbortReason reason) override;
   WorkerLoad Load() const override;
-  WeightVersion weight_version() const override { return {}; }
+  WeightVersion weight_version() const override;
+  absl::StatusOr<WeightSwitchResult> SwitchWeights(const WeightSwitch& change,
+                                                   absl::AnyInvocable<absl::Status()> install) override;
+  int64_t Pause(PauseMode mode, absl::Time deadline) override;
+  void Resume() override;
   absl::Status Health() const override;
   void Drain(absl::Time deadline) override;
 
@@ -36,6 +40,10 @@ class Worker : public WorkerInterface {
   using Command = absl::AnyInvocable<void(absl::Time now)>;
   void Run();
   bool HasWork() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return !commands_.empty() || stop_; }
+  // Runs `command` at the next step boundary and waits for it. UNAVAILABLE: the thread has ended, or is about to.
+  absl::Status AtBoundary(absl::AnyInvocable<void(absl::Time now)> command);
+  // Waits until no sample is in flight; false: not by `deadline`, or the device failed.
+  bool AwaitNoneInFlight(absl::Time deadline);
 
   std::shared_ptr<void> owned_;
   std::unique_ptr<StepLoop> loop_;  // the thread's alone, but for CheckFits, which reads constants
@@ -48,6 +56,12 @@ class Worker : public WorkerInterface {
   bool idle_ ABSL_GUARDED_BY(mutex_) = true;        // nothing in flight, as of the last step boundary
   bool draining_ ABSL_GUARDED_BY(mutex_) = false;
   bool stop_ ABSL_GUARDED_BY(mutex_) = false;
+  bool ended_ ABSL_GUARDED_BY(mutex_) = false;     // the thread runs no more commands
+  int64_t in_flight_ ABSL_GUARDED_BY(mutex_) = 0;  // as of the last step boundary
+  WeightVersion version_ ABSL_GUARDED_BY(mutex_);
+  // New samples wait while any of these holds.
+  bool paused_ = false;                           // the thread's alone: no step runs
+  bool holding_ = false;                          // the thread's alone
   absl::Status failure_ ABSL_GUARDED_BY(mutex_);  // of the device
   std::thread thread_;
 };

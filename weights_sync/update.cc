@@ -1,0 +1,291 @@
+#include "weights_sync/update.h"
+
+#include <algorithm>
+#include <cstring>
+#include <utility>
+
+#include "absl/status/status.h"
+#include "absl/strings/str_cat.h"
+#include "absl/strings/str_join.h"
+#include "absl/time/clock.h"
+#include "rollout/base/status.h"
+
+namespace lockstep {
+namespace {
+
+constexpr size_t kShown = 10;
+
+// NaN and infinity have all exponent bits set.
+template <class Bits>
+int64_t CountNonFinite(std::span<const std::byte> bytes, Bits exponent) {
+  int64_t count = 0;
+  for (size_t i = 0; i + sizeof(Bits) <= bytes.size(); i += sizeof(Bits)) {
+    Bits value;
+    std::memcpy(&value, bytes.data() + i, sizeof(value));
+    count += (value & exponent) == exponent;
+  }
+  return count;
+}
+
+int64_t CountNonFinite(std::span<const std::byte> bytes, DType dtype) {
+  switch (dtype) {
+    case DType::kF32:
+      return CountNonFinite<uint32_t>(bytes, 0x7F800000u);
+    case DType::kBF16:
+      return CountNonFinite<uint16_t>(bytes, 0x7F80u);
+    case DType::kF16:
+      return CountNonFinite<uint16_t>(bytes, 0x7C00u);
+  }
+  return 0;
+}
+
+}  // namespace
+
+const char* UpdateStateName(UpdateState state) {
+  switch (state) {
+    case UpdateState::kServing:
+      return "SERVING";
+    case UpdateState::kReceiving:
+      return "RECEIVING";
+    case UpdateState::kVerified:
+      return "VERIFIED";
+    case UpdateState::kCommitting:
+      return "COMMITTING";
+  }
+  return "unknown";
+}
+
+void WeightUpdate::DropExpired() {
+  if (open_ != nullptr && open_->state != UpdateState::kCommitting && absl::Now() >= open_->expires) open_.reset();
+}
+
+void WeightUpdate::ExpireLease() {
+  absl::MutexLock lock(&mutex_);
+  DropExpired();
+}
+
+std::vector<int64_t> WeightUpdate::ReceivedOf(const Open& open) {
+  std::vector<int64_t> received;
+  received.reserve(open.arriving.size());
+  for (const Arriving& a : open.arriving) received.push_back(a.received);
+  return received;
+}
+
+absl::StatusOr<WeightUpdate::Open*> WeightUpdate::Get(const WeightVersion& version, UpdateState want) {
+  DropExpired();
+  if (open_ == nullptr || open_->version != version) {
+    return absl::NotFoundError(
+        absl::StrCat("version: no update to ", VersionText(version), " is open",
+                     open_ == nullptr ? "" : absl::StrCat("; one to ", VersionText(open_->version), " is"),
+                     "; version ", VersionText(serving_), " serves"));
+  }
+  if (open_->state != want) {
+    return absl::FailedPreconditionError(absl::StrCat("the update to ", VersionText(version), " is ",
+                                                      UpdateStateName(open_->state), ", want ", UpdateStateName(want)));
+  }
+  open_->expires = absl::Now() + open_->lease;
+  return open_.get();
+}
+
+absl::StatusOr<std::vector<int64_t>> WeightUpdate::Begin(const WeightVersion& version, Manifest manifest,
+                                                         absl::Duration lease) {
+  absl::MutexLock lock(&mutex_);
+  DropExpired();
+  if (version <= serving_) {
+    return absl::FailedPreconditionError(absl::StrCat("version: ", VersionText(version), " is not after ",
+                                                      VersionText(serving_),
+                                                      ", which serves; a restarted run opens a new epoch"));
+  }
+  if (open_ != nullptr) {
+    if (open_->version != version || open_->manifest != manifest) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          "an update to ", VersionText(open_->version), " is ", UpdateStateName(open_->state),
+          open_->version == version ? " with another manifest" : "", "; roll it back or wait for its lease to end"));
+    }
+    if (open_->state == UpdateState::kCommitting) {
+      return absl::FailedPreconditionError(absl::StrCat("the update to ", VersionText(version), " is COMMITTING"));
+    }
+    open_->lease = lease;
+    open_->expires = absl::Now() + lease;
+    return ReceivedOf(*open_);
+  }
+  if (manifest.base_version && *manifest.base_version != serving_) {
+    return absl::FailedPreconditionError(absl::StrCat("manifest.base_version: ", VersionText(*manifest.base_version),
+                                                      "; version ", VersionText(serving_), " serves"));
+  }
+  auto open = std::make_unique<Open>();
+  LOCKSTEP_ASSIGN_OR_RETURN(open->places, PlaceTensors(manifest, table_.slots()));
+  if (manifest.base_version) LOCKSTEP_RETURN_IF_ERROR(table_.CopyServing());
+  open->version = version;
+  open->manifest = std::move(manifest);
+  open->arriving.resize(open->places.size());
+  open->lease = lease;
+  open->expires = absl::Now() + lease;
+  open_ = std::move(open);
+  return ReceivedOf(*open_);
+}
+
+absl::Status WeightUpdate::Push(const WeightVersion& version, int64_t tensor, int64_t offset,
+                                std::span<const std::byte> data) {
+  absl::MutexLock lock(&mutex_);
+  LOCKSTEP_ASSIGN_OR_RETURN(Open * open, Get(version, UpdateState::kReceiving));
+  if (tensor < 0 || tensor >= static_cast<int64_t>(open->places.size())) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("tensor: ", tensor, "; want 0 to ", open->places.size() - 1, ", an index into the manifest"));
+  }
+  const std::string& name = open->manifest.tensors[tensor].name;
+  const DType dtype = open->manifest.tensors[tensor].dtype;
+  const int64_t total = open->places[tensor].bytes, size = static_cast<int64_t>(data.size());
+  if (offset < 0 || offset > total || size > total - offset || size % DTypeBytes(dtype) != 0 ||
+      offset % DTypeBytes(dtype) != 0) {
+    return absl::InvalidArgumentError(absl::StrCat("data: ", size, " bytes at ", offset, " of tensor ", name,
+                                                   "; want whole values within its ", total, " bytes"));
+  }
+  Arriving& arriving = open->arriving[tensor];
+  if (offset > arriving.received) {
+    return absl::FailedPreconditionError(
+        absl::StrCat("offset: ", offset, " of tensor ", name, "; its received bytes end at ", arriving.received));
+  }
+  const int64_t known = std::min(arriving.received - offset, size);
+  data = data.subspan(known);
+  if (data.empty()) return absl::OkStatus();
+  if (arriving.bytes.empty()) {
+    const auto partial =
+        std::count_if(open->arriving.begin(), open->arriving.end(), [](const Arriving& a) { return !a.bytes.empty(); });
+    if (partial >= static_cast<int64_t>(kMaxPartialTensors)) {
+      return absl::FailedPreconditionError(
+          absl::StrCat("tensor: ", partial, " tensors are partly received; finish one before ", name, " begins"));
+    }
+    arriving.bytes.resize(total);
+  }
+  std::memcpy(arriving.bytes.data() + arriving.received, data.data(), data.size());
+  arriving.digester.Add(data);
+  arriving.non_finite += CountNonFinite(data, dtype);
+  arriving.received += static_cast<int64_t>(data.size());
+  if (arriving.received < total) return absl::OkStatus();
+  const absl::Status staged = StageWhole(*open, tensor);
+  if (!staged.ok()) open_.reset();
+  return staged;
+}
+
+absl::Status WeightUpdate::StageWhole(Open& open, size_t tensor) {
+  Arriving& arriving = open.arriving[tensor];
+  const TensorPlace& place = open.places[tensor];
+  arriving.digest = arriving.digester.Finish();
+  const absl::Status staged = table_.Stage({.slot = place.slot,
+                                            .first_row = place.first_row,
+                                            .rows = place.rows,
+                                            .data = arriving.bytes.data(),
+                                            .dtype = open.manifest.tensors[tensor].dtype});
+  std::vector<std::byte>().swap(arriving.bytes);
+  return staged;
+}
+
+absl::StatusOr<std::vector<int64_t>> WeightUpdate::Received(const WeightVersion& version) {
+  absl::MutexLock lock(&mutex_);
+  LOCKSTEP_ASSIGN_OR_RETURN(Open * open, Get(version, UpdateState::kReceiving));
+  return ReceivedOf(*open);
+}
+
+absl::Status WeightUpdate::Verify(const WeightVersion& version, std::span<const uint64_t> digests) {
+  absl::MutexLock lock(&mutex_);
+  DropExpired();
+  const bool again = open_ != nullptr && open_->version == version && open_->state == UpdateState::kVerified;
+  LOCKSTEP_ASSIGN_OR_RETURN(Open * open, Get(version, again ? UpdateState::kVerified : UpdateState::kReceiving));
+  const std::vector<ManifestTensor>& tensors = open->manifest.tensors;
+  if (digests.size() != tensors.size()) {
+    return absl::InvalidArgumentError(absl::StrCat(
+        "digests: ", digests.size(), " values; want one for each of the manifest's ", tensors.size(), " tensors"));
+  }
+  std::vector<std::string> missing, wrong;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const Arriving& arriving = open->arriving[i];
+    if (arriving.received < open->places[i].bytes) {
+      missing.push_back(
+          absl::StrCat(tensors[i].name, " (", arriving.received, " of ", open->places[i].bytes, " bytes)"));
+    } else if (arriving.digest != digests[i]) {
+      wrong.push_back(absl::StrCat(tensors[i].name, " (digest ", absl::Hex(arriving.digest, absl::kZeroPad16),
+                                   ", sent ", absl::Hex(digests[i], absl::kZeroPad16), ")"));
+    } else if (arriving.non_finite > 0) {
+      wrong.push_back(absl::StrCat(tensors[i].name, " (", arriving.non_finite, " values are NaN or infinite)"));
+    }
+  }
+  const auto list = [](std::vector<std::string> names) {
+    const size_t count = names.size();
+    if (count > kShown) names.resize(kShown);
+    return absl::StrCat(absl::StrJoin(names, ", "),
+                        count > kShown ? absl::StrCat(" and ", count - kShown, " more") : "");
+  };
+  if (!missing.empty()) {
+    return absl::FailedPreconditionError(absl::StrCat(missing.size(), " tensors are not there yet: ", list(missing)));
+  }
+  // A tied head is the embedding's values under another name.
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const int64_t tied = table_.slots()[open->places[i].slot].tied_to;
+    if (tied < 0) continue;
+    for (size_t j = 0; j < tensors.size(); ++j) {
+      if (static_cast<int64_t>(open->places[j].slot) == tied && open->arriving[i].digest != open->arriving[j].digest) {
+        wrong.push_back(absl::StrCat(tensors[i].name, " (differs from ", tensors[j].name, ", to which it is tied)"));
+      }
+    }
+  }
+  if (!wrong.empty()) {
+    open_.reset();
+    return absl::DataLossError(absl::StrCat("the update to ", VersionText(version), " was rolled back: ", list(wrong)));
+  }
+  LOCKSTEP_RETURN_IF_ERROR(table_.Finish());
+  open->state = UpdateState::kVerified;
+  return absl::OkStatus();
+}
+
+absl::Status WeightUpdate::Commit(const WeightVersion& version, const std::function<absl::Status()>& install) {
+  {
+    absl::MutexLock lock(&mutex_);
+    if (version == serving_) return absl::OkStatus();
+    LOCKSTEP_ASSIGN_OR_RETURN(Open * open, Get(version, UpdateState::kVerified));
+    open->state = UpdateState::kCommitting;
+  }
+  const absl::Status installed = install();
+  absl::MutexLock lock(&mutex_);
+  if (!installed.ok()) {
+    open_->state = UpdateState::kVerified;
+    open_->expires = absl::Now() + open_->lease;
+    return installed;
+  }
+  serving_ = version;
+  open_.reset();
+  return absl::OkStatus();
+}
+
+absl::StatusOr<bool> WeightUpdate::Rollback(const WeightVersion& version) {
+  absl::MutexLock lock(&mutex_);
+  DropExpired();
+  if (open_ == nullptr || open_->version != version) return false;
+  if (open_->state == UpdateState::kCommitting) {
+    return absl::FailedPreconditionError(absl::StrCat("the update to ", VersionText(version), " is COMMITTING"));
+  }
+  open_.reset();
+  return true;
+}
+
+UpdateStatus WeightUpdate::status() {
+  absl::MutexLock lock(&mutex_);
+  DropExpired();
+  UpdateStatus status{.serving = serving_};
+  if (open_ == nullptr) return status;
+  status.state = open_->state;
+  status.open = open_->version;
+  status.lease_left = std::max(open_->expires - absl::Now(), absl::ZeroDuration());
+  for (size_t i = 0; i < open_->places.size(); ++i) {
+    status.received_bytes += open_->arriving[i].received;
+    status.total_bytes += open_->places[i].bytes;
+  }
+  return status;
+}
+
+WeightVersion WeightUpdate::serving() {
+  absl::MutexLock lock(&mutex_);
+  return serving_;
+}
+
+}  // namespace lockstep

@@ -1,0 +1,97 @@
+// One worker's weight updates: the state machine of proto/lockstep/v1/weights.proto, without a transport or a model.
+//
+//   SERVING --Begin--> RECEIVING --Verify--> VERIFIED --Commit--> SERVING
+//
+// Bytes go to the table's second place; only Commit touches what serves, and only through `install`.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <memory>
+#include <optional>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "absl/base/thread_annotations.h"
+#include "absl/status/statusor.h"
+#include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
+#include "weights_sync/digest.h"
+#include "weights_sync/manifest.h"
+#include "weights_sync/tensor_table.h"
+#include "weights_sync/version.h"
+
+namespace lockstep {
+
+enum class UpdateState : uint8_t { kServing, kReceiving, kVerified, kCommitting };
+const char* UpdateStateName(UpdateState state);
+
+struct UpdateStatus {
+  UpdateState state = UpdateState::kServing;
+  WeightVersion serving;
+  WeightVersion open;         // kServing: the default
+  absl::Duration lease_left;  // kServing: zero
+  int64_t received_bytes = 0;
+  int64_t total_bytes = 0;
+};
+
+// Tensors of which a part has arrived wait in host memory; more than this many at once are refused.
+inline constexpr size_t kMaxPartialTensors = 16;
+
+// Thread-safe.
+class WeightUpdate {
+ public:
+  // `table` must outlive it.
+  WeightUpdate(TensorTable* table, WeightVersion serving) : table_(*table), serving_(serving) {}
+
+  // Bytes received so far of each tensor. The same version and manifest as those of the open update: it goes on.
+  absl::StatusOr<std::vector<int64_t>> Begin(const WeightVersion& version, Manifest manifest, absl::Duration lease);
+  // Bytes of tensor `tensor` of the open update's manifest, where its received bytes end. Bytes that are there already
+  // (a stream that was sent again) are skipped.
+  absl::Status Push(const WeightVersion& version, int64_t tensor, int64_t offset, std::span<const std::byte> data);
+  absl::StatusOr<std::vector<int64_t>> Received(const WeightVersion& version);
+  // digests: by tensor, of the bytes as sent.
+  absl::Status Verify(const WeightVersion& version, std::span<const uint64_t> digests);
+  // `install` makes the second place serve, as `version`, and may take its time; while it runs nothing else is
+  // possible. Its error leaves the update VERIFIED. A version that already serves is OK without it.
+  absl::Status Commit(const WeightVersion& version, const std::function<absl::Status()>& install);
+  // Whether there was one to drop. FAILED_PRECONDITION while it is being committed.
+  absl::StatusOr<bool> Rollback(const WeightVersion& version);
+  // Drops an update whose lease is over. Call it now and then.
+  void ExpireLease();
+
+  UpdateStatus status();
+  WeightVersion serving();
+
+ private:
+  struct Arriving {
+    std::vector<std::byte> bytes;  // while it is partial
+    int64_t received = 0;
+    Digester digester;
+    uint64_t digest = 0;  // once it is whole
+    int64_t non_finite = 0;
+  };
+  struct Open {
+    WeightVersion version;
+    Manifest manifest;
+    std::vector<TensorPlace> places;  // by tensor, as is the next
+    std::vector<Arriving> arriving;
+    UpdateState state = UpdateState::kReceiving;
+    absl::Duration lease;
+    absl::Time expires;
+  };
+
+  // The open update if it is `version`'s and its state is `want`; renews its lease.
+  absl::StatusOr<Open*> Get(const WeightVersion& version, UpdateState want) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  void DropExpired() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  absl::Status StageWhole(Open& open, size_t tensor) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  static std::vector<int64_t> ReceivedOf(const Open& open);
+
+  TensorTable& table_;
+  absl::Mutex mutex_;
+  WeightVersion serving_ ABSL_GUARDED_BY(mutex_);
+  std::unique_ptr<Open> open_ ABSL_GUARDED_BY(mutex_);
+};
+
+}  // namespace lockstep

@@ -1,0 +1,262 @@
+#include "weights_sync/update.h"
+
+#include <gtest/gtest.h>
+
+#include <array>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <random>
+
+#include "absl/strings/match.h"
+#include "absl/time/clock.h"
+
+namespace lockstep {
+namespace {
+
+// Two tensors of 4 and 6 floats, kept as they come.
+class FakeTable final : public TensorTable {
+ public:
+  std::span<const TensorSlot> slots() const override { return slots_; }
+  absl::Status CopyServing() override {
+    second = serving;
+    return absl::OkStatus();
+  }
+  absl::Status Stage(const ArrivedRows& rows) override {
+    if (!stage_status.ok()) return stage_status;
+    std::vector<float>& to = second[rows.slot];
+    to.resize(rows.slot == 0 ? 4 : 6);
+    std::memcpy(to.data(), rows.data, to.size() * sizeof(float));
+    return absl::OkStatus();
+  }
+  absl::Status Finish() override { return absl::OkStatus(); }
+  std::vector<uint64_t> ServingDigests() const override { return {}; }
+  void Install() { serving = second; }
+
+  std::map<size_t, std::vector<float>> serving, second;
+  absl::Status stage_status;
+
+ private:
+  std::vector<TensorSlot> slots_ = {{.name = "a", .shape = {4}}, {.name = "b", .shape = {2, 3}}};
+};
+
+Manifest Whole() {
+  return {.tensors = {{"a", DType::kF32, {4}}, {"b", DType::kF32, {2, 3}}}};
+}
+
+std::vector<std::byte> Bytes(const std::vector<float>& values) {
+  std::vector<std::byte> bytes(values.size() * sizeof(float));
+  std::memcpy(bytes.data(), values.data(), bytes.size());
+  return bytes;
+}
+
+class UpdateTest : public ::testing::Test {
+ protected:
+  // The values that version `step` sends.
+  static std::vector<float> Values(int64_t step, int tensor) {
+    std::vector<float> values(tensor == 0 ? 4 : 6);
+    for (size_t i = 0; i < values.size(); ++i)
+      values[i] = static_cast<float>(step * 100 + tensor * 10) + static_cast<float>(i);
+    return values;
+  }
+  static std::vector<uint64_t> Digests(int64_t step) {
+    return {Digest(Bytes(Values(step, 0))), Digest(Bytes(Values(step, 1)))};
+  }
+  absl::Status Send(int64_t step, int tensor) { return update.Push({0, step}, tensor, 0, Bytes(Values(step, tensor))); }
+  absl::Status Commit(int64_t step) {
+    return update.Commit({0, step}, [&] {
+      table.Install();
+      return absl::OkStatus();
+    });
+  }
+  void Receive(int64_t step) {
+    ASSERT_TRUE(update.Begin({0, step}, Whole(), absl::Minutes(1)).ok());
+    ASSERT_TRUE(Send(step, 0).ok());
+    ASSERT_TRUE(Send(step, 1).ok());
+  }
+
+  FakeTable table;
+  WeightUpdate update{&table, {}};
+};
+
+TEST_F(UpdateTest, OneUpdate) {
+  Receive(1);
+  EXPECT_EQ(update.status().state, UpdateState::kReceiving);
+  EXPECT_EQ(update.status().received_bytes, 40);
+  ASSERT_TRUE(update.Verify({0, 1}, Digests(1)).ok());
+  ASSERT_TRUE(update.Verify({0, 1}, Digests(1)).ok()) << "again";
+  EXPECT_TRUE(table.serving.empty());
+  ASSERT_TRUE(Commit(1).ok());
+  ASSERT_TRUE(Commit(1).ok()) << "again";
+  EXPECT_EQ(table.serving[1], Values(1, 1));
+  EXPECT_EQ(update.status().state, UpdateState::kServing);
+  EXPECT_EQ(update.serving(), (WeightVersion{0, 1}));
+}
+
+TEST_F(UpdateTest, ChunksResumeWhereTheyBroke) {
+  ASSERT_TRUE(update.Begin({0, 1}, Whole(), absl::Minutes(1)).ok());
+  const std::vector<std::byte> bytes = Bytes(Values(1, 1));
+  ASSERT_TRUE(update.Push({0, 1}, 1, 0, std::span(bytes).first(8)).ok());
+  EXPECT_TRUE(absl::IsFailedPrecondition(update.Push({0, 1}, 1, 12, std::span(bytes).subspan(12)))) << "a gap";
+  // The stream broke; the sender asks and goes on, and sends some bytes again.
+  const auto received = update.Begin({0, 1}, Whole(), absl::Minutes(1));
+  ASSERT_TRUE(received.ok());
+  EXPECT_EQ(*received, (std::vector<int64_t>{0, 8}));
+  ASSERT_TRUE(update.Push({0, 1}, 1, 4, std::span(bytes).subspan(4)).ok());
+  ASSERT_TRUE(update.Push({0, 1}, 1, 0, bytes).ok()) << "all of it again";
+  ASSERT_TRUE(Send(1, 0).ok());
+  ASSERT_TRUE(update.Verify({0, 1}, Digests(1)).ok());
+}
+
+TEST_F(UpdateTest, BadChunks) {
+  ASSERT_TRUE(update.Begin({0, 1}, Whole(), absl::Minutes(1)).ok());
+  const std::vector<std::byte> bytes(64);
+  for (const auto& [tensor, offset, size] :
+       {std::array<int64_t, 3>{2, 0, 4}, {-1, 0, 4}, {0, -4, 4}, {0, 0, 20}, {0, 2, 4}, {0, 0, 3}, {0, 20, 0}}) {
+    const absl::Status status = update.Push({0, 1}, tensor, offset, std::span(bytes).first(size));
+    EXPECT_TRUE(absl::IsInvalidArgument(status)) << tensor << " " << offset << " " << size << ": " << status;
+  }
+}
+
+TEST_F(UpdateTest, CorruptionIsDataLossAndRollsBack) {
+  Receive(1);
+  std::vector<uint64_t> digests = Digests(1);
+  digests[1] ^= 1;
+  const absl::Status status = update.Verify({0, 1}, digests);
+  EXPECT_TRUE(absl::IsDataLoss(status));
+  EXPECT_TRUE(absl::StrContains(status.message(), "b (digest")) << status;
+  EXPECT_FALSE(absl::StrContains(status.message(), "a (digest"));
+  EXPECT_EQ(update.status().state, UpdateState::kServing);
+  EXPECT_TRUE(absl::IsNotFound(Commit(1)));
+
+  ASSERT_TRUE(update.Begin({0, 1}, Whole(), absl::Minutes(1)).ok());
+  std::vector<float> bad = Values(1, 0);
+  bad[2] = std::numeric_limits<float>::infinity();
+  ASSERT_TRUE(update.Push({0, 1}, 0, 0, Bytes(bad)).ok());
+  ASSERT_TRUE(Send(1, 1).ok());
+  const absl::Status infinite = update.Verify({0, 1}, std::vector<uint64_t>{Digest(Bytes(bad)), Digests(1)[1]});
+  EXPECT_TRUE(absl::IsDataLoss(infinite));
+  EXPECT_TRUE(absl::StrContains(infinite.message(), "a (1 values are NaN or infinite)")) << infinite;
+}
+
+TEST_F(UpdateTest, AFailedStageDropsTheUpdate) {
+  ASSERT_TRUE(update.Begin({0, 1}, Whole(), absl::Minutes(1)).ok());
+  table.stage_status = absl::InternalError("the device");
+  EXPECT_TRUE(absl::IsInternal(Send(1, 0)));
+  EXPECT_EQ(update.status().state, UpdateState::kServing);
+}
+
+TEST_F(UpdateTest, LeaseEndsAnAbandonedUpdate) {
+  ASSERT_TRUE(update.Begin({0, 1}, Whole(), absl::Milliseconds(20)).ok());
+  absl::SleepFor(absl::Milliseconds(40));
+  EXPECT_TRUE(absl::IsNotFound(Send(1, 0)));
+  EXPECT_EQ(update.status().state, UpdateState::kServing);
+  Receive(1);
+}
+
+TEST_F(UpdateTest, SubsetOverABaseVersion) {
+  Receive(1);
+  ASSERT_TRUE(update.Verify({0, 1}, Digests(1)).ok());
+  ASSERT_TRUE(Commit(1).ok());
+  // Dirties the second place.
+  Receive(2);
+  ASSERT_TRUE(update.Rollback({0, 2}).ok());
+  Manifest subset = {.tensors = {{"a", DType::kF32, {4}}}, .base_version = WeightVersion{0, 0}};
+  EXPECT_TRUE(absl::IsFailedPrecondition(update.Begin({0, 3}, subset, absl::Minutes(1)).status()));
+  subset.base_version = WeightVersion{0, 1};
+  ASSERT_TRUE(update.Begin({0, 3}, subset, absl::Minutes(1)).ok());
+  ASSERT_TRUE(Send(3, 0).ok());
+  ASSERT_TRUE(update.Verify({0, 3}, std::vector<uint64_t>{Digests(3)[0]}).ok());
+  ASSERT_TRUE(Commit(3).ok());
+  EXPECT_EQ(table.serving[0], Values(3, 0));
+  EXPECT_EQ(table.serving[1], Values(1, 1));
+}
+
+TEST_F(UpdateTest, AFailedInstallLeavesItVerified) {
+  Receive(1);
+  ASSERT_TRUE(update.Verify({0, 1}, Digests(1)).ok());
+  EXPECT_TRUE(absl::IsDeadlineExceeded(update.Commit({0, 1}, [] { return absl::DeadlineExceededError("busy"); })));
+  EXPECT_EQ(update.status().state, UpdateState::kVerified);
+  ASSERT_TRUE(Commit(1).ok());
+}
+
+// Random calls against the state machine written down a second time, as plainly as it can be.
+TEST_F(UpdateTest, RandomCallsFollowTheModel) {
+  enum State { kServing, kReceiving, kVerified };
+  struct Model {
+    State state = kServing;
+    int64_t serving = 0, open = -1;
+    bool sent[2] = {};
+  } model;
+  std::mt19937 random(7);
+  int commits = 0;
+  for (int call = 0; call < 20000; ++call) {
+    const int64_t step = model.serving + static_cast<int64_t>(random() % 3);
+    const bool is_open = model.state != kServing && model.open == step;
+    absl::StatusCode want = absl::StatusCode::kOk, got = absl::StatusCode::kOk;
+    switch (random() % 6) {
+      case 0:
+        if (step <= model.serving || (model.state != kServing && !is_open)) {
+          want = absl::StatusCode::kFailedPrecondition;
+        } else if (model.state == kServing) {
+          model.state = kReceiving;
+          model.open = step;
+          model.sent[0] = model.sent[1] = false;
+        }
+        got = update.Begin({0, step}, Whole(), absl::Minutes(1)).status().code();
+        break;
+      case 1:
+      case 2: {
+        const int tensor = static_cast<int>(random() % 2);
+        want = !is_open                    ? absl::StatusCode::kNotFound
+               : model.state != kReceiving ? absl::StatusCode::kFailedPrecondition
+                                           : absl::StatusCode::kOk;
+        if (want == absl::StatusCode::kOk) model.sent[tensor] = true;
+        got = Send(step, tensor).code();
+        break;
+      }
+      case 3: {
+        const bool corrupt = random() % 4 == 0;
+        const bool again = is_open && model.state == kVerified;
+        std::vector<uint64_t> digests = Digests(step);
+        if (corrupt) digests[0] ^= 1u << random() % 32;
+        want = !is_open                           ? absl::StatusCode::kNotFound
+               : !model.sent[0] || !model.sent[1] ? absl::StatusCode::kFailedPrecondition
+               : corrupt                          ? absl::StatusCode::kDataLoss
+                                                  : absl::StatusCode::kOk;
+        if (want == absl::StatusCode::kOk && !again) model.state = kVerified;
+        if (want == absl::StatusCode::kDataLoss) model.state = kServing;
+        got = update.Verify({0, step}, digests).code();
+        break;
+      }
+      case 4:
+        want = step == model.serving      ? absl::StatusCode::kOk
+               : !is_open                 ? absl::StatusCode::kNotFound
+               : model.state != kVerified ? absl::StatusCode::kFailedPrecondition
+                                          : absl::StatusCode::kOk;
+        if (is_open && want == absl::StatusCode::kOk) {
+          model.serving = step;
+          model.state = kServing;
+          ++commits;
+        }
+        got = Commit(step).code();
+        break;
+      default:
+        if (random() % 4 != 0) continue;
+        if (is_open) model.state = kServing;
+        ASSERT_EQ(update.Rollback({0, step}).value(), is_open);
+    }
+    ASSERT_EQ(got, want) << "call " << call;
+    const UpdateStatus status = update.status();
+    ASSERT_EQ(static_cast<int>(status.state), static_cast<int>(model.state));
+    ASSERT_EQ(status.serving, (WeightVersion{0, model.serving}));
+    if (model.serving > 0) {
+      ASSERT_EQ(table.serving[0], Values(model.serving, 0)) << "only a commit changes what serves";
+      ASSERT_EQ(table.serving[1], Values(model.serving, 1));
+    }
+  }
+  EXPECT_GT(commits, 80);
+}
+
+}  // namespace
+}  // namespace lockstep
