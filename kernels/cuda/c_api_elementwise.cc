@@ -147,7 +147,7 @@ extern "C" int lockstep_rms_norm_residual(int fusion, const void* x, const void*
   return CApiResult(LaunchRmsNorm(params, Stream(stream)));
 }
 
-// casts: 1, 2 (an fp32 weight) or 3 roundings.
+// casts: 1: one rounding; 2: two, and an fp32 weight; else three.
 extern "C" int lockstep_gated_rms_norm(const void* x, const void* gate, const void* weight, void* out, int64_t rows,
                                        int64_t heads, int64_t head_dim, int64_t x_stride, int64_t gate_stride,
                                        int64_t out_stride, float eps, int casts, void* stream) {
