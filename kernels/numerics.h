@@ -47,6 +47,8 @@ enum class SquareSum : uint8_t {
 enum class AttentionProgram : uint8_t {
   kTiles128Forward,  // cuDNN: 128-key tiles, from key 0 forwards
   kTiles512Forward,  // PyTorch's flash attention for CPUs: 512-key tiles, from key 0 forwards
+  // cuDNN when it is given a mask: kTiles128Forward with scale and log2(e) as two products. On a CPU the same as that.
+  kTiles128ForwardMask,
   kTiles64Backward,  // FlashAttention-2: 64-key tiles, from the diagonal backwards
 };
 
@@ -58,7 +60,8 @@ enum class AttentionExp : uint8_t {
 
 // The three-operation tail of the gated output norm: normalise, times weight, times silu(gate).
 enum class GatedNormCasts : uint8_t {
-  kThree,  // each product rounded to the activation dtype (transformers)
+  kThree,  // each product rounded to the activation dtype (transformers with bf16 weights)
+  kTwo,    // normalised rounded, then the two products once: an fp32 weight promotes the first (transformers, autocast)
   kOne,    // rounded once at the end (fla's fused norm)
 };
 
@@ -71,15 +74,21 @@ struct NumericsProfile {
   std::string_view name;
   std::string_view description;
 
-  DType weights;      // matrices and embedding as they are multiplied
-  DType activations;  // what every operation's output is rounded to; kF32: no rounding
-  DType kv;           // cached keys and values
+  DType weights;       // matrices as they are multiplied, convolutions' weights
+  DType embedding;     // the embedding's table; a row of it is rounded to `residual`
+  DType norm_weights;  // of all norms; dt_bias too
+  DType a_log;         // A_log, before it is taken to fp32
+  DType activations;   // what every operation's output is rounded to but the residual's; kF32: no rounding
+  DType residual;      // the residual stream: what its sums are rounded to. A linear layer takes it rounded to
+                       // `activations`
+  DType kv;            // cached keys and values
   LinearProgram linear;
   SquareSum square_sum;  // RMSNorm, gated norm, l2norm
   GdnProgram gdn;
   ConvCasts conv;
   GatedNormCasts gated_norm;
   AttentionProgram attention;
+  AttentionProgram sliding_attention;  // of layers with a window
   AttentionExp attention_exp;
   DType attention_p;  // softmax numerators as they enter P.V
   DType logits;       // what logits are rounded to before log_softmax in fp32
@@ -89,7 +98,7 @@ struct NumericsProfile {
   std::string_view verified_against;
 };
 
-// All presets: "hf", "hf-flash", "hf-torch", "fp32".
+// All presets: "hf", "hf-masked", "hf-flash", "hf-autocast", "hf-autocast-masked", "hf-torch", "olmo-core", "fp32".
 std::span<const NumericsProfile> NumericsProfiles();
 // NOT_FOUND lists the known names.
 absl::StatusOr<NumericsProfile> FindNumericsProfile(std::string_view name);

@@ -6,7 +6,8 @@
 // is free.
 //
 // Activations live in the backend's own container: on CPU always fp32 words, holding values already rounded to
-// `profile.activations` (so a bf16 activation is a bf16 value in an fp32 word); on CUDA bf16 words in device memory.
+// `profile.activations`, or `profile.residual` (so a bf16 activation is a bf16 value in an fp32 word); on CUDA words of
+// that dtype in device memory.
 // All methods are called by one thread, the step loop; they may use all of the backend's threads inside, or return
 // before the device has done the work: results on the host wait for Synchronize(). Shapes are CHECKed: a wrong shape
 // here is a bug of the caller, not bad input. What the device itself reports goes to status().
@@ -177,6 +178,7 @@ class Ops {
 
   // Container of activations, and of what stays fp32 whatever the profile (g).
   virtual DType activation_dtype() const = 0;
+  virtual DType residual_dtype() const = 0;
   virtual DType logit_dtype() const = 0;
   // Rows of logits worth computing at a time.
   virtual int64_t max_logit_rows() const = 0;
@@ -200,23 +202,28 @@ class Ops {
   // The owner's memory is about to go.
   virtual void ForgetSteps(const void* owner) = 0;
 
-  // out[r] = table[tokens[r]], of the batch.
+  // out[r] = table[tokens[r]], of the batch, rounded to profile().residual.
   virtual void Embed(const EmbeddingTable& table, Rows out) = 0;
-  // out[i] = x[batch.logit_rows[begin + i]], i < out.rows; rows past the batch's count mean nothing.
+  // out[i] = x[batch.logit_rows[begin + i]], i < out.rows, both of the residual stream; rows past the batch's count
+  // mean nothing.
   virtual void GatherLogitRows(Rows x, int64_t begin, Rows out) = 0;
+
+  // out = the residual stream x rounded to profile().activations: what a linear layer takes of it.
+  virtual void RoundResidual(Rows x, Rows out) = 0;
 
   // out = x W^T, rounded to profile().activations. Each output is one fp32 accumulator over ascending k.
   virtual void Linear(Rows x, const LinearWeight& weight, Rows out) = 0;
   // The same, rounded to profile().logits.
   virtual void Logits(Rows x, const LinearWeight& weight, Rows out) = 0;
 
-  // out = x / sqrt(mean(x^2) + eps) * weight; fp32 inside, one rounding. weight: [width]. out may be x.
+  // out = x / sqrt(mean(x^2) + eps) * weight; fp32 inside, one rounding, to profile().activations. weight: [width]. x
+  // may be of the residual stream; else out may be x.
   virtual void RmsNorm(Rows x, const VectorWeight& weight, float eps, Rows out) = 0;
-  // residual = round(residual + x); out = RmsNorm(residual). Pre-norm layers.
+  // residual = residual + x, rounded to profile().residual; out = RmsNorm(residual). Pre-norm layers.
   virtual void AddRmsNorm(Rows x, Rows residual, const VectorWeight& weight, float eps, Rows out) = 0;
-  // residual = round(residual + RmsNorm(x)). Post-norm layers.
+  // residual = residual + RmsNorm(x), rounded to profile().residual. Post-norm layers.
   virtual void RmsNormAdd(Rows x, const VectorWeight& weight, float eps, Rows residual) = 0;
-  // residual = round(residual + x).
+  // residual = residual + x, rounded to profile().residual.
   virtual void Add(Rows x, Rows residual) = 0;
 
   // out = silu(gate) * up with silu rounded first; gate_up: [rows, 2 * out.width], gate in the first half.

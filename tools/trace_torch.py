@@ -23,12 +23,17 @@ import trace_format  # noqa: E402
 import trainer  # noqa: E402
 
 
+# Norms whose outputs only linear layers read. Under autocast these are fp32 and cast by every reader: kept as read.
+LINEAR_INPUTS = ("input_norm", "mlp_norm", "final_norm")
+
+
 class Recorder:
     """Keeps rows of a model's tensors while it runs: `with Recorder(model, positions) as r: model(...)`."""
 
     def __init__(self, model, positions):
         self.model = model
         self.positions = positions
+        self._autocast = trainer.is_autocast(model)
         self._index = torch.tensor(positions, device=model.device)
         self._rows = {}  # (layer, name, part) -> (dtype, rows)
         self._layer = -1
@@ -48,6 +53,8 @@ class Recorder:
 
     def keep(self, layer, name, tensor, part=""):
         """tensor: [1, T, ...]."""
+        if self._autocast and name in LINEAR_INPUTS:
+            tensor = tensor.bfloat16()
         rows = tensor.detach()[0].index_select(0, self._index).flatten(1).cpu().contiguous()
         if rows.dtype == torch.bfloat16:
             value = "bf16", rows.view(torch.int16).numpy().view(numpy.uint16)
@@ -223,6 +230,7 @@ def main():
     parser.add_argument("--out", required=True, help="folder to write")
     parser.add_argument("--mode", choices=trainer.MODES, default="nosplit", help="default: nosplit")
     parser.add_argument("--attention", choices=trainer.ATTENTION, default="cudnn", help="default: cudnn")
+    parser.add_argument("--autocast", action="store_true", help="fp32 weights under autocast to bf16")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda if there")
     arguments = parser.parse_args()
@@ -231,13 +239,14 @@ def main():
     positions = parse_positions(arguments.positions or f"0-{len(tokens) - 1}", len(tokens))
     if device == "cuda":
         trainer.pin_fla_configurations()
-    model = trainer.load(arguments.model, device, getattr(torch, arguments.dtype))
+    model = trainer.load(arguments.model, device, getattr(torch, arguments.dtype), arguments.autocast)
     with contextlib.ExitStack() as stack:
         if device == "cuda":
             stack.enter_context(trainer.blas_mode(arguments.mode))
             stack.enter_context(trainer.attention_backend(arguments.attention))
         tensors = trace(model, tokens, positions)
-    source = f"transformers, {arguments.dtype} on {device}, {arguments.mode}, {arguments.attention}"
+    dtype = "autocast" if arguments.autocast else arguments.dtype
+    source = f"transformers, {dtype} on {device}, {arguments.mode}, {arguments.attention}"
     trace_format.write(arguments.out, tokens, tensors, source)
     print(f"{arguments.out}: {len(tensors)} operations at {len(positions)} positions")
 

@@ -44,6 +44,7 @@ inline int64_t ChainKeys(AttentionProgram program, int64_t tile) {
 inline int64_t TileKeys(AttentionProgram program) {
   switch (program) {
     case AttentionProgram::kTiles128Forward:
+    case AttentionProgram::kTiles128ForwardMask:
       return 128;
     case AttentionProgram::kTiles512Forward:
       return 512;
@@ -67,6 +68,8 @@ struct AttentionBlock {
   Rows q;            // [rows, heads * head_dim]
   Rows out;          // the same shape
   float* scratch;    // AttentionScratch::Floats
+
+  AttentionProgram program() const { return shape.window > 0 ? profile.sliding_attention : profile.attention; }
 };
 
 // Row counts are of block rows.
@@ -241,7 +244,7 @@ void Tile(const AttentionBlock& b, const AttentionScratch& s, int64_t first, int
                                       s.sum + h);
     }
   }
-  const int64_t chain_keys = ChainKeys(b.profile.attention, tile_end - tile_begin);
+  const int64_t chain_keys = ChainKeys(b.program(), tile_end - tile_begin);
   for (int64_t begin = tile_begin; begin < keys_end; begin += chain_keys) {
     const Visible part = {begin, std::min(begin + chain_keys, tile_end)};
     if (chain_keys == tile_end - tile_begin) {
@@ -271,8 +274,8 @@ void Block(const AttentionBlock& b) {
   std::fill_n(s.max, rows, -std::numeric_limits<float>::infinity());
   std::fill_n(s.sum, rows, 0.0f);
 
-  const bool forward = b.profile.attention != AttentionProgram::kTiles64Backward;
-  const int64_t tile = TileKeys(b.profile.attention);
+  const bool forward = b.program() != AttentionProgram::kTiles64Backward;
+  const int64_t tile = TileKeys(b.program());
   const int64_t lowest = b.shape.window > 0 ? std::max<int64_t>(0, b.position - b.shape.window + 1) : 0;
   const int64_t first_tile = lowest / tile;
   const int64_t tiles = (b.position + b.q.rows - 1) / tile + 1 - first_tile;

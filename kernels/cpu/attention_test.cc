@@ -37,7 +37,7 @@ AttentionShape Shape(int64_t heads, int64_t kv_heads, int64_t head_dim, int64_t 
 
 NumericsProfile ProfileWith(const std::string& name, AttentionProgram program) {
   NumericsProfile profile = FindNumericsProfile(name).value();
-  profile.attention = program;
+  profile.attention = profile.sliding_attention = program;
   return profile;
 }
 

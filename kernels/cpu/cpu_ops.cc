@@ -111,6 +111,9 @@ void CpuOps::GatherLogitRows(Rows x, int64_t begin, Rows out) {
   for (int64_t i = 0; i < out.rows; ++i)
     std::memcpy(out.row(i), x.row(batch_.logit_rows[begin + i]), x.width * sizeof(float));
 }
+void CpuOps::RoundResidual(Rows x, Rows out) {
+  CpuRoundResidual(context_, x, out);
+}
 void CpuOps::Linear(Rows x, const LinearWeight& weight, Rows out) {
   CpuLinear(context_, x, weight, out);
 }

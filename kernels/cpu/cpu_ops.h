@@ -28,6 +28,7 @@ class CpuOps : public Ops {
   void CopyFromHost(std::byte* to, const std::byte* from, int64_t bytes) override;
   std::vector<float> Download(Rows rows) override;
   DType activation_dtype() const override { return DType::kF32; }
+  DType residual_dtype() const override { return DType::kF32; }
   DType logit_dtype() const override { return DType::kF32; }
   int64_t max_logit_rows() const override { return 64; }
 
@@ -42,6 +43,7 @@ class CpuOps : public Ops {
 
   void Embed(const EmbeddingTable& table, Rows out) override;
   void GatherLogitRows(Rows x, int64_t begin, Rows out) override;
+  void RoundResidual(Rows x, Rows out) override;
   void Linear(Rows x, const LinearWeight& weight, Rows out) override;
   void Logits(Rows x, const LinearWeight& weight, Rows out) override;
   void RmsNorm(Rows x, const VectorWeight& weight, float eps, Rows out) override;

@@ -66,7 +66,7 @@ class CpuTiedTable final : public CpuRowTable {
 std::unique_ptr<EmbeddingTable> CpuPackEmbedding(const CpuContext& ctx, const HostMatrix& table) {
   LOCKSTEP_CHECK(table.data != nullptr && table.rows > 0 && table.cols > 0, "PackEmbedding: empty table [{}, {}]",
                  table.rows, table.cols);
-  auto packed = std::make_unique<CpuEmbeddingTable>(table.rows, table.cols, ctx.profile.weights);
+  auto packed = std::make_unique<CpuEmbeddingTable>(table.rows, table.cols, ctx.profile.embedding);
   ctx.threads.ParallelFor(table.rows, RowGrain(table.cols), [&](int64_t begin, int64_t end, int thread) {
     float* values = ctx.scratch.Floats(thread, table.cols);
     for (int64_t r = begin; r < end; ++r) {
@@ -91,8 +91,8 @@ void CpuEmbed(const CpuContext& ctx, std::span<const int32_t> tokens, const Embe
   LOCKSTEP_CHECK(out.rows == static_cast<int64_t>(tokens.size()) && out.width == packed.hidden(),
                  "Embed: {} tokens, table [{}, {}], out [{}, {}]", tokens.size(), packed.vocab(), packed.hidden(),
                  out.rows, out.width);
-  // bf16 rows are their own rounding; an fp32 table under bf16 activations is rounded here.
-  const bool round = packed.dtype() == DType::kF32 && ctx.profile.activations == DType::kBF16;
+  // bf16 rows are their own rounding; those of an fp32 table under a bf16 residual stream are rounded here.
+  const bool round = packed.dtype() == DType::kF32 && ctx.profile.residual == DType::kBF16;
   ctx.threads.ParallelFor(out.rows, RowGrain(out.width), [&](int64_t begin, int64_t end, int) {
     for (int64_t r = begin; r < end; ++r) {
       const int64_t token = tokens[r];

@@ -1,4 +1,4 @@
-// The embedding table, row-major in profile.weights or the head's packed weight, and the row look-up.
+// The embedding table, row-major in profile.embedding or the head's packed weight, and the row look-up.
 #pragma once
 
 #include <cstdint>

@@ -17,14 +17,15 @@ namespace lockstep {
 namespace HWY_NAMESPACE {
 namespace {
 
-template <bool kBf16, bool kEach>
+// kNormalised, kWeighted: round the first two steps too.
+template <bool kBf16, bool kNormalised, bool kWeighted>
 VF GatedNorm(VF x, VF gate, VF weight, VF factor) {
-  const VF normalised = RoundIf<kEach>(hn::Mul(x, factor));
-  const VF weighted = RoundIf<kEach>(hn::Mul(weight, normalised));
+  const VF normalised = RoundIf<kNormalised>(hn::Mul(x, factor));
+  const VF weighted = RoundIf<kWeighted>(hn::Mul(weight, normalised));
   return RoundIf<kBf16>(hn::Mul(weighted, Silu(gate)));
 }
 
-template <bool kBf16, bool kEach>
+template <bool kBf16, bool kNormalised, bool kWeighted>
 void Head(SquareSum order, const float* x, const float* gate, const float* weight, float eps, int64_t count,
           float* out) {
   const DF df;
@@ -32,13 +33,13 @@ void Head(SquareSum order, const float* x, const float* gate, const float* weigh
   const VF factor = hn::Set(df, 1.0f / std::sqrt(mean + eps));
   int64_t i = 0;
   for (; i + static_cast<int64_t>(kLanes) <= count; i += kLanes) {
-    const VF y =
-        GatedNorm<kBf16, kEach>(hn::LoadU(df, x + i), hn::LoadU(df, gate + i), hn::LoadU(df, weight + i), factor);
+    const VF y = GatedNorm<kBf16, kNormalised, kWeighted>(hn::LoadU(df, x + i), hn::LoadU(df, gate + i),
+                                                          hn::LoadU(df, weight + i), factor);
     hn::StoreU(y, df, out + i);
   }
   if (const int64_t left = count - i; left > 0) {
-    const VF y =
-        GatedNorm<kBf16, kEach>(LoadFirst(x + i, left), LoadFirst(gate + i, left), LoadFirst(weight + i, left), factor);
+    const VF y = GatedNorm<kBf16, kNormalised, kWeighted>(LoadFirst(x + i, left), LoadFirst(gate + i, left),
+                                                          LoadFirst(weight + i, left), factor);
     StoreFirst(y, out + i, left);
   }
 }
@@ -46,8 +47,20 @@ void Head(SquareSum order, const float* x, const float* gate, const float* weigh
 void GatedRmsNormRowsImpl(const NumericsProfile& profile, Rows x, Rows gate, const float* weight, float eps,
                           int64_t head_dim, Rows out) {
   const bool bf16 = profile.activations == DType::kBF16;
-  const bool each = profile.gated_norm == GatedNormCasts::kThree;
-  const auto head = !bf16 ? Head<false, false> : (each ? Head<true, true> : Head<true, false>);
+  auto head = Head<false, false, false>;
+  if (bf16) {
+    switch (profile.gated_norm) {
+      case GatedNormCasts::kThree:
+        head = Head<true, true, true>;
+        break;
+      case GatedNormCasts::kTwo:
+        head = Head<true, true, false>;
+        break;
+      case GatedNormCasts::kOne:
+        head = Head<true, false, false>;
+        break;
+    }
+  }
   for (int64_t r = 0; r < x.rows; ++r) {
     for (int64_t c = 0; c < x.width; c += head_dim)
       head(profile.square_sum, x.row(r) + c, gate.row(r) + c, weight, eps, head_dim, out.row(r) + c);

@@ -19,7 +19,8 @@
 namespace lockstep {
 
 struct NormConfig {
-  bool bf16;  // rounds to bf16
+  bool bf16;           // rounds norms to bf16
+  bool bf16_residual;  // and the residual stream
   SquareSum square_sum;
   float eps;
 };
@@ -46,38 +47,52 @@ void AddRow(const float* x, float* residual, int64_t width) {
   }
 }
 
-// out = round((x * inverse) * weight), or with kAdd out = round(out + round((x * inverse) * weight)). out may be x.
-template <bool kBf16, bool kAdd>
+// out = round((x * inverse) * weight). out may be x.
+template <bool kBf16>
 void ScaleRow(const float* x, float inverse, const float* weight, int64_t width, float* out) {
   const VF scale = hn::Set(DF(), inverse);
   for (int64_t i = 0; i < width; i += kLanes) {
     const VF scaled = hn::Mul(LoadUpTo(x + i, width - i), scale);
-    VF y = RoundIf<kBf16>(hn::Mul(LoadUpTo(weight + i, width - i), scaled));
-    if constexpr (kAdd) y = RoundIf<kBf16>(hn::Add(LoadUpTo(out + i, width - i), y));
-    StoreUpTo(y, out + i, width - i);
+    StoreUpTo(RoundIf<kBf16>(hn::Mul(LoadUpTo(weight + i, width - i), scaled)), out + i, width - i);
   }
+}
+
+// residual = round(residual + round((x * inverse) * weight)).
+template <bool kBf16, bool kBf16Residual>
+void ScaleAddRow(const float* x, float inverse, const float* weight, int64_t width, float* residual) {
+  const VF scale = hn::Set(DF(), inverse);
+  for (int64_t i = 0; i < width; i += kLanes) {
+    const VF scaled = hn::Mul(LoadUpTo(x + i, width - i), scale);
+    const VF y = RoundIf<kBf16>(hn::Mul(LoadUpTo(weight + i, width - i), scaled));
+    StoreUpTo(RoundIf<kBf16Residual>(hn::Add(LoadUpTo(residual + i, width - i), y)), residual + i, width - i);
+  }
+}
+
+template <bool kBf16>
+void RoundRow(const float* x, int64_t width, float* out) {
+  for (int64_t i = 0; i < width; i += kLanes) StoreUpTo(RoundIf<kBf16>(LoadUpTo(x + i, width - i)), out + i, width - i);
 }
 
 template <bool kBf16>
 void NormRows(const NormConfig& c, const Rows& x, const float* weight, const Rows& out) {
   for (int64_t r = 0; r < x.rows; ++r) {
-    ScaleRow<kBf16, false>(x.row(r), InverseRms(c, x.row(r), x.width), weight, x.width, out.row(r));
+    ScaleRow<kBf16>(x.row(r), InverseRms(c, x.row(r), x.width), weight, x.width, out.row(r));
   }
 }
 
-template <bool kBf16>
+template <bool kBf16, bool kBf16Residual>
 void AddNormRows(const NormConfig& c, const Rows& x, const Rows& residual, const float* weight, const Rows& out) {
   for (int64_t r = 0; r < x.rows; ++r) {
     float* sum = residual.row(r);
-    AddRow<kBf16>(x.row(r), sum, x.width);
-    ScaleRow<kBf16, false>(sum, InverseRms(c, sum, x.width), weight, x.width, out.row(r));
+    AddRow<kBf16Residual>(x.row(r), sum, x.width);
+    ScaleRow<kBf16>(sum, InverseRms(c, sum, x.width), weight, x.width, out.row(r));
   }
 }
 
-template <bool kBf16>
+template <bool kBf16, bool kBf16Residual>
 void NormAddRows(const NormConfig& c, const Rows& x, const float* weight, const Rows& residual) {
   for (int64_t r = 0; r < x.rows; ++r) {
-    ScaleRow<kBf16, true>(x.row(r), InverseRms(c, x.row(r), x.width), weight, x.width, residual.row(r));
+    ScaleAddRow<kBf16, kBf16Residual>(x.row(r), InverseRms(c, x.row(r), x.width), weight, x.width, residual.row(r));
   }
 }
 
@@ -90,13 +105,21 @@ void RmsNorm(const NormConfig& c, const Rows& x, const float* weight, const Rows
   c.bf16 ? NormRows<true>(c, x, weight, out) : NormRows<false>(c, x, weight, out);
 }
 void AddRmsNorm(const NormConfig& c, const Rows& x, const Rows& residual, const float* weight, const Rows& out) {
-  c.bf16 ? AddNormRows<true>(c, x, residual, weight, out) : AddNormRows<false>(c, x, residual, weight, out);
+  const auto rows =
+      !c.bf16 ? AddNormRows<false, false> : (c.bf16_residual ? AddNormRows<true, true> : AddNormRows<true, false>);
+  rows(c, x, residual, weight, out);
 }
 void RmsNormAdd(const NormConfig& c, const Rows& x, const float* weight, const Rows& residual) {
-  c.bf16 ? NormAddRows<true>(c, x, weight, residual) : NormAddRows<false>(c, x, weight, residual);
+  const auto rows =
+      !c.bf16 ? NormAddRows<false, false> : (c.bf16_residual ? NormAddRows<true, true> : NormAddRows<true, false>);
+  rows(c, x, weight, residual);
 }
 void Add(bool bf16, const Rows& x, const Rows& residual) {
   bf16 ? AddRows<true>(x, residual) : AddRows<false>(x, residual);
+}
+void Round(bool bf16, const Rows& x, const Rows& out) {
+  const auto row = bf16 ? RoundRow<true> : RoundRow<false>;
+  for (int64_t r = 0; r < x.rows; ++r) row(x.row(r), x.width, out.row(r));
 }
 
 }  // namespace
@@ -113,18 +136,19 @@ HWY_EXPORT(RmsNorm);
 HWY_EXPORT(AddRmsNorm);
 HWY_EXPORT(RmsNormAdd);
 HWY_EXPORT(Add);
+HWY_EXPORT(Round);
 
 void CheckSameShape(const char* op, const Rows& a, const Rows& b) {
   LOCKSTEP_CHECK(a.rows == b.rows && a.width == b.width && a.width > 0, "{}: operands [{}, {}] and [{}, {}]", op,
                  a.rows, a.width, b.rows, b.width);
 }
 
-bool RoundsToBf16(const CpuContext& ctx) {
-  return ctx.profile.activations == DType::kBF16;
+bool RoundsResidual(const CpuContext& ctx) {
+  return ctx.profile.residual == DType::kBF16;
 }
 
 NormConfig Config(const CpuContext& ctx, float eps) {
-  return {RoundsToBf16(ctx), ctx.profile.square_sum, eps};
+  return {ctx.profile.activations == DType::kBF16, RoundsResidual(ctx), ctx.profile.square_sum, eps};
 }
 
 }  // namespace
@@ -161,7 +185,16 @@ void CpuAdd(const CpuContext& ctx, Rows x, Rows residual) {
   CheckSameShape("Add", x, residual);
   const auto run = HWY_DYNAMIC_DISPATCH(Add);
   ctx.threads.ParallelFor(x.rows, RowGrain(x.width), [&](int64_t begin, int64_t end, int) {
-    run(RoundsToBf16(ctx), x.slice(begin, end - begin), residual.slice(begin, end - begin));
+    run(RoundsResidual(ctx), x.slice(begin, end - begin), residual.slice(begin, end - begin));
+  });
+}
+
+void CpuRoundResidual(const CpuContext& ctx, Rows x, Rows out) {
+  CheckSameShape("RoundResidual", x, out);
+  const auto run = HWY_DYNAMIC_DISPATCH(Round);
+  const bool bf16 = ctx.profile.activations == DType::kBF16;
+  ctx.threads.ParallelFor(x.rows, RowGrain(x.width), [&](int64_t begin, int64_t end, int) {
+    run(bf16, x.slice(begin, end - begin), out.slice(begin, end - begin));
   });
 }
 

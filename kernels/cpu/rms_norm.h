@@ -11,5 +11,6 @@ void CpuRmsNorm(const CpuContext& ctx, Rows x, const float* weight, float eps, R
 void CpuAddRmsNorm(const CpuContext& ctx, Rows x, Rows residual, const float* weight, float eps, Rows out);
 void CpuRmsNormAdd(const CpuContext& ctx, Rows x, const float* weight, float eps, Rows residual);
 void CpuAdd(const CpuContext& ctx, Rows x, Rows residual);
+void CpuRoundResidual(const CpuContext& ctx, Rows x, Rows out);
 
 }  // namespace lockstep

@@ -72,6 +72,10 @@ float Round(float value, bool bf16) {
   return bf16 ? RoundBf16(value) : value;
 }
 
+bool bf16_residual(TestContext& context) {
+  return context.get().profile.residual == DType::kBF16;
+}
+
 class RmsNormTest : public ::testing::TestWithParam<const char*> {};
 
 TEST_P(RmsNormTest, MatchesFp64) {
@@ -142,7 +146,7 @@ TEST_P(RmsNormTest, AddRmsNormRoundsTheResidualFirst) {
     Matrix residual(9, width);
     Matrix weight(1, width);
     x.Fill(7, context.bf16());
-    residual.Fill(8, context.bf16(), 10.0f);
+    residual.Fill(8, bf16_residual(context), 10.0f);
     weight.Fill(9, false);
     const Matrix before = residual;
     ForEachTarget([&] {
@@ -153,7 +157,7 @@ TEST_P(RmsNormTest, AddRmsNormRoundsTheResidualFirst) {
       EXPECT_EQ(out.TouchedOutside() + sum.TouchedOutside(), 0);
       for (int64_t r = 0; r < 9; ++r) {
         for (int64_t i = 0; i < width; ++i) {
-          ASSERT_EQ(sum.at(r, i), Round(start.at(r, i) + x.at(r, i), context.bf16()));
+          ASSERT_EQ(sum.at(r, i), Round(start.at(r, i) + x.at(r, i), bf16_residual(context)));
         }
         const auto expected = NormInOrder(context.get().profile, sum.row(r), weight.row(0), width);
         ASSERT_EQ(std::memcmp(out.row(r), expected.data(), width * sizeof(float)), 0) << width << " row " << r;
@@ -169,7 +173,7 @@ TEST_P(RmsNormTest, RmsNormAddRoundsTheNormFirst) {
     Matrix residual(9, width);
     Matrix weight(1, width);
     x.Fill(10, context.bf16(), 10.0f);
-    residual.Fill(11, context.bf16());
+    residual.Fill(11, bf16_residual(context));
     weight.Fill(12, false);
     const Matrix before = residual;
     ForEachTarget([&] {
@@ -180,7 +184,7 @@ TEST_P(RmsNormTest, RmsNormAddRoundsTheNormFirst) {
       for (int64_t r = 0; r < 9; ++r) {
         const auto norm = NormInOrder(context.get().profile, x.row(r), weight.row(0), width);
         for (int64_t i = 0; i < width; ++i) {
-          ASSERT_EQ(sum.at(r, i), Round(start.at(r, i) + norm[i], context.bf16())) << width << " " << i;
+          ASSERT_EQ(sum.at(r, i), Round(start.at(r, i) + norm[i], bf16_residual(context))) << width << " " << i;
         }
       }
     });
@@ -193,7 +197,7 @@ TEST_P(RmsNormTest, AddIsOneRounding) {
     Matrix x(40, width);
     Matrix residual(40, width);
     x.Fill(13, context.bf16());
-    residual.Fill(14, context.bf16(), 100.0f);
+    residual.Fill(14, bf16_residual(context), 100.0f);
     Matrix before = residual;
     ForEachTarget([&] {
       Matrix sum = before;
@@ -201,7 +205,7 @@ TEST_P(RmsNormTest, AddIsOneRounding) {
       EXPECT_EQ(sum.TouchedOutside(), 0);
       for (int64_t r = 0; r < 40; ++r) {
         for (int64_t i = 0; i < width; ++i) {
-          ASSERT_EQ(sum.at(r, i), Round(before.at(r, i) + x.at(r, i), context.bf16()));
+          ASSERT_EQ(sum.at(r, i), Round(before.at(r, i) + x.at(r, i), bf16_residual(context)));
         }
       }
     });
@@ -225,9 +229,28 @@ TEST_P(RmsNormTest, AZeroRowIsZeroAndANanRowStaysAlone) {
   }
 }
 
-INSTANTIATE_TEST_SUITE_P(Profiles, RmsNormTest, ::testing::Values("hf", "hf-torch", "fp32"), [](const auto& param) {
-  return std::string(param.param) == "hf" ? "Hf" : param.param[0] == 'f' ? "Fp32" : "HfTorch";
-});
+TEST_P(RmsNormTest, RoundResidualRoundsToTheActivations) {
+  TestContext context(GetParam(), 2);
+  for (const int64_t width : kWidths) {
+    Matrix x(9, width);
+    x.Fill(15, bf16_residual(context), 10.0f);
+    ForEachTarget([&] {
+      Matrix out(9, width);
+      CpuRoundResidual(context.get(), x.view(), out.view());
+      EXPECT_EQ(out.Unwritten() + out.TouchedOutside(), 0);
+      for (int64_t r = 0; r < 9; ++r) {
+        for (int64_t i = 0; i < width; ++i) ASSERT_EQ(out.at(r, i), Round(x.at(r, i), context.bf16()));
+      }
+    });
+  }
+}
+
+INSTANTIATE_TEST_SUITE_P(Profiles, RmsNormTest, ::testing::Values("hf", "hf-autocast", "hf-torch", "fp32"),
+                         [](const auto& param) {
+                           std::string name = param.param;
+                           std::erase(name, '-');
+                           return name;
+                         });
 
 }  // namespace
 }  // namespace lockstep

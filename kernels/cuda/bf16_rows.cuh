@@ -5,6 +5,7 @@
 #include <cuda_bf16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 namespace lockstep::cuda {
 
@@ -49,6 +50,25 @@ __device__ __forceinline__ Floats<kCount> RoundBf16(const Floats<kCount>& floats
   return Unpack(Pack(floats));
 }
 
+// kCount neighbours of a row of T, float or bf16.
+template <class T, int kCount>
+using VectorOf = std::conditional_t<std::is_same_v<T, float>, Floats<kCount>, Bf16s<kCount>>;
+
+// So that one piece of code takes either row.
+template <int kCount>
+__device__ __forceinline__ Floats<kCount> Unpack(const Floats<kCount>& floats) {
+  return floats;
+}
+
+template <class T, int kCount>
+__device__ __forceinline__ VectorOf<T, kCount> PackAs(const Floats<kCount>& floats) {
+  if constexpr (std::is_same_v<T, float>) {
+    return floats;
+  } else {
+    return Pack(floats);
+  }
+}
+
 // One access of 16 or 8 bytes. Plain loads: with in-place operands the data is not read-only during the kernel.
 template <int kCount>
 __device__ __forceinline__ Bf16s<kCount> Load(const __nv_bfloat16* from) {
@@ -69,6 +89,31 @@ __device__ __forceinline__ void Store(const Bf16s<kCount>& bf16s, __nv_bfloat16*
     *reinterpret_cast<uint4*>(to) = {bf16s.words[0], bf16s.words[1], bf16s.words[2], bf16s.words[3]};
   } else {
     *reinterpret_cast<uint2*>(to) = {bf16s.words[0], bf16s.words[1]};
+  }
+}
+
+// fp32 rows: 16 bytes an access.
+template <int kCount>
+__device__ __forceinline__ Floats<kCount> Load(const float* from) {
+  static_assert(kCount % 4 == 0);
+  Floats<kCount> floats;
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    const float4 raw = *reinterpret_cast<const float4*>(from + i);
+    floats.v[i] = raw.x;
+    floats.v[i + 1] = raw.y;
+    floats.v[i + 2] = raw.z;
+    floats.v[i + 3] = raw.w;
+  }
+  return floats;
+}
+
+template <int kCount>
+__device__ __forceinline__ void Store(const Floats<kCount>& floats, float* to) {
+  static_assert(kCount % 4 == 0);
+#pragma unroll
+  for (int i = 0; i < kCount; i += 4) {
+    *reinterpret_cast<float4*>(to + i) = {floats.v[i], floats.v[i + 1], floats.v[i + 2], floats.v[i + 3]};
   }
 }
 

@@ -9,6 +9,7 @@
 #include "kernels/cuda/gdn_conv.h"
 #include "kernels/cuda/gdn_gates.h"
 #include "kernels/cuda/rms_norm.h"
+#include "kernels/cuda/round_rows.h"
 #include "kernels/cuda/swiglu.h"
 
 namespace {
@@ -23,14 +24,18 @@ __nv_bfloat16* Out(void* pointer) {
   return static_cast<__nv_bfloat16*>(pointer);
 }
 
+lockstep::DType Type(int fp32) {
+  return fp32 != 0 ? lockstep::DType::kF32 : lockstep::DType::kBF16;
+}
+
 cudaStream_t Stream(void* stream) {
   return static_cast<cudaStream_t>(stream);
 }
 
 RmsNormParams NormParams(const void* x, const void* weight, void* out, int64_t rows, int64_t width, int64_t x_stride,
                          int64_t out_stride, float eps) {
-  return {.x = In(x),
-          .weight = In(weight),
+  return {.x = x,
+          .weight = weight,
           .out = Out(out),
           .rows = rows,
           .width = width,
@@ -42,39 +47,51 @@ RmsNormParams NormParams(const void* x, const void* weight, void* out, int64_t r
 }  // namespace
 
 extern "C" int lockstep_add(const void* x, void* residual, int64_t rows, int64_t width, int64_t x_stride,
-                            int64_t residual_stride, void* stream) {
+                            int64_t residual_stride, int residual_fp32, void* stream) {
   const AddParams params = {.x = In(x),
-                            .residual = Out(residual),
+                            .residual = residual,
                             .rows = rows,
                             .width = width,
                             .x_stride = x_stride,
-                            .residual_stride = residual_stride};
+                            .residual_stride = residual_stride,
+                            .residual_dtype = Type(residual_fp32)};
   return CApiResult(LaunchAdd(params, Stream(stream)));
 }
 
 extern "C" int lockstep_embedding(const int32_t* tokens, const void* table, void* out, int64_t rows, int64_t vocab,
-                                  int64_t hidden, int64_t out_stride, void* stream) {
+                                  int64_t hidden, int64_t out_stride, int table_fp32, int out_fp32, void* stream) {
   const EmbeddingParams params = {.tokens = tokens,
-                                  .table = In(table),
-                                  .out = Out(out),
+                                  .table = table,
+                                  .out = out,
                                   .rows = rows,
                                   .vocab = vocab,
                                   .hidden = hidden,
-                                  .out_stride = out_stride};
+                                  .out_stride = out_stride,
+                                  .table_dtype = Type(table_fp32),
+                                  .out_dtype = Type(out_fp32)};
   return CApiResult(LaunchEmbedding(params, Stream(stream)));
 }
 
 extern "C" int lockstep_gather_rows(const int32_t* indices, const void* in, void* out, int64_t rows, int64_t in_rows,
-                                    int64_t width, int64_t in_stride, int64_t out_stride, void* stream) {
+                                    int64_t width, int64_t in_stride, int64_t out_stride, int fp32, void* stream) {
   const GatherRowsParams params = {.indices = indices,
-                                   .in = In(in),
-                                   .out = Out(out),
+                                   .in = in,
+                                   .out = out,
                                    .rows = rows,
                                    .in_rows = in_rows,
                                    .width = width,
                                    .in_stride = in_stride,
-                                   .out_stride = out_stride};
+                                   .out_stride = out_stride,
+                                   .dtype = Type(fp32)};
   return CApiResult(LaunchGatherRows(params, Stream(stream)));
+}
+
+// x: fp32, out: bf16.
+extern "C" int lockstep_round_rows(const float* x, void* out, int64_t rows, int64_t width, int64_t x_stride,
+                                   int64_t out_stride, void* stream) {
+  const RoundRowsParams params = {
+      .x = x, .out = Out(out), .rows = rows, .width = width, .x_stride = x_stride, .out_stride = out_stride};
+  return CApiResult(LaunchRoundRows(params, Stream(stream)));
 }
 
 extern "C" int lockstep_swiglu(const void* gate_up, void* out, int64_t rows, int64_t width, int64_t gate_up_stride,
@@ -90,9 +107,12 @@ extern "C" int lockstep_swiglu(const void* gate_up, void* out, int64_t rows, int
 
 // x_rows: int32 [rows], or null for rows 0, 1, ...
 extern "C" int lockstep_rms_norm(const void* x, const int32_t* x_rows, const void* weight, void* out, int64_t rows,
-                                 int64_t width, int64_t x_stride, int64_t out_stride, float eps, void* stream) {
+                                 int64_t width, int64_t x_stride, int64_t out_stride, float eps, int x_fp32,
+                                 int weight_fp32, void* stream) {
   RmsNormParams params = NormParams(x, weight, out, rows, width, x_stride, out_stride, eps);
   params.x_rows = x_rows;
+  params.x_dtype = Type(x_fp32);
+  params.weight_dtype = Type(weight_fp32);
   return CApiResult(LaunchRmsNorm(params, Stream(stream)));
 }
 
@@ -106,32 +126,35 @@ extern "C" int lockstep_rms_norm_pair(void* x0, const void* weight0, int64_t wid
 }
 
 // fusion: 1 residual += x, out = norm(residual); 2 residual += norm(x), out null; 3 that, then out = norm(residual)
-// with out_weight (else null). Rows side by side.
+// with out_weight (else null). fp32: of weight and residual. Rows side by side.
 extern "C" int lockstep_rms_norm_residual(int fusion, const void* x, const void* weight, const void* out_weight,
-                                          void* residual, void* out, int64_t rows, int64_t width, float eps,
+                                          void* residual, void* out, int64_t rows, int64_t width, float eps, int fp32,
                                           void* stream) {
   const RmsNormParams params = {.fusion = static_cast<RmsNormFusion>(fusion),
-                                .x = In(x),
-                                .weight = In(weight),
-                                .out_weight = In(out_weight),
-                                .residual = Out(residual),
+                                .x = x,
+                                .weight = weight,
+                                .out_weight = out_weight,
+                                .residual = residual,
                                 .out = Out(out),
                                 .rows = rows,
                                 .width = width,
                                 .x_stride = width,
                                 .residual_stride = width,
                                 .out_stride = out == nullptr ? 0 : width,
-                                .eps = eps};
+                                .eps = eps,
+                                .weight_dtype = Type(fp32),
+                                .residual_dtype = Type(fp32)};
   return CApiResult(LaunchRmsNorm(params, Stream(stream)));
 }
 
+// casts: 1: one rounding; 2: two, and an fp32 weight; else three.
 extern "C" int lockstep_gated_rms_norm(const void* x, const void* gate, const void* weight, void* out, int64_t rows,
                                        int64_t heads, int64_t head_dim, int64_t x_stride, int64_t gate_stride,
-                                       int64_t out_stride, float eps, int one_cast, void* stream) {
+                                       int64_t out_stride, float eps, int casts, void* stream) {
   const GatedRmsNormParams params = {
       .x = In(x),
       .gate = In(gate),
-      .weight = In(weight),
+      .weight = weight,
       .out = Out(out),
       .rows = rows,
       .heads = heads,
@@ -140,7 +163,8 @@ extern "C" int lockstep_gated_rms_norm(const void* x, const void* gate, const vo
       .gate_stride = gate_stride,
       .out_stride = out_stride,
       .eps = eps,
-      .casts = one_cast != 0 ? lockstep::GatedNormCasts::kOne : lockstep::GatedNormCasts::kThree};
+      .casts = casts == 1 ? lockstep::GatedNormCasts::kOne
+                          : (casts == 2 ? lockstep::GatedNormCasts::kTwo : lockstep::GatedNormCasts::kThree)};
   return CApiResult(LaunchGatedRmsNorm(params, Stream(stream)));
 }
 

@@ -2,6 +2,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
+#include <tuple>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -19,6 +21,7 @@
 #include "kernels/cuda/linear.h"
 #include "kernels/cuda/rms_norm.h"
 #include "kernels/cuda/rope.h"
+#include "kernels/cuda/round_rows.h"
 #include "kernels/cuda/swiglu.h"
 #include "kernels/float_bits.h"
 #include "rollout/base/check.h"
@@ -55,16 +58,18 @@ class CudaLinearWeight final : public LinearWeight {
 class CudaEmbeddingTable final : public EmbeddingTable {
  public:
   // `memory`: null where `data` is another's.
-  CudaEmbeddingTable(int64_t vocab, int64_t hidden, const __nv_bfloat16* data, std::unique_ptr<CudaMemory> memory)
-      : vocab_(vocab), hidden_(hidden), data_(data), memory_(std::move(memory)) {}
+  CudaEmbeddingTable(int64_t vocab, int64_t hidden, DType dtype, const void* data, std::unique_ptr<CudaMemory> memory)
+      : vocab_(vocab), hidden_(hidden), dtype_(dtype), data_(data), memory_(std::move(memory)) {}
   int64_t vocab() const override { return vocab_; }
   int64_t hidden() const override { return hidden_; }
   int64_t bytes() const override { return memory_ == nullptr ? 0 : memory_->bytes(); }
-  const __nv_bfloat16* data() const { return data_; }
+  DType dtype() const { return dtype_; }
+  const void* data() const { return data_; }  // [vocab, hidden] of dtype()
 
  private:
   const int64_t vocab_, hidden_;
-  const __nv_bfloat16* const data_;
+  const DType dtype_;
+  const void* const data_;
   const std::unique_ptr<CudaMemory> memory_;
 };
 
@@ -103,16 +108,45 @@ GdnStateLayout LayoutOf(const GdnShape& shape) {
   return MakeGdnStateLayout(shape.key_heads, shape.value_heads, shape.conv_width);
 }
 
-// What the kernels of this folder compute.
+std::optional<AttentionProgram> ProgramOf(lockstep::AttentionProgram program) {
+  switch (program) {
+    case lockstep::AttentionProgram::kTiles128Forward:
+      return AttentionProgram::kCudnn;
+    case lockstep::AttentionProgram::kTiles128ForwardMask:
+      return AttentionProgram::kCudnnMask;
+    case lockstep::AttentionProgram::kTiles64Backward:
+      return AttentionProgram::kFa2;
+    case lockstep::AttentionProgram::kTiles512Forward:
+      break;
+  }
+  return std::nullopt;
+}
+
+// What the kernels of this folder compute. Names the first field that they do not.
 absl::Status CheckProfile(const NumericsProfile& p) {
-  const bool bf16 = p.weights == DType::kBF16 && p.activations == DType::kBF16 && p.kv == DType::kBF16 &&
-                    p.attention_p == DType::kBF16 && p.gdn == GdnProgram::kChunkBf16 && p.logits != DType::kF16 &&
-                    p.attention_exp == AttentionExp::kExact;
-  const bool tiles = p.attention == lockstep::AttentionProgram::kTiles128Forward ||
-                     p.attention == lockstep::AttentionProgram::kTiles64Backward;
-  if (bf16 && tiles) return absl::OkStatus();
-  return absl::InvalidArgumentError(absl::StrCat("--numerics: profile \"", std::string(p.name),
-                                                 "\" is a CPU's; with --backend cuda want \"hf\" or \"hf-flash\""));
+  const DType stream = p.residual;
+  const bool fp32 = stream == DType::kF32;
+  const std::tuple<const char*, bool, const char*> fields[] = {
+      {"weights", p.weights == DType::kBF16, "bfloat16"},
+      {"activations", p.activations == DType::kBF16, "bfloat16"},
+      {"residual", fp32 || stream == DType::kBF16, "bfloat16 or float32"},
+      {"embedding", p.embedding == stream, "the residual stream's dtype"},
+      {"norm_weights", p.norm_weights == stream, "the residual stream's dtype"},
+      {"gated_norm", (p.gated_norm == GatedNormCasts::kTwo) == fp32, "kTwo with fp32 norm weights and only then"},
+      {"kv", p.kv == DType::kBF16, "bfloat16"},
+      {"gdn", p.gdn == GdnProgram::kChunkBf16, "kChunkBf16"},
+      {"attention", ProgramOf(p.attention).has_value(), "an order of a GPU's"},
+      {"sliding_attention", ProgramOf(p.sliding_attention).has_value(), "an order of a GPU's"},
+      {"attention_exp", p.attention_exp == AttentionExp::kExact, "kExact"},
+      {"attention_p", p.attention_p == DType::kBF16, "bfloat16"},
+      {"logits", p.logits != DType::kF16, "bfloat16 or float32"}};
+  for (const auto& [field, known, want] : fields) {
+    if (known) continue;
+    return absl::InvalidArgumentError(absl::StrCat("--numerics: profile \"", std::string(p.name), "\", field ", field,
+                                                   ": --backend cuda has no program for it, want ", want,
+                                                   "; \"hf\" is one that has all"));
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace
@@ -219,14 +253,14 @@ std::vector<float> CudaOps::Download(Rows rows) {
   return values;
 }
 
-absl::Status CudaOps::Upload(std::span<const HostMatrix> parts, std::byte* to) {
+absl::Status CudaOps::Upload(std::span<const HostMatrix> parts, DType dtype, std::byte* to) {
   for (PinnedMemory& buffer : upload_) {
     if (buffer.bytes() > 0) continue;
     LOCKSTEP_ASSIGN_OR_RETURN(buffer, PinnedMemory::Allocate(kUploadBytes));
   }
   int turn = 0;
   for (const HostMatrix& part : parts) {
-    const int64_t row_bytes = part.cols * DTypeBytes(DType::kBF16);
+    const int64_t row_bytes = part.cols * DTypeBytes(dtype);
     const int64_t block = std::max<int64_t>(kUploadBytes / row_bytes, 1);
     LOCKSTEP_CHECK(row_bytes <= kUploadBytes, "a row of {} columns", part.cols);
     for (int64_t begin = 0; begin < part.rows; begin += block, turn ^= 1) {
@@ -239,7 +273,7 @@ absl::Status CudaOps::Upload(std::span<const HostMatrix> parts, std::byte* to) {
           const std::byte* from =
               static_cast<const std::byte*>(part.data) + (begin + r) * part.cols * DTypeBytes(part.dtype);
           std::byte* row = staged + r * row_bytes;
-          if (part.dtype == DType::kBF16) {
+          if (part.dtype == dtype) {
             std::memcpy(row, from, row_bytes);
             continue;
           }
@@ -250,7 +284,11 @@ absl::Status CudaOps::Upload(std::span<const HostMatrix> parts, std::byte* to) {
             } else {
               uint16_t half;
               std::memcpy(&half, from + i * sizeof(half), sizeof(half));
-              value = F16ToF32(half);
+              value = part.dtype == DType::kBF16 ? Bf16ToF32(half) : F16ToF32(half);
+            }
+            if (dtype == DType::kF32) {
+              std::memcpy(row + i * sizeof(value), &value, sizeof(value));
+              continue;
             }
             const uint16_t bits = F32ToBf16(value);
             std::memcpy(row + i * sizeof(bits), &bits, sizeof(bits));
@@ -275,20 +313,25 @@ absl::StatusOr<std::unique_ptr<LinearWeight>> CudaOps::PackLinear(std::span<cons
   }
   const int64_t padded = (out + kFeatureMultiple - 1) / kFeatureMultiple * kFeatureMultiple;
   LOCKSTEP_ASSIGN_OR_RETURN(auto memory, CudaMemory::AllocateZeroed(padded * parts[0].cols * DTypeBytes(DType::kBF16)));
-  LOCKSTEP_RETURN_IF_ERROR(Upload(parts, memory->data()));
+  LOCKSTEP_RETURN_IF_ERROR(Upload(parts, DType::kBF16, memory->data()));
   return std::make_unique<CudaLinearWeight>(out, parts[0].cols, std::move(memory));
 }
 
 absl::StatusOr<std::unique_ptr<EmbeddingTable>> CudaOps::PackEmbedding(const HostMatrix& table) {
-  LOCKSTEP_ASSIGN_OR_RETURN(auto memory, CudaMemory::Allocate(table.rows * table.cols * DTypeBytes(DType::kBF16)));
-  LOCKSTEP_RETURN_IF_ERROR(Upload({&table, 1}, memory->data()));
-  const auto* data = reinterpret_cast<const __nv_bfloat16*>(memory->data());
-  return std::make_unique<CudaEmbeddingTable>(table.rows, table.cols, data, std::move(memory));
+  LOCKSTEP_CHECK(table.data != nullptr && table.rows > 0 && table.cols > 0, "PackEmbedding: empty table [{}, {}]",
+                 table.rows, table.cols);
+  // A bf16 table's values are the same in fp32: half the memory.
+  const DType dtype = table.dtype == DType::kBF16 ? DType::kBF16 : profile_.embedding;
+  LOCKSTEP_ASSIGN_OR_RETURN(auto memory, CudaMemory::Allocate(table.rows * table.cols * DTypeBytes(dtype)));
+  LOCKSTEP_RETURN_IF_ERROR(Upload({&table, 1}, dtype, memory->data()));
+  const void* data = memory->data();
+  return std::make_unique<CudaEmbeddingTable>(table.rows, table.cols, dtype, data, std::move(memory));
 }
 
 std::unique_ptr<EmbeddingTable> CudaOps::TieEmbedding(const LinearWeight& head) {
   const auto& packed = static_cast<const CudaLinearWeight&>(head);
-  return std::make_unique<CudaEmbeddingTable>(packed.out_features(), packed.in_features(), packed.data(), nullptr);
+  return std::make_unique<CudaEmbeddingTable>(packed.out_features(), packed.in_features(), DType::kBF16, packed.data(),
+                                              nullptr);
 }
 
 absl::StatusOr<std::unique_ptr<VectorWeight>> CudaOps::PackVector(std::span<const float> values, bool exact) {
@@ -387,24 +430,33 @@ void CudaOps::Embed(const EmbeddingTable& table, Rows out) {
   const auto& packed = static_cast<const CudaEmbeddingTable&>(table);
   Keep(LaunchEmbedding({.tokens = batch_.tokens,
                         .table = packed.data(),
-                        .out = Bf16(out),
+                        .out = out.data,
                         .rows = out.rows,
                         .vocab = packed.vocab(),
                         .hidden = packed.hidden(),
-                        .out_stride = out.stride},
+                        .out_stride = out.stride,
+                        .table_dtype = packed.dtype(),
+                        .out_dtype = out.dtype},
                        stream_));
 }
 
 void CudaOps::GatherLogitRows(Rows x, int64_t begin, Rows out) {
   Keep(LaunchGatherRows({.indices = LogitRowsAt(device_image_->data(), sizes_) + begin,
-                         .in = Bf16(x),
-                         .out = Bf16(out),
+                         .in = x.data,
+                         .out = out.data,
                          .rows = out.rows,
                          .in_rows = x.rows,
                          .width = out.width,
                          .in_stride = x.stride,
-                         .out_stride = out.stride},
+                         .out_stride = out.stride,
+                         .dtype = x.dtype},
                         stream_));
+}
+
+void CudaOps::RoundResidual(Rows x, Rows out) {
+  Keep(LaunchRoundRows(
+      {.x = F32(x), .out = Bf16(out), .rows = x.rows, .width = x.width, .x_stride = x.stride, .out_stride = out.stride},
+      stream_));
 }
 
 void CudaOps::Linear(Rows x, const LinearWeight& weight, Rows out) {
@@ -430,52 +482,59 @@ void CudaOps::Logits(Rows x, const LinearWeight& weight, Rows out) {
 
 void CudaOps::RmsNorm(Rows x, const VectorWeight& weight, float eps, Rows out) {
   Keep(LaunchRmsNorm({.fusion = RmsNormFusion::kNone,
-                      .x = Bf16(x),
-                      .weight = Bf16(weight),
+                      .x = x.data,
+                      .weight = weight.data(),
                       .out = Bf16(out),
                       .rows = x.rows,
                       .width = x.width,
                       .x_stride = x.stride,
                       .out_stride = out.stride,
-                      .eps = eps},
+                      .eps = eps,
+                      .x_dtype = x.dtype,
+                      .weight_dtype = weight.dtype()},
                      stream_));
 }
 
 void CudaOps::AddRmsNorm(Rows x, Rows residual, const VectorWeight& weight, float eps, Rows out) {
   Keep(LaunchRmsNorm({.fusion = RmsNormFusion::kAddBefore,
                       .x = Bf16(x),
-                      .weight = Bf16(weight),
-                      .residual = Bf16(residual),
+                      .weight = weight.data(),
+                      .residual = residual.data,
                       .out = Bf16(out),
                       .rows = x.rows,
                       .width = x.width,
                       .x_stride = x.stride,
                       .residual_stride = residual.stride,
                       .out_stride = out.stride,
-                      .eps = eps},
+                      .eps = eps,
+                      .weight_dtype = weight.dtype(),
+                      .residual_dtype = residual.dtype},
                      stream_));
 }
 
 void CudaOps::RmsNormAdd(Rows x, const VectorWeight& weight, float eps, Rows residual) {
   Keep(LaunchRmsNorm({.fusion = RmsNormFusion::kAddAfter,
                       .x = Bf16(x),
-                      .weight = Bf16(weight),
-                      .residual = Bf16(residual),
+                      .weight = weight.data(),
+                      .residual = residual.data,
                       .rows = x.rows,
                       .width = x.width,
                       .x_stride = x.stride,
                       .residual_stride = residual.stride,
-                      .eps = eps},
+                      .eps = eps,
+                      .weight_dtype = weight.dtype(),
+                      .residual_dtype = residual.dtype},
                      stream_));
 }
 
 void CudaOps::Add(Rows x, Rows residual) {
   Keep(LaunchAdd({.x = Bf16(x),
-                  .residual = Bf16(residual),
+                  .residual = residual.data,
                   .rows = x.rows,
                   .width = x.width,
                   .x_stride = x.stride,
-                  .residual_stride = residual.stride},
+                  .residual_stride = residual.stride,
+                  .residual_dtype = residual.dtype},
                  stream_));
 }
 
@@ -531,22 +590,20 @@ void CudaOps::WriteKv(Rows k, Rows v, const AttentionShape& shape, const KvLayer
 
 void CudaOps::Attention(Rows q, const AttentionShape& shape, const KvLayer& kv, Rows out) {
   const int64_t workspace = AttentionWorkspaceBytes(batch_.decode_pieces, shape.heads, shape.kv_heads, max_positions_);
-  Keep(LaunchAttention(
-      {.program = profile_.attention == lockstep::AttentionProgram::kTiles64Backward ? AttentionProgram::kFa2
-                                                                                     : AttentionProgram::kCudnn,
-       .batch = batch_,
-       .q = Bf16(q),
-       .out = Bf16(out),
-       .q_stride = q.stride,
-       .out_stride = out.stride,
-       .kv = PagesOf(shape, kv),
-       .heads = shape.heads,
-       .window = shape.window,
-       .scale = shape.scale,
-       .workspace = workspace > 0 ? Workspace(workspace) : nullptr,
-       .workspace_bytes = workspace,
-       .max_positions = max_positions_},
-      stream_));
+  Keep(LaunchAttention({.program = *ProgramOf(shape.window > 0 ? profile_.sliding_attention : profile_.attention),
+                        .batch = batch_,
+                        .q = Bf16(q),
+                        .out = Bf16(out),
+                        .q_stride = q.stride,
+                        .out_stride = out.stride,
+                        .kv = PagesOf(shape, kv),
+                        .heads = shape.heads,
+                        .window = shape.window,
+                        .scale = shape.scale,
+                        .workspace = workspace > 0 ? Workspace(workspace) : nullptr,
+                        .workspace_bytes = workspace,
+                        .max_positions = max_positions_},
+                       stream_));
 }
 
 int64_t CudaOps::GdnStateBytes(const GdnShape& shape) const {
@@ -618,19 +675,21 @@ void CudaOps::GdnChunk(Rows qkv, Rows beta, Rows g, const GdnShape& shape, const
 }
 
 void CudaOps::GatedRmsNorm(Rows x, Rows gate, const VectorWeight& weight, float eps, int64_t head_dim, Rows out) {
-  Keep(LaunchGatedRmsNorm({.x = Bf16(x),
-                           .gate = Bf16(gate),
-                           .weight = Bf16(weight),
-                           .out = Bf16(out),
-                           .rows = x.rows,
-                           .heads = x.width / head_dim,
-                           .head_dim = head_dim,
-                           .x_stride = x.stride,
-                           .gate_stride = gate.stride,
-                           .out_stride = out.stride,
-                           .eps = eps,
-                           .casts = profile_.gated_norm},
-                          stream_));
+  Keep(LaunchGatedRmsNorm(
+      {.x = Bf16(x),
+       .gate = Bf16(gate),
+       .weight = profile_.gated_norm == GatedNormCasts::kTwo ? static_cast<const void*>(F32(weight))
+                                                             : static_cast<const void*>(Bf16(weight)),
+       .out = Bf16(out),
+       .rows = x.rows,
+       .heads = x.width / head_dim,
+       .head_dim = head_dim,
+       .x_stride = x.stride,
+       .gate_stride = gate.stride,
+       .out_stride = out.stride,
+       .eps = eps,
+       .casts = profile_.gated_norm},
+      stream_));
 }
 
 }  // namespace lockstep::cuda

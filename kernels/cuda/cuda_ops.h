@@ -46,6 +46,7 @@ class CudaOps final : public Ops {
   void CopyFromHost(std::byte* to, const std::byte* from, int64_t bytes) override;
   std::vector<float> Download(Rows rows) override;
   DType activation_dtype() const override { return DType::kBF16; }
+  DType residual_dtype() const override { return profile_.residual; }
   DType logit_dtype() const override { return profile_.logits; }
   int64_t max_logit_rows() const override { return kMaxRecordedRows; }
 
@@ -60,6 +61,7 @@ class CudaOps final : public Ops {
 
   void Embed(const EmbeddingTable& table, Rows out) override;
   void GatherLogitRows(Rows x, int64_t begin, Rows out) override;
+  void RoundResidual(Rows x, Rows out) override;
   void Linear(Rows x, const LinearWeight& weight, Rows out) override;
   void Logits(Rows x, const LinearWeight& weight, Rows out) override;
   void RmsNorm(Rows x, const VectorWeight& weight, float eps, Rows out) override;
@@ -93,8 +95,8 @@ class CudaOps final : public Ops {
   absl::Status Init();
   // Keeps the first error.
   void Keep(const absl::Status& status);
-  // Uploads [rows, cols] of the parts as bf16 to `to`.
-  absl::Status Upload(std::span<const HostMatrix> parts, std::byte* to);
+  // Uploads [rows, cols] of the parts as `dtype`, bf16 or fp32, to `to`.
+  absl::Status Upload(std::span<const HostMatrix> parts, DType dtype, std::byte* to);
   // Room for an image of `bytes` on both sides. Recorded steps are forgotten if it moves.
   absl::Status ReserveImage(int64_t bytes);
   // Memory for one operation's intermediate results; the stream orders its users. Also while a step is recorded.

@@ -6,6 +6,7 @@
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <cstdlib>
 #include <fstream>
@@ -43,6 +44,19 @@ inline Bits RandomBits(size_t count, uint32_t seed, float scale = 1.0f) {
   Bits bits(count);
   for (uint16_t& b : bits) b = F32ToBf16(normal(generator));
   return bits;
+}
+
+inline std::vector<float> RandomFloats(size_t count, uint32_t seed, float mean = 0.0f, float scale = 1.0f) {
+  std::mt19937 generator(seed);
+  std::normal_distribution<float> normal(mean, scale);
+  std::vector<float> values(count);
+  for (float& value : values) value = normal(generator);
+  return values;
+}
+
+// The poison of fp32 memory: a NaN no operation writes.
+inline std::vector<float> PoisonFloats(size_t count) {
+  return std::vector<float>(count, std::bit_cast<float>(0xFFFFFFFFu));
 }
 
 // Device memory with a host vector's contents.
@@ -87,6 +101,16 @@ inline void ExpectSameBits(const Bits& got, const Bits& want) {
   }
   EXPECT_EQ(differing, 0u) << "of " << want.size() << "; the first at " << first << ": " << std::hex << got[first]
                            << ", want " << want[first];
+}
+
+inline std::vector<uint32_t> WordsOf(const std::vector<float>& values) {
+  std::vector<uint32_t> words(values.size());
+  for (size_t i = 0; i < values.size(); ++i) words[i] = std::bit_cast<uint32_t>(values[i]);
+  return words;
+}
+
+inline void ExpectSameBits(const std::vector<float>& got, const std::vector<float>& want) {
+  EXPECT_EQ(WordsOf(got), WordsOf(want));
 }
 
 // A test that needs a GPU.

@@ -80,7 +80,8 @@ __device__ void ApplySilu(Floats<kQuad> (&gate)[kQuads]) {
 
 // Grid: (ceil(rows * heads / 8)), 128 threads, 16 threads a head of 64 * kQuads elements.
 // Traffic: 6 bytes an element (x and gate read, out written).
-template <int kQuads>
+// Weight: bf16 for kThree, float for kTwo.
+template <int kQuads, class Weight>
 __global__ void __launch_bounds__(kThreads) GatedRmsNormKernel(const __grid_constant__ GatedRmsNormParams p) {
   FollowPreviousKernel();
   const int thread = static_cast<int>(threadIdx.x) % kHalf;
@@ -91,7 +92,7 @@ __global__ void __launch_bounds__(kThreads) GatedRmsNormKernel(const __grid_cons
     const int column = (q * kHalf + thread) * kQuad;
     x[q] = Unpack(Load<kQuad>(place.x + column));
     gate[q] = Unpack(Load<kQuad>(place.gate + column));
-    weight[q] = Unpack(Load<kQuad>(p.weight + column));
+    weight[q] = Unpack(Load<kQuad>(static_cast<const Weight*>(p.weight) + column));
   }
   ApplySilu<kQuads>(gate);
   const float mean = __fmul_rn(SumOfSquares<kQuads>(x), 1.0f / (kQuads * kHalf * kQuad));
@@ -105,7 +106,7 @@ __global__ void __launch_bounds__(kThreads) GatedRmsNormKernel(const __grid_cons
     y = RoundBf16(y);
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) y.v[i] = __fmul_rn(weight[q].v[i], y.v[i]);
-    y = RoundBf16(y);
+    if constexpr (!std::is_same_v<Weight, float>) y = RoundBf16(y);
 #pragma unroll
     for (int i = 0; i < kQuad; ++i) y.v[i] = __fmul_rn(y.v[i], gate[q].v[i]);
     Store(Pack(y), place.out + (q * kHalf + thread) * kQuad);
@@ -122,7 +123,7 @@ __global__ void __launch_bounds__(kThreads) FusedGatedRmsNormKernel(const __grid
   const bool active = column < p.head_dim;
   const Vector x_vector = active ? Load<kVector>(place.x + column) : Vector{};
   const Vector gate_vector = active ? Load<kVector>(place.gate + column) : Vector{};
-  const Vector weight_vector = active ? Load<kVector>(p.weight + column) : Vector{};
+  const Vector weight_vector = active ? Load<kVector>(static_cast<const __nv_bfloat16*>(p.weight) + column) : Vector{};
   const Floats<kVector> x = Unpack(x_vector);
   const float mean = DivideFull(TritonSumOfSquares<kLanes>(x), static_cast<float>(p.head_dim));
   const float inverse = DivideFull(1.0f, SqrtApprox(__fadd_rn(mean, p.eps)));
@@ -136,6 +137,12 @@ __global__ void __launch_bounds__(kThreads) FusedGatedRmsNormKernel(const __grid
     y.v[i] = __fmul_rn(__fmul_rn(weighted, gate.v[i]), TritonSigmoid(gate.v[i]));
   }
   Store(Pack(y), place.out + column);
+}
+
+template <class Weight>
+auto KernelFor(int64_t head_dim) {
+  if (head_dim == 192) return GatedRmsNormKernel<3, Weight>;
+  return head_dim == 256 ? GatedRmsNormKernel<4, Weight> : GatedRmsNormKernel<2, Weight>;
 }
 
 }  // namespace
@@ -167,14 +174,9 @@ absl::Status LaunchGatedRmsNorm(const GatedRmsNormParams& params, cudaStream_t s
   const int64_t threads_a_head = fused && params.head_dim > 128 ? kWarp : kHalf;
   const int64_t heads_a_block = kThreads / threads_a_head;
   const int64_t blocks = (params.rows * params.heads + heads_a_block - 1) / heads_a_block;
-  auto kernel = GatedRmsNormKernel<2>;
-  if (fused) {
-    kernel = params.head_dim > 128 ? FusedGatedRmsNormKernel<kWarp> : FusedGatedRmsNormKernel<kHalf>;
-  } else if (params.head_dim == 192) {
-    kernel = GatedRmsNormKernel<3>;
-  } else if (params.head_dim == 256) {
-    kernel = GatedRmsNormKernel<4>;
-  }
+  auto kernel = params.casts == GatedNormCasts::kTwo ? KernelFor<float>(params.head_dim)
+                                                     : KernelFor<__nv_bfloat16>(params.head_dim);
+  if (fused) kernel = params.head_dim > 128 ? FusedGatedRmsNormKernel<kWarp> : FusedGatedRmsNormKernel<kHalf>;
   return LaunchOverlapped("GatedRmsNorm", kernel, static_cast<unsigned>(blocks), kThreads, stream, params);
 }
 

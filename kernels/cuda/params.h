@@ -4,15 +4,22 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <string>
 
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
+#include "kernels/numerics.h"
 
 namespace lockstep::cuda {
 
 template <class Value>
 absl::Status BadField(const char* field, const Value& seen, const char* wanted) {
   return absl::InvalidArgumentError(absl::StrCat(field, ": ", seen, ", want ", wanted));
+}
+
+inline absl::Status CheckBf16OrF32(const char* field, DType seen) {
+  if (seen == DType::kBF16 || seen == DType::kF32) return absl::OkStatus();
+  return BadField(field, std::string(DTypeName(seen)), "bfloat16 or float32");
 }
 
 // `alignment` in bytes: that of the widest load or store through the pointer.

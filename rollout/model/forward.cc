@@ -76,7 +76,7 @@ struct ForwardPass::Buffers {
   Buffers(const ModelSpec& spec, const Ops& ops, int64_t max_rows, std::byte* base) : carver(base) {
     const Widths w = WidthsOf(spec);
     const DType type = ops.activation_dtype();
-    residual = carver.Take(max_rows, spec.hidden_size, type);
+    residual = carver.Take(max_rows, spec.hidden_size, ops.residual_dtype());
     normed = carver.Take(max_rows, spec.hidden_size, type);
     branch = carver.Take(max_rows, spec.hidden_size, type);
     wide = carver.Take(max_rows, w.wide, type);
@@ -84,12 +84,13 @@ struct ForwardPass::Buffers {
     conv = carver.Take(max_rows, w.conv, type);
     ab = carver.Take(max_rows, w.ab, type);
     g = carver.Take(max_rows, w.g, DType::kF32);
-    gathered = carver.Take(ops.max_logit_rows(), spec.hidden_size, type);
+    gathered = carver.Take(ops.max_logit_rows(), spec.hidden_size, ops.residual_dtype());
+    head_in = carver.Take(ops.max_logit_rows(), spec.hidden_size, type);
     logits = carver.Take(ops.max_logit_rows(), spec.vocab_size, ops.logit_dtype());
   }
   Carver carver;
   // wide: a fused projection or gate_up; mixed: what a mixer makes of it; ab: a | b | beta.
-  Rows residual, normed, branch, wide, mixed, conv, ab, g, gathered, logits;
+  Rows residual, normed, branch, wide, mixed, conv, ab, g, gathered, head_in, logits;
 };
 
 StateLayout MakeStateLayout(const ModelSpec& spec, const Ops& ops) {
@@ -142,13 +143,23 @@ void ForwardPass::Record(int64_t layer, const char* name, Rows rows, const Trace
   if (trace_ != nullptr) trace_->Record(ops_, layer, name, rows, ops_.profile().activations, parts);
 }
 
+void ForwardPass::RecordResidual(int64_t layer, const char* name, Rows residual) {
+  if (trace_ != nullptr) trace_->Record(ops_, layer, name, residual, ops_.profile().residual);
+}
+
+Rows ForwardPass::LinearInput(Rows residual, Rows room) {
+  if (ops_.profile().residual == ops_.profile().activations) return residual;
+  ops_.RoundResidual(residual, room);
+  return room;
+}
+
 void ForwardPass::Run(int64_t rows, std::span<const KvLayer> kv, std::span<const GdnLayer> states) {
   LOCKSTEP_CHECK(rows >= 1 && rows <= max_rows_, "{} rows of {}", rows, max_rows_);
   const Rows residual = Take(buffers_->residual, rows, spec_.hidden_size);
   const Rows normed = Take(buffers_->normed, rows, spec_.hidden_size);
   const Rows branch = Take(buffers_->branch, rows, spec_.hidden_size);
   ops_.Embed(*weights_.embedding, residual);
-  Record(-1, "embed", residual);
+  RecordResidual(-1, "embed", residual);
   for (size_t i = 0; i < spec_.layers.size(); ++i) {
     const LayerSpec& layer = spec_.layers[i];
     const LayerWeights& w = weights_.layers[i];
@@ -164,28 +175,29 @@ void ForwardPass::Run(int64_t rows, std::span<const KvLayer> kv, std::span<const
       Record(i, "input_norm", normed);
       mixer(normed);
       ops_.AddRmsNorm(branch, residual, *w.mlp_norm, spec_.norm_eps, normed);
-      Record(i, "residual_mid", residual);
+      RecordResidual(i, "residual_mid", residual);
       Record(i, "mlp_norm", normed);
       Mlp(i, w, normed, branch);
       ops_.Add(branch, residual);
     } else {
-      mixer(residual);
+      mixer(LinearInput(residual, normed));
       ops_.RmsNormAdd(branch, *w.mixer_norm, spec_.norm_eps, residual);
-      Record(i, "residual_mid", residual);
-      Mlp(i, w, residual, branch);
+      RecordResidual(i, "residual_mid", residual);
+      Mlp(i, w, LinearInput(residual, normed), branch);
       ops_.RmsNormAdd(branch, *w.mlp_norm, spec_.norm_eps, residual);
     }
-    Record(i, "residual", residual);
+    RecordResidual(i, "residual", residual);
   }
 }
 
 Rows ForwardPass::Logits(int64_t begin, int64_t count) {
   const Rows gathered = Take(buffers_->gathered, count, spec_.hidden_size);
+  const Rows normed = Take(buffers_->head_in, count, spec_.hidden_size);
   ops_.GatherLogitRows(Take(buffers_->residual, max_rows_, spec_.hidden_size), begin, gathered);
-  ops_.RmsNorm(gathered, *weights_.final_norm, spec_.norm_eps, gathered);
-  ops_.Logits(gathered, *weights_.head, logits(count));
+  ops_.RmsNorm(gathered, *weights_.final_norm, spec_.norm_eps, normed);
+  ops_.Logits(normed, *weights_.head, logits(count));
   if (trace_ != nullptr) {
-    trace_->RecordLogitRows(ops_, "final_norm", gathered, ops_.profile().activations, begin);
+    trace_->RecordLogitRows(ops_, "final_norm", normed, ops_.profile().activations, begin);
     trace_->RecordLogitRows(ops_, "logits", logits(count), ops_.profile().logits, begin);
   }
   return logits(count);

@@ -56,6 +56,9 @@ class ForwardPass {
   // Rows [rows, width] in a buffer's memory.
   static Rows Take(const Rows& buffer, int64_t rows, int64_t width);
   void Record(int64_t layer, const char* name, Rows rows, const Trace::Parts& parts = {});
+  void RecordResidual(int64_t layer, const char* name, Rows residual);
+  // The residual stream as linear layers take it: itself, or rounded into `room`.
+  Rows LinearInput(Rows residual, Rows room);
   void AttentionMixer(size_t layer, const AttentionWeights& weights, Rows in, const KvLayer& kv, Rows out);
   void GdnMixer(size_t layer, const GdnWeights& weights, Rows in, const GdnLayer& state, Rows out);
   void Mlp(size_t layer, const LayerWeights& weights, Rows in, Rows out);

@@ -80,20 +80,26 @@ class Loader {
     if (head == nullptr) {
       packed = Kept(ops_.PackEmbedding(matrix));
     } else if ((*head = Kept(ops_.PackLinear({&matrix, 1}))) != nullptr) {
-      packed = ops_.TieEmbedding(**head);
+      const NumericsProfile& p = ops_.profile();
+      // The head's rounding would show in an embedding that is finer.
+      const bool rounds = p.embedding == DType::kF32 && p.weights == DType::kBF16 && matrix.dtype != DType::kBF16;
+      packed = rounds ? Kept(ops_.PackEmbedding(matrix)) : ops_.TieEmbedding(**head);
     }
     Done(tensor);
     return packed;
   }
 
-  // A small tensor in fp32, its parts one after the other.
-  std::unique_ptr<VectorWeight> ExactVector(const std::string& name) { return Pack(Values(name), /*exact=*/true); }
-
-  // The same, rounded to the dtype in which the trainer holds its parameters.
-  std::unique_ptr<VectorWeight> Vector(const std::string& name) { return Pack(Rounded(name), /*exact=*/false); }
-  // Rounded, but computed with in fp32.
-  std::unique_ptr<VectorWeight> RoundedExactVector(const std::string& name) {
-    return Pack(Rounded(name), /*exact=*/true);
+  // A small tensor, its parts one after the other, rounded to the dtype in which the trainer holds it.
+  std::unique_ptr<VectorWeight> Conv(const std::string& name) {
+    return Pack(Rounded(name, ops_.profile().weights), /*exact=*/false);
+  }
+  std::unique_ptr<VectorWeight> Norm(const std::string& name) {
+    const DType dtype = ops_.profile().norm_weights;
+    return Pack(Rounded(name, dtype), /*exact=*/dtype == DType::kF32);
+  }
+  // Computed with in fp32 whatever it is held in.
+  std::unique_ptr<VectorWeight> Gate(const std::string& name, DType held) {
+    return Pack(Rounded(name, held), /*exact=*/true);
   }
 
  private:
@@ -116,9 +122,9 @@ class Loader {
     }
     return out;
   }
-  std::vector<float> Rounded(const std::string& name) {
+  std::vector<float> Rounded(const std::string& name, DType dtype) {
     std::vector<float> out = Values(name);
-    if (ops_.profile().weights == DType::kBF16) {
+    if (dtype == DType::kBF16) {
       for (float& value : out) value = RoundBf16(value);
     }
     return out;
@@ -165,7 +171,8 @@ class Loader {
   absl::Status status_;
 };
 
-LayerWeights LoadLayer(Loader& loader, const LayerSpec& spec, const std::string& prefix) {
+LayerWeights LoadLayer(Loader& loader, const NumericsProfile& profile, const LayerSpec& spec,
+                       const std::string& prefix) {
   LayerWeights layer;
   if (spec.mixer == MixerKind::kGatedDeltaNet) {
     const std::string p = prefix + "linear_attn.";
@@ -173,22 +180,22 @@ LayerWeights LoadLayer(Loader& loader, const LayerSpec& spec, const std::string&
         loader.Linear({p + "q_proj.weight", p + "k_proj.weight", p + "v_proj.weight", p + "g_proj.weight"});
     layer.gdn.ab = loader.Linear({p + "a_proj.weight", p + "b_proj.weight"});
     layer.gdn.o = loader.Linear({p + "o_proj.weight"});
-    layer.gdn.conv = loader.Vector(p + "conv1d.weight");
+    layer.gdn.conv = loader.Conv(p + "conv1d.weight");
     // transformers creates A_log in fp32 whatever the model's dtype, and keeps what it loads into it in fp32.
-    layer.gdn.a_log = loader.ExactVector(p + "A_log");
-    layer.gdn.dt_bias = loader.RoundedExactVector(p + "dt_bias");
-    layer.gdn.o_norm = loader.Vector(p + "o_norm.weight");
+    layer.gdn.a_log = loader.Gate(p + "A_log", profile.a_log);
+    layer.gdn.dt_bias = loader.Gate(p + "dt_bias", profile.norm_weights);
+    layer.gdn.o_norm = loader.Norm(p + "o_norm.weight");
   } else {
     const std::string p = prefix + "self_attn.";
     layer.attention.qkv = loader.Linear({p + "q_proj.weight", p + "k_proj.weight", p + "v_proj.weight"});
     layer.attention.o = loader.Linear({p + "o_proj.weight"});
-    layer.attention.q_norm = loader.Vector(p + "q_norm.weight");
-    layer.attention.k_norm = loader.Vector(p + "k_norm.weight");
+    layer.attention.q_norm = loader.Norm(p + "q_norm.weight");
+    layer.attention.k_norm = loader.Norm(p + "k_norm.weight");
   }
   const bool pre = spec.norm == NormPlacement::kPre;
-  layer.mixer_norm = loader.Vector(prefix + (pre ? "input_layernorm.weight" : "post_attention_layernorm.weight"));
+  layer.mixer_norm = loader.Norm(prefix + (pre ? "input_layernorm.weight" : "post_attention_layernorm.weight"));
   layer.mlp_norm =
-      loader.Vector(prefix + (pre ? "post_attention_layernorm.weight" : "post_feedforward_layernorm.weight"));
+      loader.Norm(prefix + (pre ? "post_attention_layernorm.weight" : "post_feedforward_layernorm.weight"));
   layer.gate_up = loader.Linear({prefix + "mlp.gate_proj.weight", prefix + "mlp.up_proj.weight"});
   layer.down = loader.Linear({prefix + "mlp.down_proj.weight"});
   return layer;
@@ -239,9 +246,9 @@ absl::StatusOr<ModelWeights> LoadModelWeights(const std::filesystem::path& dir, 
   ModelWeights weights;
   weights.embedding = loader.Embedding(kEmbeddingName, spec.tied_embeddings ? &weights.head : nullptr);
   for (size_t i = 0; i < spec.layers.size() && loader.status().ok(); ++i) {
-    weights.layers.push_back(LoadLayer(loader, spec.layers[i], LayerPrefix(static_cast<int64_t>(i))));
+    weights.layers.push_back(LoadLayer(loader, ops.profile(), spec.layers[i], LayerPrefix(static_cast<int64_t>(i))));
   }
-  weights.final_norm = loader.Vector("model.norm.weight");
+  weights.final_norm = loader.Norm("model.norm.weight");
   if (!spec.tied_embeddings) weights.head = loader.Linear({kHeadName});
   LOCKSTEP_RETURN_IF_ERROR(loader.status());
   progress.Finish();

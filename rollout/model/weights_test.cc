@@ -56,7 +56,7 @@ std::vector<float> Floats(const std::unique_ptr<VectorWeight>& vector) {
 
 class RecordingOps : public Ops {
  public:
-  explicit RecordingOps(DType weights = DType::kF32) { profile_.weights = weights; }
+  explicit RecordingOps(const NumericsProfile& profile = {}) : profile_(profile) {}
 
   const NumericsProfile& profile() const override { return profile_; }
   ThreadPool& threads() override { return threads_; }
@@ -100,6 +100,7 @@ class RecordingOps : public Ops {
   void Copy(std::byte*, const std::byte*, int64_t) override { FAIL(); }
   std::vector<float> Download(Rows) override { return {}; }
   DType activation_dtype() const override { return DType::kF32; }
+  DType residual_dtype() const override { return DType::kF32; }
   DType logit_dtype() const override { return DType::kF32; }
   int64_t max_logit_rows() const override { return 1; }
   int64_t kv_page_multiple() const override { return 16; }
@@ -108,6 +109,7 @@ class RecordingOps : public Ops {
   void ForgetSteps(const void*) override { FAIL(); }
   void Embed(const EmbeddingTable&, Rows) override { FAIL(); }
   void GatherLogitRows(Rows, int64_t, Rows) override { FAIL(); }
+  void RoundResidual(Rows, Rows) override { FAIL(); }
   void Linear(Rows, const LinearWeight&, Rows) override { FAIL(); }
   void Logits(Rows, const LinearWeight&, Rows) override { FAIL(); }
   void RmsNorm(Rows, const VectorWeight&, float, Rows) override { FAIL(); }
@@ -128,7 +130,7 @@ class RecordingOps : public Ops {
   void GatedRmsNorm(Rows, Rows, const VectorWeight&, float, int64_t, Rows) override { FAIL(); }
 
  private:
-  NumericsProfile profile_{};
+  NumericsProfile profile_;
   ThreadPool threads_{2};
 };
 
@@ -481,7 +483,7 @@ TEST(LoadModelWeights, SmallTensorsAreRoundedToTheProfile) {
   }
   TempDir dir;
   Write(dir.path() / "model.safetensors", tensors);
-  RecordingOps ops(DType::kBF16);
+  RecordingOps ops(FindNumericsProfile("hf").value());
   const auto weights = LoadModelWeights(dir.path(), spec, ops);
   ASSERT_TRUE(weights.ok()) << weights.status();
   const GdnWeights& gdn = weights->layers[0].gdn;
@@ -498,8 +500,25 @@ TEST(LoadModelWeights, SmallTensorsAreRoundedToTheProfile) {
   EXPECT_EQ(Floats(weights->final_norm), rounded("model.norm.weight"));
   EXPECT_EQ(Floats(weights->layers[1].attention.q_norm), rounded("model.layers.1.self_attn.q_norm.weight"));
 
-  RecordingOps half(DType::kF16);
+  NumericsProfile fp16 = FindNumericsProfile("hf").value();
+  fp16.weights = DType::kF16;
+  RecordingOps half(fp16);
   EXPECT_EQ(LoadModelWeights(dir.path(), spec, half).status().code(), absl::StatusCode::kUnimplemented);
+
+  // Under autocast the trainer's parameters are fp32; what a convolution multiplies with is cast.
+  RecordingOps autocast(FindNumericsProfile("hf-autocast").value());
+  const auto exact = LoadModelWeights(dir.path(), spec, autocast);
+  ASSERT_TRUE(exact.ok()) << exact.status();
+  EXPECT_EQ(Floats(exact->layers[0].gdn.dt_bias), tensors.at("model.layers.0.linear_attn.dt_bias").second);
+  EXPECT_EQ(Floats(exact->layers[0].gdn.o_norm), tensors.at("model.layers.0.linear_attn.o_norm.weight").second);
+  EXPECT_EQ(Floats(exact->final_norm), tensors.at("model.norm.weight").second);
+  EXPECT_EQ(Floats(exact->layers[0].gdn.conv), rounded("model.layers.0.linear_attn.conv1d.weight"));
+
+  // OLMo-core gathers A_log in bf16 too.
+  RecordingOps core(FindNumericsProfile("olmo-core").value());
+  const auto gathered = LoadModelWeights(dir.path(), spec, core);
+  ASSERT_TRUE(gathered.ok()) << gathered.status();
+  EXPECT_EQ(Floats(gathered->layers[0].gdn.a_log), rounded("model.layers.0.linear_attn.A_log"));
 }
 
 }  // namespace

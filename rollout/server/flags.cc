@@ -24,7 +24,8 @@ ABSL_FLAG(
 ABSL_FLAG(std::string, backend, "cpu", "What computes: cpu, or cuda (in builds that have it).");
 ABSL_FLAG(std::string, numerics, "auto",
           "Numerics profile: whose casts and order of arithmetic to reproduce. hf-torch: transformers' PyTorch code; "
-          "hf: transformers with fla's kernels; "
+          "hf: transformers with fla's kernels (hf-masked: forwards as long as the sliding window; hf-flash: PyTorch's "
+          "flash attention; hf-autocast: fp32 weights under autocast); olmo-core: OLMo-core, unverified; "
           "fp32: no rounding below fp32. auto: for a bfloat16 checkpoint hf-torch on cpu and hf on cuda, else fp32.");
 ABSL_FLAG(std::string, listen, "127.0.0.1:50051",
           "HOST:PORT of the data plane (lockstep.v1.Rollout). Port 0 picks a free one. There is no authentication: "

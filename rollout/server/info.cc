@@ -27,6 +27,8 @@ const char* AttentionName(AttentionProgram program) {
   switch (program) {
     case AttentionProgram::kTiles128Forward:
       return "tiles128_forward";
+    case AttentionProgram::kTiles128ForwardMask:
+      return "tiles128_forward_mask";
     case AttentionProgram::kTiles512Forward:
       return "tiles512_forward";
     case AttentionProgram::kTiles64Backward:
@@ -35,18 +37,35 @@ const char* AttentionName(AttentionProgram program) {
   return "";
 }
 
+const char* GatedNormName(GatedNormCasts casts) {
+  switch (casts) {
+    case GatedNormCasts::kThree:
+      return "three";
+    case GatedNormCasts::kTwo:
+      return "two";
+    case GatedNormCasts::kOne:
+      return "one";
+  }
+  return "";
+}
+
 void FillNumerics(const NumericsProfile& profile, v1::NumericsInfo* out) {
   out->set_profile(std::string(profile.name));
   out->set_description(std::string(profile.description));
   out->set_weights_dtype(Dtype(profile.weights));
+  out->set_embedding_dtype(Dtype(profile.embedding));
+  out->set_norm_weights_dtype(Dtype(profile.norm_weights));
+  out->set_a_log_dtype(Dtype(profile.a_log));
+  out->set_residual_dtype(Dtype(profile.residual));
   out->set_activations_dtype(Dtype(profile.activations));
   out->set_kv_dtype(Dtype(profile.kv));
   out->set_linear_program(profile.linear == LinearProgram::kAscending ? "ascending" : "torch_cpu_pairs");
   out->set_square_sum(profile.square_sum == SquareSum::kLanes16 ? "lanes16" : "torch_cpu");
   out->set_gdn_program(profile.gdn == GdnProgram::kChunkBf16 ? "chunk_bf16" : "chunk_fp32");
   out->set_conv_casts(profile.conv == ConvCasts::kTwo ? "two" : "one");
-  out->set_gated_norm_casts(profile.gated_norm == GatedNormCasts::kThree ? "three" : "one");
+  out->set_gated_norm_casts(GatedNormName(profile.gated_norm));
   out->set_attention_program(AttentionName(profile.attention));
+  out->set_sliding_attention_program(AttentionName(profile.sliding_attention));
   out->set_attention_exp(profile.attention_exp == AttentionExp::kTorchCpu ? "torch_cpu" : "exact");
   out->set_attention_p_dtype(Dtype(profile.attention_p));
   out->set_logits_dtype(Dtype(profile.logits));

@@ -28,13 +28,14 @@ EPS = 1e-6
 POISON = -1  # as int16 a NaN that no operation writes
 
 SIGNATURES = {  # p: pointer, l: int64, i: int32, f: float; the stream comes last
-    "add": "ppllll",
-    "embedding": "pppllll",
-    "gather_rows": "ppplllll",
+    "add": "pplllli",
+    "embedding": "pppllllii",
+    "gather_rows": "pppllllli",
+    "round_rows": "ppllll",
     "swiglu": "ppllll",
-    "rms_norm": "ppppllllf",
+    "rms_norm": "ppppllllfii",
     "rms_norm_pair": "ppllpplllf",
-    "rms_norm_residual": "ipppppllf",
+    "rms_norm_residual": "ipppppllfi",
     "gated_rms_norm": "ppppllllllfi",
     "gdn_gates": "pppppplllllli",
     "gdn_conv": "ppppllllllippiiii",
@@ -344,12 +345,12 @@ def check_norms(lockstep, report):
         want = module(x)
         for rows in (8192, 300, 17, 16, 9, 1):
             out = poisoned(rows, width)
-            lockstep.rms_norm(x, None, weight, out, rows, width, width, width, EPS)
+            lockstep.rms_norm(x, None, weight, out, rows, width, width, width, EPS, 0, 0)
             report.same(f"norm {width}, {rows} rows", out, want[:rows])
         report.same(f"the module's own norm {width}, 300 rows of 8192", module(x[:300]), want[:300])
         indices = torch.randperm(8192, device=DEVICE)[:97].to(torch.int32)
         out = poisoned(97, width)
-        lockstep.rms_norm(x, indices, weight, out, 97, width, width, width, EPS)
+        lockstep.rms_norm(x, indices, weight, out, 97, width, width, width, EPS, 0, 0)
         report.same(f"norm {width} of gathered rows", out, want[indices.long()])
     for q_width, k_width in ((3840, 3840), (4096, 1024)):
         width = q_width + 2 * k_width
@@ -367,19 +368,73 @@ def check_norms(lockstep, report):
         weight, out_weight = 1 + normal(width, scale=0.2), 1 + normal(width, scale=0.2)
         module, out_module = norm_module(width, weight), norm_module(width, out_weight)
         got, out = residual.clone(), poisoned(rows, width)
-        lockstep.rms_norm_residual(1, x, weight, None, got, out, rows, width, EPS)
+        lockstep.rms_norm_residual(1, x, weight, None, got, out, rows, width, EPS, 0)
         report.same(f"add, then norm {width}: residual", got, residual + x)
         report.same(f"add, then norm {width}", out, module(residual + x))
         got = residual.clone()
-        lockstep.rms_norm_residual(2, x, weight, None, got, None, rows, width, EPS)
+        lockstep.rms_norm_residual(2, x, weight, None, got, None, rows, width, EPS, 0)
         report.same(f"norm {width}, then add", got, residual + module(x))
         got, out = residual.clone(), poisoned(rows, width)
-        lockstep.rms_norm_residual(3, x, weight, out_weight, got, out, rows, width, EPS)
+        lockstep.rms_norm_residual(3, x, weight, out_weight, got, out, rows, width, EPS, 0)
         report.same(f"norm {width}, add, norm: residual", got, residual + module(x))
         report.same(f"norm {width}, add, norm", out, out_module(residual + module(x)))
         got = residual.clone()
-        lockstep.add(x, got, rows, width, width, width)
+        lockstep.add(x, got, rows, width, width, width, 0)
         report.same(f"add {width}", got, residual + x)
+
+
+@torch.no_grad()
+def check_autocast(lockstep, report):
+    """fp32 weights and residual stream under autocast, each operation as the stock modules run it."""
+    floats = lambda *shape, scale=1.0: torch.randn(*shape, device=DEVICE) * scale
+    as_linear_reads = lambda y: y.bfloat16()  # what autocast makes of a linear layer's fp32 input
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
+        for width in (256, 3840, 4096):
+            rows = 520
+            weight = 1 + floats(width, scale=0.2)
+            module = norm_module(width, weight)
+            x, residual = normal(rows, width), floats(rows, width, scale=5)
+            for name, value in (("bf16", x), ("fp32", residual)):
+                out = poisoned(rows, width)
+                lockstep.rms_norm(value, None, weight, out, rows, width, width, width, EPS, int(name == "fp32"), 1)
+                report.same(f"autocast: norm {width} of {name}, fp32 weight", out, as_linear_reads(module(value)))
+            got, out = residual.clone(), poisoned(rows, width)
+            lockstep.rms_norm_residual(1, x, weight, None, got, out, rows, width, EPS, 1)
+            report.same(f"autocast: add, then norm {width}: residual", got, residual + x)
+            report.same(f"autocast: add, then norm {width}", out, as_linear_reads(module(residual + x)))
+            got = residual.clone()
+            lockstep.rms_norm_residual(2, x, weight, None, got, None, rows, width, EPS, 1)
+            report.same(f"autocast: norm {width}, then add", got, residual + module(x))
+            got = residual.clone()
+            lockstep.add(x, got, rows, width, width, width, 1)
+            report.same(f"autocast: add {width}", got, residual + x)
+            out = poisoned(rows, width)
+            lockstep.round_rows(residual, out, rows, width, width, width)
+            report.same(f"autocast: rounded rows {width}", out, residual.bfloat16())
+        table = floats(1000, 3840)
+        tokens = torch.randint(0, 1000, (77,), dtype=torch.int32, device=DEVICE)
+        for name, source in (("fp32", table), ("bf16", table.bfloat16())):
+            out = poisoned(77, 3840, dtype=torch.float32)
+            lockstep.embedding(tokens, source, out, 77, 1000, 3840, 3840, int(name == "fp32"), 1)
+            report.same(f"autocast: embedding, {name} table", out, F.embedding(tokens, source.float()))
+        out = poisoned(77, 3840, dtype=torch.float32)
+        lockstep.gather_rows(tokens, table, out, 77, 1000, 3840, 3840, 3840, 1)
+        report.same("autocast: gathered rows", out, table[tokens.long()])
+        for head_dim in (128, 192, 256):
+            rows, heads, eps = 1111, 30, 1e-5
+            width = heads * head_dim
+            x, gate, weight = normal(rows, width, scale=2), normal(rows, width, scale=3), 1 + floats(head_dim, scale=0.2)
+            module = olmo.OlmoHybridRMSNormGated(head_dim, eps=eps).to(DEVICE)
+            module.weight.data = weight
+            want = module(x.view(-1, head_dim), gate.view(-1, head_dim)).view(rows, width)
+            out = poisoned(rows, width)
+            lockstep.gated_rms_norm(x, gate, weight, out, rows, heads, head_dim, width, width, width, eps, 2)
+            report.same(f"autocast: gated norm {head_dim}, two roundings", out, want)
+        conv_weight = floats(11520, 4, scale=0.4)
+        x = normal(1000, 11520)
+        shape = (30, 96, 5760)
+        got = convolve(lockstep, x, conv_weight.bfloat16(), ConvState(11520, 1), shape, [(1000, 0, 0)])
+        report.same("autocast: conv+silu+l2norm", got, normalise_heads(module_conv(x, conv_weight), shape))
 
 
 def check_swiglu(lockstep, report):
@@ -398,10 +453,10 @@ def check_rows(lockstep, report):
     table = normal(1000, 3840)
     tokens = torch.randint(0, 1000, (77,), dtype=torch.int32, device=DEVICE)
     out = poisoned(77, 3840)
-    lockstep.embedding(tokens, table, out, 77, 1000, 3840, 3840)
+    lockstep.embedding(tokens, table, out, 77, 1000, 3840, 3840, 0, 0)
     report.same("embedding", out, F.embedding(tokens, table))
     out = poisoned(77, 3840)
-    lockstep.gather_rows(tokens, table, out, 77, 1000, 3840, 3840, 3840)
+    lockstep.gather_rows(tokens, table, out, 77, 1000, 3840, 3840, 3840, 0)
     report.same("gathered rows", out, table[tokens.long()])
 
 
@@ -450,19 +505,19 @@ def measure(lockstep, report):
         weight = 1 + normal(width, scale=0.2)
         module = norm_module(width, weight)
         line("norm", 4 * width, lambda i: lockstep.rms_norm(x[i % sets], None, weight, out[i % sets], rows, width,
-                                                            width, width, EPS), lambda i: module(x[i % sets]))
+                                                            width, width, EPS, 0, 0), lambda i: module(x[i % sets]))
         line("add, norm", 8 * width,
              lambda i: lockstep.rms_norm_residual(1, x[i % sets], weight, None, residual[i % sets], out[i % sets],
-                                                  rows, width, EPS),
+                                                  rows, width, EPS, 0),
              lambda i: module(x[i % sets] + residual[i % sets]))
         line("norm, add", 6 * width,
              lambda i: lockstep.rms_norm_residual(2, x[i % sets], weight, None, residual[i % sets], None, rows, width,
-                                                  EPS), lambda i: module(x[i % sets]) + residual[i % sets])
+                                                  EPS, 0), lambda i: module(x[i % sets]) + residual[i % sets])
         line("norm, add, norm", 8 * width,
              lambda i: lockstep.rms_norm_residual(3, x[i % sets], weight, weight, residual[i % sets], out[i % sets],
-                                                  rows, width, EPS),
+                                                  rows, width, EPS, 0),
              lambda i: module(module(x[i % sets]) + residual[i % sets]))
-        line("add", 6 * width, lambda i: lockstep.add(x[i % sets], residual[i % sets], rows, width, width, width),
+        line("add", 6 * width, lambda i: lockstep.add(x[i % sets], residual[i % sets], rows, width, width, width, 0),
              lambda i: residual[i % sets].add_(x[i % sets]))
         qkv = [normal(rows, 3 * width) for _ in range(sets)]
         line("q and k norm", 8 * width,
@@ -525,7 +580,7 @@ def main():
     fix_config(l2norm.l2norm_fwd_kernel, 13)  # 64 rows, 4 warps
     fix_config(fused_norm_gate.layer_norm_gated_fwd_kernel.fn, 0)  # 16 rows, 4 warps
     fix_config(causal_conv1d_fwd_kernel.fn, 8)  # 64 channels, 4 warps
-    for check in (check_conv, check_module, check_gated_norm, check_gates, check_swiglu, check_norms, check_rows):
+    for check in (check_conv, check_module, check_gated_norm, check_gates, check_swiglu, check_norms, check_autocast, check_rows):
         begin = time.monotonic()
         check(lockstep, report)
         print(f"{check.__name__}: {time.monotonic() - begin:.1f} s")

@@ -13,8 +13,10 @@
 4. Where `nosplit` differs, --trace_binary (lockstep-trace) and the trainer dump what they compute up to the first such
    token, and the first operation that differs is named (docs/trace.md).
 
---variant NAME:FLAGS runs all of it with another attention backend of the trainer (cudnn, flash) and the worker's flags
-for it. A worker that was started here is stopped before the trainer is loaded.
+--variant NAME:FLAGS runs all of it with another trainer and the worker's flags for it. NAME: the attention backend, cudnn
+or flash; cudnn-masked: sequences as long as the window of the model's sliding layers and longer, where transformers
+passes a mask, as cudnn are the shorter ones; cudnn-autocast, cudnn-autocast-masked: fp32 weights under autocast. A
+worker that was started here is stopped before the trainer is loaded.
 
 Exit status: 0 every promise holds; 1 one is broken (`nosplit`: every token equal in bits; `stock`: no worse than its
 own noise; Generate = Score); 2 it could not run.
@@ -37,6 +39,7 @@ from parity_metrics import Difference, table
 
 sys.path.append(str(ROOT / "tools"))
 
+VARIANTS = ("cudnn", "cudnn-masked", "cudnn-autocast", "cudnn-autocast-masked", "flash")
 DEFAULT_LENGTHS = (512, 777, 1024, 1531, 2048, 3000, 4096, 6001, 8192)
 # A mean over tokens that depend on each other is itself noisy.
 NOISE_ALLOWANCE = 1.25
@@ -153,6 +156,8 @@ def make_row(arguments, variant, mode, difference, top, noise, seconds):
         "trainer_s": seconds,
     }
     row["broken"] = broken_promise(mode, difference, top, noise) if arguments.device == "cuda" else ""
+    if not difference.tokens and variant != "flash":  # which has no sequence long enough where there are few heads
+        row["broken"] = "no sequence has a length that this variant is for"
     return row
 
 
@@ -163,17 +168,18 @@ def trace_positions(last):
     return sorted(position for position in wanted if 0 <= position <= last)
 
 
-def find_operation(model, tokens, position, arguments):
-    """Lines that name the first operation that differs, where the log-probability of tokens[position] does."""
+def find_operation(model, tokens, position, numerics, arguments):
+    """Lines that name the first operation that differs over `tokens`, where the log-probability at `position` does."""
     import trace_compare
     import trace_format
     import trace_torch
 
-    tokens, positions = tokens[:position], trace_positions(position - 1)
+    positions = trace_positions(position - 1)
     with tempfile.TemporaryDirectory() as directory:
         file = pathlib.Path(directory) / "tokens.json"
         file.write_text(json.dumps(tokens))
         command = [arguments.trace_binary, "--model", arguments.model, *shlex.split(arguments.trace_flags)]
+        command += ["--numerics", numerics]
         command += ["--tokens", str(file), "--positions", ",".join(map(str, positions)), "--out", f"{directory}/ours"]
         result = subprocess.run(command, capture_output=True, text=True, timeout=120)
         if result.returncode != 0:
@@ -185,8 +191,8 @@ def find_operation(model, tokens, position, arguments):
 
 def parse_variant(text):
     name, _, flags = text.partition(":")
-    if name not in ("cudnn", "flash"):
-        raise argparse.ArgumentTypeError(f"{text!r}: want cudnn or flash, a colon and the worker's flags")
+    if name not in VARIANTS:
+        raise argparse.ArgumentTypeError(f"{text!r}: want one of {', '.join(VARIANTS)}, a colon and the worker's flags")
     return name, shlex.split(flags)
 
 
@@ -208,7 +214,7 @@ def parse_arguments():
         "--variant",
         type=parse_variant,
         action="append",
-        help='attention backend of the trainer and flags for the worker, repeatable (default: "cudnn:--numerics hf")',
+        help='trainer and flags for the worker, repeatable (default: "cudnn:--numerics hf")',
     )
     parser.add_argument("--modes", default="stock,nosplit", help="default: stock,nosplit")
     parser.add_argument("--lengths", type=parse_lengths, default=DEFAULT_LENGTHS, help="of random sequences")
@@ -222,7 +228,7 @@ def parse_arguments():
     parser.add_argument("--self_noise_batch_limit", type=int, default=2048, help="longest sequence put in a batch")
     parser.add_argument("--self_noise_every", type=int, default=2, help="one of how many sequences (default: 2; 0: none)")
     parser.add_argument("--trace_binary", help="lockstep-trace, to find the first operation that differs")
-    parser.add_argument("--trace_flags", default="--backend cuda --numerics hf", help="its flags")
+    parser.add_argument("--trace_flags", default="--backend cuda", help="its flags, but --numerics: the worker's profile")
     parser.add_argument("--fla_autotune", action="store_true", help="let fla search its kernels' configurations")
     parser.add_argument("--keep_worker", action="store_true", help="leave the worker running beside the trainer")
     parser.add_argument("--device", choices=("cuda", "cpu"), help="of the trainer (default: cuda if there)")
@@ -255,6 +261,7 @@ def answers_of(arguments, flags):
         raise
     if not arguments.keep_worker:
         worker.stop()
+    worker.profile = info.numerics.profile
     tokens = sum(len(tokens) for _, tokens in sequences)
     print(
         f"worker, profile {info.numerics.profile}: {len(sequences)} sequences of {tokens} tokens in {seconds:.1f} s; "
@@ -279,36 +286,40 @@ def run(arguments):
     import trainer
 
     arguments.device = arguments.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    begin = time.perf_counter()
     if arguments.device == "cuda" and not arguments.fla_autotune:
         trainer.pin_fla_configurations()
-    model = trainer.load(arguments.model, arguments.device)
-    kernel = trainer.gdn_kernel(model)
-    print(f"trainer loaded in {time.perf_counter() - begin:.1f} s{', ' if kernel else ''}{kernel}", flush=True)
-
-    rows, invariance = [], Difference()
+    rows, invariance, kernel = [], Difference(), ""
 
     def findings():
         counts = {"tokens": invariance.tokens, "differing": invariance.differing, "first_differing": invariance.first}
         versions = trainer.versions() | ({"gdn": kernel} if kernel else {})
         return {"parity": rows, "invariance": counts, "versions": versions}
 
-    for name, sequences, scores, found, _ in answers:
+    model, loaded = None, None
+    for name, sequences, scores, found, worker in sorted(answers, key=lambda answer: "autocast" in answer[0]):
+        attention, masked, autocast = name.split("-")[0], "masked" in name, "autocast" in name
+        if loaded != autocast:
+            begin, model = time.perf_counter(), None  # the other one's memory goes first
+            model, loaded = trainer.load(arguments.model, arguments.device, autocast=autocast), autocast
+            kernel = trainer.gdn_kernel(model)
+            print(f"trainer loaded in {time.perf_counter() - begin:.1f} s{', ' if kernel else ''}{kernel}", flush=True)
         invariance.tokens += found.tokens
         invariance.differing += found.differing
         invariance.first = invariance.first or found.first
+        longest = min(arguments.max_length, trainer.longest_sequence(model, masked))
+        lengths = range(trainer.shortest_sequence(model, attention, masked), longest + 1)
         for mode in arguments.modes if arguments.device == "cuda" else ["stock"]:
             begin = time.perf_counter()
-            with trainer.blas_mode(mode), trainer.attention_backend(name):
-                longest = min(arguments.max_length, trainer.longest_sequence(model, name))
-                lengths = range(trainer.shortest_sequence(model, name), longest + 1)
+            with trainer.blas_mode(mode), trainer.attention_backend(attention):
                 differences = compare(model, sequences, scores, lengths, arguments)
                 rows.append(make_row(arguments, name, mode, *differences, time.perf_counter() - begin))
                 print_rows(rows[-1:])
                 first = rows[-1]["first_differing"]
                 if mode == "nosplit" and first and arguments.trace_binary:
                     tokens = dict(sequences)[first["sequence"]]
-                    rows[-1]["trace"] = find_operation(model, tokens, first["position"], arguments)
+                    # A masked forward stays one when it is cut to the window's length.
+                    end = max(first["position"], lengths.start)
+                    rows[-1]["trace"] = find_operation(model, tokens[:end], first["position"], worker.profile, arguments)
                     print("\n".join(rows[-1]["trace"]), flush=True)
             rows[-1]["lengths"] = [lengths.start, longest]
             if arguments.json:  # what is known so far, should time run out

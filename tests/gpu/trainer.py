@@ -48,17 +48,28 @@ def attention_backend(name):
     return sdpa_kernel(SDPBackend.FLASH_ATTENTION)
 
 
-def longest_sequence(model, attention):
-    """That the trainer can compute: PyTorch's flash attention takes no mask, so no sequence longer than a window."""
+def window(model):
+    """Of the layers that have one; 0 for none. A forward of so many tokens or more gives these layers' attention a mask:
+    cuDNN then runs another program, and PyTorch's flash attention cannot run.
+    """
     config = model.config
-    sliding = "sliding_attention" in config.layer_types
-    return config.sliding_window if attention == "flash" and sliding else config.max_position_embeddings
+    return config.sliding_window if "sliding_attention" in config.layer_types else 0
 
 
-def shortest_sequence(model, attention):
+def longest_sequence(model, masked=False):
+    """That the trainer computes with the one program of attention, masked or not."""
+    sliding = window(model)
+    return sliding - 1 if sliding and not masked else model.config.max_position_embeddings
+
+
+def shortest_sequence(model, attention, masked=False):
     """From which on the trainer's attention is one program: PyTorch's flash attention splits the keys of smaller work
     over the card and joins the parts, in another order than it takes for a longer sequence of the same tokens.
     """
+    if masked:
+        if not window(model):
+            raise ValueError(f"{model.config.model_type} has no layer with a window: want no masked variant of it")
+        return window(model)
     if attention != "flash" or not torch.cuda.is_available():
         return 1
     # FlashAttention-2's num_splits_heuristic: one split from 0.8 times two blocks a processor on; a block is 64 queries.
@@ -107,24 +118,33 @@ def gdn_kernel(model):
     return found
 
 
-def load(directory, device="cuda", dtype=torch.bfloat16):
-    """The checkpoint as a learner loads it."""
+def load(directory, device="cuda", dtype=torch.bfloat16, autocast=False):
+    """The checkpoint as a learner loads it. autocast: with fp32 weights, its forward under autocast to bf16, as
+    accelerate prepares it.
+    """
     import transformers
 
     transformers.logging.set_verbosity_error()
     architecture = json.loads((pathlib.Path(directory) / "config.json").read_text())["architectures"][0]
     model_class = getattr(transformers, architecture)
     model, info = model_class.from_pretrained(
-        directory, dtype=dtype, attn_implementation="sdpa", output_loading_info=True
+        directory, dtype=torch.float32 if autocast else dtype, attn_implementation="sdpa", output_loading_info=True
     )
     wrong = {kind: names for kind, names in info.items() if names}
     if wrong:
         raise ValueError(f"transformers loaded {directory} with {wrong}")
     model = model.to(device).eval()
+    model.runs_under_autocast = autocast
+    if autocast:
+        model.forward = torch.autocast(device, dtype=torch.bfloat16)(model.forward)
     kernel = gdn_kernel(model)
     if device == "cuda" and kernel and not kernel.startswith("fla."):
         raise RuntimeError(f"the recurrent layers run {kernel}, want fla's: is flash-linear-attention installed?")
     return model
+
+
+def is_autocast(model):
+    return getattr(model, "runs_under_autocast", False)
 
 
 @torch.no_grad()

@@ -23,12 +23,12 @@ class CudaInvariance : public ::testing::TestWithParam<ModelKind> {
 
 TEST_P(CudaInvariance, GenerateEqualsItselfAndScoreUnderRandomSchedules) {
   Tally tally;
-  for (const std::string numerics : {"hf", "hf-flash"}) {
+  for (const std::string numerics : {"hf", "hf-masked", "hf-flash", "hf-autocast", "olmo-core"}) {
     SCOPED_TRACE(numerics);
     const uint64_t seed = 1;
     const auto recorded = MakeRandomModel(GetParam(), numerics, seed, 2, {.name = "cuda", .cuda_graphs = true});
     const auto launched = MakeRandomModel(GetParam(), numerics, seed, 2, {.name = "cuda", .cuda_graphs = false});
-    CheckInvariance(*launched, *recorded, seed, 6, tally);
+    CheckInvariance(*launched, *recorded, seed, 4, tally);
     if (HasFatalFailure()) return;
   }
   std::printf("%ld schedules, %ld generated tokens compared, %ld scored, %ld preemptions, %ld forked samples\n",

@@ -239,6 +239,18 @@ def test_worker_bad_flags(build_dir, tiny_model, arguments, named):
     assert named in done.stderr.splitlines()[-1]
 
 
+def test_info_tells_the_numerics(start_worker, tiny_model, pb):
+    worker = start_worker(tiny_model, "--numerics", "hf-autocast-masked")
+    numerics = worker.stub.GetInfo(pb.GetInfoRequest()).numerics
+    assert numerics.profile == "hf-autocast-masked" and numerics.verified_against == ""
+    for name in ("residual", "embedding", "norm_weights", "a_log"):
+        assert getattr(numerics, f"{name}_dtype") == "float32", name
+    assert (numerics.weights_dtype, numerics.activations_dtype) == ("bfloat16", "bfloat16")
+    assert (numerics.gated_norm_casts, numerics.conv_casts) == ("two", "two")
+    assert numerics.attention_program == "tiles128_forward"
+    assert numerics.sliding_attention_program == "tiles128_forward_mask"
+
+
 def test_port_in_use(start_fake, run_program, tiny_model):
     worker = start_fake()
     done = run_program("--model", tiny_model, "--listen", worker.data, "--control_listen", "127.0.0.1:0")

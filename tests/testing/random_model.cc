@@ -16,6 +16,10 @@ class RandomWeights {
     return *ops_.PackVector(Values(n, mean, std), exact);
   }
 
+  std::unique_ptr<VectorWeight> Norm(int64_t n) {
+    return Vector(n, 1, 0.1f, ops_.profile().norm_weights == DType::kF32);
+  }
+
   std::unique_ptr<LinearWeight> Linear(int64_t out, int64_t in) {
     const std::vector<float> v = Values(out * in, 0, 1.2f / std::sqrt(static_cast<float>(in)));
     const HostMatrix part{v.data(), out, in, DType::kF32};
@@ -146,8 +150,8 @@ std::unique_ptr<LocalModel> MakeRandomModel(ModelKind kind, const std::string& n
   w.embedding = random.Embedding(spec.vocab_size, spec.hidden_size);
   for (const LayerSpec& layer : spec.layers) {
     LayerWeights lw;
-    lw.mixer_norm = random.Vector(spec.hidden_size, 1, 0.1f);
-    lw.mlp_norm = random.Vector(spec.hidden_size, 1, 0.1f);
+    lw.mixer_norm = random.Norm(spec.hidden_size);
+    lw.mlp_norm = random.Norm(spec.hidden_size);
     lw.gate_up = random.Linear(2 * spec.intermediate_size, spec.hidden_size);
     lw.down = random.Linear(spec.hidden_size, spec.intermediate_size);
     if (layer.mixer == MixerKind::kGatedDeltaNet) {
@@ -158,17 +162,17 @@ std::unique_ptr<LocalModel> MakeRandomModel(ModelKind kind, const std::string& n
       lw.gdn.conv = random.Vector(g.conv_channels() * g.conv_width, 0, 0.5f);
       lw.gdn.a_log = random.Vector(g.value_heads, 0, 1, /*exact=*/true);
       lw.gdn.dt_bias = random.Vector(g.value_heads, -4, 1, /*exact=*/true);
-      lw.gdn.o_norm = random.Vector(g.value_dim, 1, 0.1f);
+      lw.gdn.o_norm = random.Norm(g.value_dim);
     } else {
       const AttentionShape& a = layer.attention;
       lw.attention.qkv = random.Linear((a.heads + 2 * a.kv_heads) * a.head_dim, spec.hidden_size);
       lw.attention.o = random.Linear(spec.hidden_size, a.heads * a.head_dim);
-      lw.attention.q_norm = random.Vector(a.heads * a.head_dim, 1, 0.1f);
-      lw.attention.k_norm = random.Vector(a.kv_heads * a.head_dim, 1, 0.1f);
+      lw.attention.q_norm = random.Norm(a.heads * a.head_dim);
+      lw.attention.k_norm = random.Norm(a.kv_heads * a.head_dim);
     }
     w.layers.push_back(std::move(lw));
   }
-  w.final_norm = random.Vector(spec.hidden_size, 1, 0.1f);
+  w.final_norm = random.Norm(spec.hidden_size);
   w.head = random.Linear(spec.vocab_size, spec.hidden_size);
   return model;
 }

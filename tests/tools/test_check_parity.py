@@ -39,7 +39,8 @@ def test_positions_to_trace_end_at_the_one_that_differs():
 
 def test_variant():
     assert check_parity.parse_variant("flash:--numerics hf --x 'a b'") == ("flash", ["--numerics", "hf", "--x", "a b"])
-    with pytest.raises(Exception, match="cudnn"):
+    assert check_parity.parse_variant("cudnn-autocast:--numerics hf-autocast")[0] == "cudnn-autocast"
+    with pytest.raises(Exception, match="cudnn-masked"):
         check_parity.parse_variant("eager:")
 
 
