@@ -98,6 +98,8 @@ class RecordingOps : public Ops {
   int64_t reserved_memory() const override { return 0; }
   absl::StatusOr<std::unique_ptr<DeviceMemory>> Allocate(int64_t) override { return absl::UnimplementedError(""); }
   void Copy(std::byte*, const std::byte*, int64_t) override { FAIL(); }
+  void CopyToHost(std::byte*, const std::byte*, int64_t) override { FAIL(); }
+  void CopyFromHost(std::byte*, const std::byte*, int64_t) override { FAIL(); }
   std::vector<float> Download(Rows) override { return {}; }
   DType activation_dtype() const override { return DType::kF32; }
   DType residual_dtype() const override { return DType::kF32; }
