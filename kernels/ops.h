@@ -150,6 +150,20 @@ struct GdnLayer {
 
 constexpr int64_t kGdnChunk = 64;
 
+// Room on the device for new weights beside those in use. Used by one thread at a time, which may be another than the
+// step loop's.
+class WeightStage {
+ public:
+  virtual ~WeightStage() = default;
+  virtual int64_t bytes() const = 0;
+  // `data` is free on return.
+  virtual absl::Status Write(int64_t offset, std::span<const std::byte> data) = 0;
+  // All that was written is there.
+  virtual absl::Status Finish() = 0;
+  // Of the device; written bytes may be stored into weights from here.
+  virtual const std::byte* data() const = 0;
+};
+
 class Ops {
  public:
   virtual ~Ops() = default;
@@ -191,6 +205,15 @@ class Ops {
   virtual std::unique_ptr<EmbeddingTable> TieEmbedding(const LinearWeight& head) = 0;
   // `exact`: kept in fp32 whatever the profile; else values are exact in profile().weights and may be held in it.
   virtual absl::StatusOr<std::unique_ptr<VectorWeight>> PackVector(std::span<const float> values, bool exact) = 0;
+
+  // RESOURCE_EXHAUSTED if there is not as much memory.
+  virtual absl::StatusOr<std::unique_ptr<WeightStage>> MakeWeightStage(int64_t bytes) = 0;
+  // Put rows [first_row, first_row + from.rows) of a weight in the place of those in use: addresses stay as they are.
+  // `from` is in the stage, in the dtype in which the weight is held.
+  virtual void StoreLinear(const HostMatrix& from, int64_t first_row, LinearWeight& to) = 0;
+  virtual void StoreEmbedding(const HostMatrix& from, EmbeddingTable& to) = 0;
+  // [to.size()] values of to.dtype().
+  virtual void StoreVector(const std::byte* from, VectorWeight& to) = 0;
 
   // Begins a step: the operations below that depend on sequences work on this batch until the next call. Returns how
   // much to compute: a backend that replays recorded steps pads to a size it has; what it computes in the padding goes

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/status/statusor.h"
 #include "kernels/numerics.h"
 
 namespace lockstep {
@@ -35,19 +36,19 @@ struct ArrivedRows {
   DType dtype = DType::kF32;
 };
 
-// Calls of Stage, Finish and Discard come one at a time, from any thread.
+// BeginUpdate, Stage and Finish are called one at a time, from any thread; the rest at any time.
 class TensorTable {
  public:
   virtual ~TensorTable() = default;
   virtual std::span<const TensorSlot> slots() const = 0;
-  // Makes the second place hold what serves, for an update of some tensors: what is not staged stays as it is.
-  virtual absl::Status CopyServing() = 0;
+  // Forgets what was staged.
+  virtual void BeginUpdate() = 0;
   // Converts the rows to the slot's held dtype and puts them into the second place. `data` is free on return.
   virtual absl::Status Stage(const ArrivedRows& rows) = 0;
   // All that was staged is in place.
   virtual absl::Status Finish() = 0;
-  // Digests of the slots that serve, over their values in the held dtype.
-  virtual std::vector<uint64_t> ServingDigests() const = 0;
+  // Digests of the slots' values that serve, in the held dtype.
+  virtual absl::StatusOr<std::vector<uint64_t>> ServingDigests() = 0;
 };
 
 }  // namespace lockstep

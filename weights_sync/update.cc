@@ -115,7 +115,7 @@ absl::StatusOr<std::vector<int64_t>> WeightUpdate::Begin(const WeightVersion& ve
   }
   auto open = std::make_unique<Open>();
   LOCKSTEP_ASSIGN_OR_RETURN(open->places, PlaceTensors(manifest, table_.slots()));
-  if (manifest.base_version) LOCKSTEP_RETURN_IF_ERROR(table_.CopyServing());
+  table_.BeginUpdate();
   open->version = version;
   open->manifest = std::move(manifest);
   open->arriving.resize(open->places.size());

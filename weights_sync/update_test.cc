@@ -18,10 +18,7 @@ namespace {
 class FakeTable final : public TensorTable {
  public:
   std::span<const TensorSlot> slots() const override { return slots_; }
-  absl::Status CopyServing() override {
-    second = serving;
-    return absl::OkStatus();
-  }
+  void BeginUpdate() override { second = serving; }
   absl::Status Stage(const ArrivedRows& rows) override {
     if (!stage_status.ok()) return stage_status;
     std::vector<float>& to = second[rows.slot];
@@ -30,7 +27,7 @@ class FakeTable final : public TensorTable {
     return absl::OkStatus();
   }
   absl::Status Finish() override { return absl::OkStatus(); }
-  std::vector<uint64_t> ServingDigests() const override { return {}; }
+  absl::StatusOr<std::vector<uint64_t>> ServingDigests() override { return std::vector<uint64_t>(); }
   void Install() { serving = second; }
 
   std::map<size_t, std::vector<float>> serving, second;

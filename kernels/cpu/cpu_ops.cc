@@ -40,9 +40,25 @@ class CpuVector final : public VectorWeight {
   const void* data() const override { return values_.data(); }
   int64_t size() const override { return static_cast<int64_t>(values_.size()); }
   DType dtype() const override { return DType::kF32; }
+  float* values() { return values_.data(); }
 
  private:
   std::vector<float> values_;
+};
+
+class CpuWeightStage final : public WeightStage {
+ public:
+  explicit CpuWeightStage(Arena arena) : arena_(std::move(arena)) {}
+  int64_t bytes() const override { return arena_.bytes(); }
+  absl::Status Write(int64_t offset, std::span<const std::byte> data) override {
+    std::memcpy(arena_.data() + offset, data.data(), data.size());
+    return absl::OkStatus();
+  }
+  absl::Status Finish() override { return absl::OkStatus(); }
+  const std::byte* data() const override { return arena_.data(); }
+
+ private:
+  Arena arena_;
 };
 
 }  // namespace
@@ -91,6 +107,20 @@ std::unique_ptr<EmbeddingTable> CpuOps::TieEmbedding(const LinearWeight& head) {
 }
 absl::StatusOr<std::unique_ptr<VectorWeight>> CpuOps::PackVector(std::span<const float> values, bool) {
   return std::make_unique<CpuVector>(values);
+}
+
+absl::StatusOr<std::unique_ptr<WeightStage>> CpuOps::MakeWeightStage(int64_t bytes) {
+  LOCKSTEP_ASSIGN_OR_RETURN(Arena arena, Arena::Map(bytes));
+  return std::make_unique<CpuWeightStage>(std::move(arena));
+}
+void CpuOps::StoreLinear(const HostMatrix& from, int64_t first_row, LinearWeight& to) {
+  CpuStoreLinear(context_, from, first_row, static_cast<CpuLinearWeight&>(to));
+}
+void CpuOps::StoreEmbedding(const HostMatrix& from, EmbeddingTable& to) {
+  CpuStoreEmbedding(context_, from, to);
+}
+void CpuOps::StoreVector(const std::byte* from, VectorWeight& to) {
+  std::memcpy(static_cast<CpuVector&>(to).values(), from, to.bytes());
 }
 
 StepRows CpuOps::BeginStep(const StepBatch& batch) {

@@ -67,6 +67,14 @@ std::unique_ptr<EmbeddingTable> CpuPackEmbedding(const CpuContext& ctx, const Ho
   LOCKSTEP_CHECK(table.data != nullptr && table.rows > 0 && table.cols > 0, "PackEmbedding: empty table [{}, {}]",
                  table.rows, table.cols);
   auto packed = std::make_unique<CpuEmbeddingTable>(table.rows, table.cols, ctx.profile.embedding);
+  CpuStoreEmbedding(ctx, table, *packed);
+  return packed;
+}
+
+void CpuStoreEmbedding(const CpuContext& ctx, const HostMatrix& table, EmbeddingTable& to) {
+  auto* packed = &static_cast<CpuEmbeddingTable&>(to);
+  LOCKSTEP_CHECK(table.rows == to.vocab() && table.cols == to.hidden(), "StoreEmbedding: [{}, {}] into [{}, {}]",
+                 table.rows, table.cols, to.vocab(), to.hidden());
   ctx.threads.ParallelFor(table.rows, RowGrain(table.cols), [&](int64_t begin, int64_t end, int thread) {
     float* values = ctx.scratch.Floats(thread, table.cols);
     for (int64_t r = begin; r < end; ++r) {
@@ -74,12 +82,11 @@ std::unique_ptr<EmbeddingTable> CpuPackEmbedding(const CpuContext& ctx, const Ho
       if (packed->dtype() == DType::kF32) {
         std::memcpy(packed->row<float>(r), values, table.cols * sizeof(float));
       } else {
-        uint16_t* to = packed->row<uint16_t>(r);
-        for (int64_t i = 0; i < table.cols; ++i) to[i] = F32ToBf16(values[i]);
+        uint16_t* row = packed->row<uint16_t>(r);
+        for (int64_t i = 0; i < table.cols; ++i) row[i] = F32ToBf16(values[i]);
       }
     }
   });
-  return packed;
 }
 
 std::unique_ptr<EmbeddingTable> CpuTieEmbedding(const LinearWeight& head) {

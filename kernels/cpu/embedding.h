@@ -11,6 +11,8 @@
 namespace lockstep {
 
 std::unique_ptr<EmbeddingTable> CpuPackEmbedding(const CpuContext& ctx, const HostMatrix& table);
+// Into a table that CpuPackEmbedding made.
+void CpuStoreEmbedding(const CpuContext& ctx, const HostMatrix& table, EmbeddingTable& to);
 // Rows of the head's packed weight, which must outlive the table's use.
 std::unique_ptr<EmbeddingTable> CpuTieEmbedding(const LinearWeight& head);
 void CpuEmbed(const CpuContext& ctx, std::span<const int32_t> tokens, const EmbeddingTable& table, Rows out);

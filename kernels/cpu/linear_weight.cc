@@ -26,12 +26,11 @@ void PackF32(const float* values, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i * kPanelFeatures] = values[i];
 }
 
-// Features 0..15 come first and set the whole word; 16..31 then add their low half.
 void PackHalves(const float* values, int64_t count, bool low, uint32_t* to) {
   for (int64_t i = 0; i < count; ++i) {
     const uint32_t bits = F32ToBf16(values[i]);
     uint32_t& word = to[i * (kPanelFeatures / 2)];
-    word = low ? word | bits : bits << 16;
+    word = low ? (word & 0xFFFF0000u) | bits : (word & 0xFFFFu) | bits << 16;
   }
 }
 
@@ -43,14 +42,15 @@ void PackPairs(const float* values, int64_t count, uint32_t* to) {
   }
 }
 
-void PackPanel(const std::array<SourceRow, kPanelFeatures>& sources, int64_t count, CpuLinearWeight& weight,
-               int64_t panel) {
+// Features [begin, end) of the panel; those past `count` are padding.
+void PackPanel(const std::array<SourceRow, kPanelFeatures>& sources, int64_t begin, int64_t end, int64_t count,
+               CpuLinearWeight& weight, int64_t panel) {
   const int64_t k_count = weight.in_features();
   std::byte* to = weight.panel(panel);
   std::array<float, kBlock> values;
   for (int64_t k = 0; k < k_count; k += kBlock) {
     const int64_t n = std::min(kBlock, k_count - k);
-    for (int64_t j = 0; j < kPanelFeatures; ++j) {
+    for (int64_t j = begin; j < end; ++j) {
       if (j < count) {
         ReadRow(*sources[j].part, sources[j].row, k, n, values.data());
       } else {
@@ -119,10 +119,28 @@ std::unique_ptr<LinearWeight> CpuPackLinear(const CpuContext& ctx, std::span<con
       std::array<SourceRow, kPanelFeatures> sources = {};
       const int64_t count = std::min(kPanelFeatures, out_features - p * kPanelFeatures);
       std::copy_n(rows.begin() + p * kPanelFeatures, count, sources.begin());
-      PackPanel(sources, count, *weight, p);
+      PackPanel(sources, 0, kPanelFeatures, count, *weight, p);
     }
   });
   return weight;
+}
+
+void CpuStoreLinear(const CpuContext& ctx, const HostMatrix& from, int64_t first_row, CpuLinearWeight& to) {
+  const int64_t last_row = first_row + from.rows;
+  LOCKSTEP_CHECK(from.cols == to.in_features() && first_row >= 0 && last_row <= to.out_features(),
+                 "StoreLinear: [{}, {}] at row {} of [{}, {}]", from.rows, from.cols, first_row, to.out_features(),
+                 to.in_features());
+  const int64_t first_panel = first_row / kPanelFeatures;
+  const int64_t panels = (last_row - 1) / kPanelFeatures + 1 - first_panel;
+  ctx.threads.ParallelFor(panels, 1, [&](int64_t begin, int64_t end, int) {
+    for (int64_t p = first_panel + begin; p < first_panel + end; ++p) {
+      const int64_t base = p * kPanelFeatures;
+      const int64_t low = std::max(first_row - base, int64_t{0}), high = std::min(last_row - base, kPanelFeatures);
+      std::array<SourceRow, kPanelFeatures> sources = {};
+      for (int64_t j = low; j < high; ++j) sources[j] = {&from, base + j - first_row};
+      PackPanel(sources, low, high, high, to, p);
+    }
+  });
 }
 
 }  // namespace lockstep

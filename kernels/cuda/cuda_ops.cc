@@ -23,6 +23,7 @@
 #include "kernels/cuda/rope.h"
 #include "kernels/cuda/round_rows.h"
 #include "kernels/cuda/swiglu.h"
+#include "kernels/cuda/weight_stage.h"
 #include "kernels/float_bits.h"
 #include "rollout/base/check.h"
 #include "rollout/base/status.h"
@@ -48,6 +49,7 @@ class CudaLinearWeight final : public LinearWeight {
   int64_t bytes() const override { return memory_->bytes(); }
   // [padded_out, in], the padding zero.
   const __nv_bfloat16* data() const { return reinterpret_cast<const __nv_bfloat16*>(memory_->data()); }
+  std::byte* memory() { return memory_->data(); }
   int64_t padded_out() const { return memory_->bytes() / (in_ * DTypeBytes(DType::kBF16)); }
 
  private:
@@ -64,7 +66,8 @@ class CudaEmbeddingTable final : public EmbeddingTable {
   int64_t hidden() const override { return hidden_; }
   int64_t bytes() const override { return memory_ == nullptr ? 0 : memory_->bytes(); }
   DType dtype() const { return dtype_; }
-  const void* data() const { return data_; }  // [vocab, hidden] of dtype()
+  const void* data() const { return data_; }       // [vocab, hidden] of dtype()
+  std::byte* memory() { return memory_->data(); }  // its own; not of a tied one
 
  private:
   const int64_t vocab_, hidden_;
@@ -78,6 +81,7 @@ class CudaVector final : public VectorWeight {
   CudaVector(int64_t size, DType dtype, std::unique_ptr<CudaMemory> memory)
       : size_(size), dtype_(dtype), memory_(std::move(memory)) {}
   const void* data() const override { return memory_->data(); }
+  std::byte* memory() { return memory_->data(); }
   int64_t size() const override { return size_; }
   DType dtype() const override { return dtype_; }
 
@@ -320,8 +324,8 @@ absl::StatusOr<std::unique_ptr<LinearWeight>> CudaOps::PackLinear(std::span<cons
 absl::StatusOr<std::unique_ptr<EmbeddingTable>> CudaOps::PackEmbedding(const HostMatrix& table) {
   LOCKSTEP_CHECK(table.data != nullptr && table.rows > 0 && table.cols > 0, "PackEmbedding: empty table [{}, {}]",
                  table.rows, table.cols);
-  // A bf16 table's values are the same in fp32: half the memory.
-  const DType dtype = table.dtype == DType::kBF16 ? DType::kBF16 : profile_.embedding;
+  // Whatever the checkpoint's: a learner may send finer values later.
+  const DType dtype = profile_.embedding;
   LOCKSTEP_ASSIGN_OR_RETURN(auto memory, CudaMemory::Allocate(table.rows * table.cols * DTypeBytes(dtype)));
   LOCKSTEP_RETURN_IF_ERROR(Upload({&table, 1}, dtype, memory->data()));
   const void* data = memory->data();
@@ -344,9 +348,39 @@ absl::StatusOr<std::unique_ptr<VectorWeight>> CudaOps::PackVector(std::span<cons
   }
   const int64_t size = static_cast<int64_t>(values.size());
   LOCKSTEP_ASSIGN_OR_RETURN(auto memory, CudaMemory::Allocate(size * DTypeBytes(dtype)));
-  LOCKSTEP_RETURN_IF_ERROR(
-      CudaStatus(cudaMemcpy(memory->data(), from, memory->bytes(), cudaMemcpyHostToDevice), "PackVector"));
+  LOCKSTEP_RETURN_IF_ERROR(CudaStatus(
+      cudaMemcpyAsync(memory->data(), from, memory->bytes(), cudaMemcpyHostToDevice, stream_), "PackVector"));
+  // `rounded` is about to go.
+  LOCKSTEP_RETURN_IF_ERROR(CudaStatus(cudaStreamSynchronize(stream_), "PackVector"));
   return std::make_unique<CudaVector>(size, dtype, std::move(memory));
+}
+
+absl::StatusOr<std::unique_ptr<WeightStage>> CudaOps::MakeWeightStage(int64_t bytes) {
+  return CudaWeightStage::Create(bytes);
+}
+
+void CudaOps::StoreLinear(const HostMatrix& from, int64_t first_row, LinearWeight& to) {
+  auto& weight = static_cast<CudaLinearWeight&>(to);
+  LOCKSTEP_CHECK(from.cols == weight.in_features() && first_row >= 0 &&
+                     first_row + from.rows <= weight.out_features() && from.dtype == DType::kBF16,
+                 "StoreLinear: [{}, {}] of {} at row {} of [{}, {}]", from.rows, from.cols, DTypeName(from.dtype),
+                 first_row, weight.out_features(), weight.in_features());
+  const int64_t row_bytes = from.cols * DTypeBytes(DType::kBF16);
+  Copy(weight.memory() + first_row * row_bytes, static_cast<const std::byte*>(from.data), from.rows * row_bytes);
+}
+
+void CudaOps::StoreEmbedding(const HostMatrix& from, EmbeddingTable& to) {
+  auto& table = static_cast<CudaEmbeddingTable&>(to);
+  LOCKSTEP_CHECK(
+      from.rows == table.vocab() && from.cols == table.hidden() && from.dtype == table.dtype() && table.bytes() > 0,
+      "StoreEmbedding: [{}, {}] of {} into [{}, {}] of {}", from.rows, from.cols, DTypeName(from.dtype), table.vocab(),
+      table.hidden(), DTypeName(table.dtype()));
+  Copy(table.memory(), static_cast<const std::byte*>(from.data), table.bytes());
+}
+
+void CudaOps::StoreVector(const std::byte* from, VectorWeight& to) {
+  auto& vector = static_cast<CudaVector&>(to);
+  Copy(vector.memory(), from, vector.bytes());
 }
 
 absl::Status CudaOps::ReserveImage(int64_t bytes) {

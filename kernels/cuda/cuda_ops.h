@@ -55,6 +55,11 @@ class CudaOps final : public Ops {
   std::unique_ptr<EmbeddingTable> TieEmbedding(const LinearWeight& head) override;
   absl::StatusOr<std::unique_ptr<VectorWeight>> PackVector(std::span<const float> values, bool exact) override;
 
+  absl::StatusOr<std::unique_ptr<WeightStage>> MakeWeightStage(int64_t bytes) override;
+  void StoreLinear(const HostMatrix& from, int64_t first_row, LinearWeight& to) override;
+  void StoreEmbedding(const HostMatrix& from, EmbeddingTable& to) override;
+  void StoreVector(const std::byte* from, VectorWeight& to) override;
+
   StepRows BeginStep(const StepBatch& batch) override;
   void RunStep(const void* owner, absl::FunctionRef<void()> step) override;
   void ForgetSteps(const void* owner) override;

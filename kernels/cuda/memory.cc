@@ -31,6 +31,11 @@ absl::StatusOr<std::unique_ptr<CudaMemory>> CudaMemory::AllocateZeroed(int64_t b
   if (cudaError_t error = cudaMemset((*memory)->data(), 0, bytes); error != cudaSuccess) {
     return CudaStatus(error, "cudaMemset");
   }
+  // The host does not wait for cudaMemset, and nor does a stream that does not block the default one: without this the
+  // zeros could come after the first values.
+  if (cudaError_t error = cudaStreamSynchronize(cudaStreamLegacy); error != cudaSuccess) {
+    return CudaStatus(error, "cudaMemset");
+  }
   return memory;
 }
 

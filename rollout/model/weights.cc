@@ -81,8 +81,8 @@ class Loader {
       packed = Kept(ops_.PackEmbedding(matrix));
     } else if ((*head = Kept(ops_.PackLinear({&matrix, 1}))) != nullptr) {
       const NumericsProfile& p = ops_.profile();
-      // The head's rounding would show in an embedding that is finer.
-      const bool rounds = p.embedding == DType::kF32 && p.weights == DType::kBF16 && matrix.dtype != DType::kBF16;
+      // The head's rounding would show in an embedding that is finer, whether now or after an update.
+      const bool rounds = p.embedding == DType::kF32 && p.weights == DType::kBF16;
       packed = rounds ? Kept(ops_.PackEmbedding(matrix)) : ops_.TieEmbedding(**head);
     }
     Done(tensor);

@@ -106,6 +106,12 @@ class RecordingOps : public Ops {
   DType logit_dtype() const override { return DType::kF32; }
   int64_t max_logit_rows() const override { return 1; }
   int64_t kv_page_multiple() const override { return 16; }
+  absl::StatusOr<std::unique_ptr<WeightStage>> MakeWeightStage(int64_t) override {
+    return absl::UnimplementedError("no stage");
+  }
+  void StoreLinear(const HostMatrix&, int64_t, LinearWeight&) override { FAIL(); }
+  void StoreEmbedding(const HostMatrix&, EmbeddingTable&) override { FAIL(); }
+  void StoreVector(const std::byte*, VectorWeight&) override { FAIL(); }
   StepRows BeginStep(const StepBatch&) override { return {}; }
   void RunStep(const void*, absl::FunctionRef<void()>) override { FAIL(); }
   void ForgetSteps(const void*) override { FAIL(); }

@@ -32,8 +32,12 @@ ABSL_FLAG(std::string, listen, "127.0.0.1:50051",
           "keep to loopback "
           "or a trusted network.");
 ABSL_FLAG(std::string, control_listen, "127.0.0.1:50052",
-          "HOST:PORT of the control plane (health and reflection). Port 0 picks a free one.");
+          "HOST:PORT of the control plane (lockstep.v1.Weights and Control). Port 0 picks a free one. There is no "
+          "authentication: whoever reaches it can replace the weights.");
 
+ABSL_FLAG(std::string, weights_receive, "staged",
+          "How new weights arrive. staged: beside those that serve, in memory of the same size; generation goes on. "
+          "off: not at all, and without that memory.");
 ABSL_FLAG(int32_t, threads, 0, "Threads that compute. 0: all cores this process may use.");
 ABSL_FLAG(double, memory_gb, 0,
           "Memory for KV pages and recurrent states, in GB (1e9 bytes). 0: by --memory_fraction.");
@@ -79,8 +83,8 @@ const std::vector<FlagGroup>& Groups() {
       {"What to serve", {"model", "backend", "numerics"}},
       {"Where", {"listen", "control_listen"}},
       {"Engine",
-       {"threads", "cuda_device", "cuda_graphs", "memory_fraction", "memory_gb", "page_size", "max_batch_tokens",
-        "max_sequences"}},
+       {"threads", "cuda_device", "cuda_graphs", "weights_receive", "memory_fraction", "memory_gb", "page_size",
+        "max_batch_tokens", "max_sequences"}},
       {"Limits",
        {"max_waiting_sequences", "max_prompt_tokens", "max_n", "max_request_bytes", "max_buffered_mb",
         "max_retained_mb", "reattach_seconds", "max_version_wait_seconds"}},
@@ -180,6 +184,12 @@ absl::StatusOr<WorkerOptions> ReadWorkerOptions() {
   if (options.numerics == "auto") options.numerics.clear();
   options.threads = absl::GetFlag(FLAGS_threads);
   options.memory_gb = absl::GetFlag(FLAGS_memory_gb);
+  const std::string receive = absl::GetFlag(FLAGS_weights_receive);
+  if (receive != "staged" && receive != "off") {
+    return absl::InvalidArgumentError(
+        absl::StrCat("--weights_receive: value \"", receive, "\"; want staged or off (direct is not in this version)"));
+  }
+  options.weight_updates = receive == "staged";
   options.page_size = absl::GetFlag(FLAGS_page_size);
   options.max_batch_tokens = absl::GetFlag(FLAGS_max_batch_tokens);
   options.max_sequences = absl::GetFlag(FLAGS_max_sequences);

@@ -14,6 +14,8 @@ namespace lockstep {
 namespace {
 
 constexpr char kServiceName[] = "lockstep.v1.Rollout";
+constexpr absl::Duration kLeaseCheckPeriod = absl::Milliseconds(500);
+constexpr int kMaxControlMessageBytes = 16 << 20;  // a manifest, or a chunk of a tensor
 
 // "HOST:PORT" with the port that was bound. Addresses without a port (unix:...) stay as they are.
 std::string WithPort(const std::string& address, int port) {
@@ -61,6 +63,13 @@ RolloutServer::RolloutServer(ServingModel model, const ServerOptions& options)
   starter_ = std::make_unique<RequestStarter>(model_.worker.get(), registry_.get(), tasks_.get(),
                                               limits.max_version_wait, limits.max_waiting_sequences);
   service_ = std::make_unique<RolloutService>(&model_, limits, options.backend, registry_.get(), starter_.get());
+  if (model_.control != nullptr) {
+    control_ = std::make_unique<ControlService>(model_.control, [this](absl::Time deadline) { StopServing(deadline); });
+  }
+  if (model_.control != nullptr && model_.tensors != nullptr) {
+    weights_ = std::make_unique<WeightsService>(&model_);
+    ExpireLeases();
+  }
 }
 
 absl::Status RolloutServer::Listen(const ServerOptions& options) {
@@ -78,6 +87,9 @@ absl::Status RolloutServer::Listen(const ServerOptions& options) {
   int control_port = 0;
   grpc::ServerBuilder control;
   Configure(control, options.control_listen, &control_port);
+  control.SetMaxReceiveMessageSize(kMaxControlMessageBytes);
+  if (control_ != nullptr) control.RegisterService(control_.get());
+  if (weights_ != nullptr) control.RegisterService(weights_.get());
   control_server_ = control.BuildAndStart();
   if (control_server_ == nullptr || control_port == 0) return ListenError("control_listen", options.control_listen);
 
@@ -87,12 +99,21 @@ absl::Status RolloutServer::Listen(const ServerOptions& options) {
   return absl::OkStatus();
 }
 
-void RolloutServer::Drain(absl::Time deadline, absl::Duration delivery) {
+void RolloutServer::ExpireLeases() {
+  weights_->ExpireLease();
+  tasks_->AddAt(absl::Now() + kLeaseCheckPeriod, [this] { ExpireLeases(); });
+}
+
+void RolloutServer::StopServing(absl::Time deadline) {
   // SetServingStatus(false) sets every service's, "" included.
   data_server_->GetHealthCheckService()->SetServingStatus(false);
   control_server_->GetHealthCheckService()->SetServingStatus(false);
   starter_->Drain();
   model_.worker->Drain(deadline);
+}
+
+void RolloutServer::Drain(absl::Time deadline, absl::Duration delivery) {
+  StopServing(deadline);
   // Returns as soon as every call has ended. Readers that are behind have what is left of the time, and `delivery` at
   // least.
   data_server_->Shutdown(absl::ToChronoTime(std::max(deadline, absl::Now() + delivery)));

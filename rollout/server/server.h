@@ -8,11 +8,13 @@
 
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
+#include "rollout/server/control_service.h"
 #include "rollout/server/limits.h"
 #include "rollout/server/request_registry.h"
 #include "rollout/server/request_starter.h"
 #include "rollout/server/rollout_service.h"
 #include "rollout/server/task_thread.h"
+#include "rollout/server/weights_service.h"
 #include "rollout/worker/make_worker.h"
 
 namespace lockstep {
@@ -44,6 +46,9 @@ class RolloutServer {
  private:
   RolloutServer(ServingModel model, const ServerOptions& options);
   absl::Status Listen(const ServerOptions& options);
+  // Refuses new requests and lets those in flight finish until `deadline`.
+  void StopServing(absl::Time deadline);
+  void ExpireLeases();
 
   // In the order of construction; ~RolloutServer says in which order they end.
   ServingModel model_;
@@ -51,6 +56,8 @@ class RolloutServer {
   std::unique_ptr<RequestRegistry> registry_;
   std::unique_ptr<RequestStarter> starter_;
   std::unique_ptr<RolloutService> service_;
+  std::unique_ptr<WeightsService> weights_;  // null: a model whose weights stay as they are
+  std::unique_ptr<ControlService> control_;  // null: a worker that cannot be held
   std::unique_ptr<grpc::Server> data_server_;
   std::unique_ptr<grpc::Server> control_server_;
   std::string data_address_;

@@ -12,6 +12,7 @@
 #include "nlohmann/json.hpp"
 #include "rollout/base/status.h"
 #include "rollout/worker/local_model.h"
+#include "rollout/worker/model_tensors.h"
 #include "rollout/worker/worker.h"
 #include "spdlog/spdlog.h"
 
@@ -60,22 +61,24 @@ absl::Status Validate(const WorkerOptions& options) {
   return absl::OkStatus();
 }
 
-void LogMemory(const MemoryPlan& plan, int64_t page_size, bool on_cpu) {
+void LogMemory(const MemoryPlan& plan, int64_t staging, int64_t page_size, bool on_cpu) {
   const auto mb = [](int64_t bytes) { return absl::StrFormat("%10.1f MB", static_cast<double>(bytes) * 1e-6); };
   spdlog::info("memory: weights      {}", mb(plan.weights));
+  if (staging > 0) spdlog::info("memory: staging      {}  for weight updates", mb(staging));
   spdlog::info("memory: activations  {}", mb(plan.activations));
   if (plan.workspace > 0) spdlog::info("memory: workspace    {}", mb(plan.workspace));
   spdlog::info("memory: KV cache     {}  {} pages of {} tokens, {} bytes each", mb(plan.kv_page * plan.kv_pages),
                plan.kv_pages, page_size, plan.kv_page);
   spdlog::info("memory: states       {}  {} slots of {} bytes", mb(plan.state_slot * plan.state_slots),
                plan.state_slots, plan.state_slot);
-  spdlog::info("memory: total        {}{}", mb(plan.total()),
-               on_cpu ? "  (cache and states become resident as they are used)" : "");
+  spdlog::info("memory: total        {}{}", mb(plan.total() + staging),
+               on_cpu ? "  (cache, states and staging become resident as they are used)" : "");
 }
 
 // What the worker's thread stands on, released after it has ended.
 struct Owned {
   std::unique_ptr<LocalModel> model;
+  std::unique_ptr<ModelTensors> tensors;
   std::unique_ptr<Engine> engine;
 };
 
@@ -104,18 +107,24 @@ absl::StatusOr<ServingModel> MakeWorker(const WorkerOptions& options) {
     return absl::InvalidArgumentError(absl::StrCat("--page_size: value ", options.page_size,
                                                    " is wrong; want a multiple of ", model.ops().kv_page_multiple()));
   }
+  if (options.weight_updates) {
+    LOCKSTEP_ASSIGN_OR_RETURN(owned->tensors,
+                              ModelTensors::Create(options.model_dir, model.spec, model.weights, model.ops()));
+  }
+  const int64_t staging = owned->tensors == nullptr ? 0 : owned->tensors->staging_bytes();
   const double fraction = options.memory_fraction > 0 ? options.memory_fraction : cuda ? 0.9 : 0.5;
   const int64_t budget = options.memory_gb > 0
                              ? static_cast<int64_t>(options.memory_gb * 1e9)
                              : static_cast<int64_t>(fraction * static_cast<double>(model.ops().AvailableMemory())) -
-                                   (cuda ? ForwardPass::BufferBytes(model.spec, model.ops(), max_batch_tokens) : 0);
+                                   (cuda ? ForwardPass::BufferBytes(model.spec, model.ops(), max_batch_tokens)
+                                         : staging);  // of which nothing is resident yet
   LOCKSTEP_ASSIGN_OR_RETURN(
       const LoopConfig config,
       FitMemory(model,
                 {.page_size = options.page_size, .max_batch_tokens = max_batch_tokens, .max_sequences = max_sequences},
                 budget, /*min_tokens=*/options.page_size));
   LOCKSTEP_ASSIGN_OR_RETURN(LocalLoop local, MakeLocalLoop(model, config));
-  LogMemory(local.engine->memory(), config.page_size, !cuda);
+  LogMemory(local.engine->memory(), staging, config.page_size, !cuda);
 
   ServingModel serving;
   serving.name = std::filesystem::weakly_canonical(options.model_dir).filename().string();
@@ -128,7 +137,12 @@ absl::StatusOr<ServingModel> MakeWorker(const WorkerOptions& options) {
           ? model.spec.max_position
           : std::min(model.spec.max_position, local.engine->config().pages * config.page_size);
   owned->engine = std::move(local.engine);
-  serving.worker = std::make_unique<Worker>(std::move(local.loop), options.max_waiting_sequences, owned);
+  serving.tensors = owned->tensors.get();
+  if (owned->tensors != nullptr)
+    serving.install_weights = [tensors = owned->tensors.get()] { return tensors->Install(); };
+  auto worker = std::make_unique<Worker>(std::move(local.loop), options.max_waiting_sequences, owned);
+  serving.control = worker.get();
+  serving.worker = std::move(worker);
   return serving;
 }
 

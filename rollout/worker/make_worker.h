@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <memory>
 #include <string>
 
@@ -11,6 +12,7 @@
 #include "kernels/numerics.h"
 #include "rollout/model/spec.h"
 #include "rollout/worker/request.h"
+#include "weights_sync/tensor_table.h"
 
 namespace lockstep {
 
@@ -29,11 +31,16 @@ struct WorkerOptions {
   int64_t max_batch_tokens = 0;  // decode rows and prefill tokens of one step; 0: 512 on cpu, 4096 on cuda
   int64_t max_sequences = 0;     // running at once; 0: 64 on cpu, 256 on cuda
   int64_t max_waiting_sequences = 4096;
+  bool weight_updates = true;  // keeps memory for a second set of weights
 };
 
 struct ServingModel {
   std::unique_ptr<WorkerInterface> worker;
-  std::string name;  // last component of the checkpoint's path
+  // Of `worker`, and what it stands on; null: it cannot be held (a fake one), its weights stay as they are.
+  WorkerControl* control = nullptr;
+  TensorTable* tensors = nullptr;
+  std::function<absl::Status()> install_weights;  // what is staged in `tensors`; for WorkerControl::SwitchWeights
+  std::string name;                               // last component of the checkpoint's path
   ModelSpec spec;
   NumericsProfile profile{};
   std::string device;          // for people

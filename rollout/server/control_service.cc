@@ -1,0 +1,59 @@
+#include "rollout/server/control_service.h"
+
+#include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "rollout/base/status.h"
+#include "rollout/server/control_fields.h"
+#include "rollout/server/stream_reactor.h"
+#include "rollout/server/unknown_fields.h"
+
+namespace lockstep {
+namespace {
+
+constexpr int64_t kMaxTimeoutMs = 3'600'000;
+
+absl::StatusOr<PauseMode> ModeOf(v1::PauseMode mode) {
+  switch (mode) {
+    case v1::PAUSE_MODE_UNSPECIFIED:
+    case v1::PAUSE_MODE_KEEP:
+      return PauseMode::kKeep;
+    case v1::PAUSE_MODE_ABORT:
+      return PauseMode::kAbort;
+    case v1::PAUSE_MODE_FINISH:
+      return PauseMode::kFinish;
+    default:
+      return absl::InvalidArgumentError(absl::StrCat("mode: ", static_cast<int>(mode), "; want KEEP, ABORT or FINISH"));
+  }
+}
+
+}  // namespace
+
+grpc::Status ControlService::Pause(grpc::ServerContext*, const v1::PauseRequest* request, v1::PauseResponse* response) {
+  const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
+    LOCKSTEP_ASSIGN_OR_RETURN(const PauseMode mode, ModeOf(request->mode()));
+    LOCKSTEP_RETURN_IF_ERROR(
+        CheckField("timeout_ms", request->timeout_ms(), 0, mode == PauseMode::kFinish ? kMaxTimeoutMs : 0));
+    response->set_in_flight(control_.Pause(mode, absl::Now() + absl::Milliseconds(request->timeout_ms())));
+    return absl::OkStatus();
+  };
+  return ToGrpc(run());
+}
+
+grpc::Status ControlService::Resume(grpc::ServerContext*, const v1::ResumeRequest* request, v1::ResumeResponse*) {
+  if (const absl::Status status = CheckNoUnknownFields(*request); !status.ok()) return ToGrpc(status);
+  control_.Resume();
+  return grpc::Status::OK;
+}
+
+grpc::Status ControlService::Drain(grpc::ServerContext*, const v1::DrainRequest* request, v1::DrainResponse*) {
+  const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
+    LOCKSTEP_RETURN_IF_ERROR(CheckField("timeout_ms", request->timeout_ms(), 0, kMaxTimeoutMs));
+    drain_(absl::Now() + absl::Milliseconds(request->timeout_ms()));
+    return absl::OkStatus();
+  };
+  return ToGrpc(run());
+}
+
+}  // namespace lockstep

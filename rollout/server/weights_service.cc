@@ -1,0 +1,260 @@
+#include "rollout/server/weights_service.h"
+
+#include <algorithm>
+#include <map>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "absl/strings/str_cat.h"
+#include "rollout/base/status.h"
+#include "rollout/server/control_fields.h"
+#include "rollout/server/respond.h"
+#include "rollout/server/stream_reactor.h"
+#include "rollout/server/unknown_fields.h"
+
+namespace lockstep {
+namespace {
+
+constexpr int64_t kDefaultLeaseMs = 60'000, kMinLeaseMs = 1'000, kMaxLeaseMs = 3'600'000;
+constexpr int64_t kMaxFinishMs = 3'600'000;
+constexpr int64_t kMaxChunkBytes = 1 << 20;
+
+absl::StatusOr<WeightVersion> Version(bool has, const v1::WeightVersion& version) {
+  if (!has) return absl::InvalidArgumentError("version: unset; want the epoch and step of the update");
+  if (version.epoch() < 0 || version.step() < 0) {
+    return absl::InvalidArgumentError(
+        absl::StrCat("version: (", version.epoch(), ", ", version.step(), "); want an epoch and a step of 0 or more"));
+  }
+  return WeightVersion{version.epoch(), version.step()};
+}
+
+absl::StatusOr<DType> DTypeOf(v1::TensorDType dtype, const std::string& field) {
+  switch (dtype) {
+    case v1::TENSOR_DTYPE_FLOAT32:
+      return DType::kF32;
+    case v1::TENSOR_DTYPE_BFLOAT16:
+      return DType::kBF16;
+    case v1::TENSOR_DTYPE_FLOAT16:
+      return DType::kF16;
+    default:
+      return absl::InvalidArgumentError(
+          absl::StrCat(field, ": ", static_cast<int>(dtype), "; want FLOAT32, BFLOAT16 or FLOAT16"));
+  }
+}
+
+v1::TensorDType ToProto(DType dtype) {
+  switch (dtype) {
+    case DType::kF32:
+      return v1::TENSOR_DTYPE_FLOAT32;
+    case DType::kBF16:
+      return v1::TENSOR_DTYPE_BFLOAT16;
+    case DType::kF16:
+      return v1::TENSOR_DTYPE_FLOAT16;
+  }
+  return v1::TENSOR_DTYPE_UNSPECIFIED;
+}
+
+v1::UpdateState ToProto(UpdateState state) {
+  switch (state) {
+    case UpdateState::kServing:
+      return v1::UPDATE_STATE_SERVING;
+    case UpdateState::kReceiving:
+      return v1::UPDATE_STATE_RECEIVING;
+    case UpdateState::kVerified:
+      return v1::UPDATE_STATE_VERIFIED;
+    case UpdateState::kCommitting:
+      return v1::UPDATE_STATE_COMMITTING;
+  }
+  return v1::UPDATE_STATE_UNSPECIFIED;
+}
+
+absl::StatusOr<Manifest> ManifestOf(const v1::Manifest& proto) {
+  Manifest manifest;
+  for (int i = 0; i < proto.tensors_size(); ++i) {
+    const v1::TensorInfo& tensor = proto.tensors(i);
+    LOCKSTEP_ASSIGN_OR_RETURN(const DType dtype,
+                              DTypeOf(tensor.dtype(), absl::StrCat("manifest.tensors[", i, "].dtype")));
+    manifest.tensors.push_back({tensor.name(), dtype, {tensor.shape().begin(), tensor.shape().end()}});
+  }
+  if (manifest.tensors.empty()) return absl::InvalidArgumentError("manifest.tensors: empty; want the tensors to come");
+  if (proto.has_base_version()) {
+    manifest.base_version = WeightVersion{proto.base_version().epoch(), proto.base_version().step()};
+  }
+  return manifest;
+}
+
+absl::StatusOr<InFlightPolicy> PolicyOf(v1::InFlightPolicy policy, const char* field) {
+  switch (policy) {
+    case v1::IN_FLIGHT_POLICY_UNSPECIFIED:
+    case v1::IN_FLIGHT_POLICY_RECOMPUTE:
+      return InFlightPolicy::kRecompute;
+    case v1::IN_FLIGHT_POLICY_FINISH:
+      return InFlightPolicy::kFinish;
+    case v1::IN_FLIGHT_POLICY_KEEP:
+      return InFlightPolicy::kKeep;
+    case v1::IN_FLIGHT_POLICY_ABORT:
+      return InFlightPolicy::kAbort;
+    default:
+      return absl::InvalidArgumentError(
+          absl::StrCat(field, ": ", static_cast<int>(policy), "; want FINISH, KEEP, RECOMPUTE or ABORT"));
+  }
+}
+
+absl::StatusOr<WeightSwitch> SwitchOf(const v1::CommitRequest& request) {
+  WeightSwitch change;
+  LOCKSTEP_ASSIGN_OR_RETURN(change.version, Version(request.has_version(), request.version()));
+  LOCKSTEP_ASSIGN_OR_RETURN(change.policy, PolicyOf(request.policy(), "policy"));
+  LOCKSTEP_RETURN_IF_ERROR(CheckField("finish_timeout_ms", request.finish_timeout_ms(), 0, kMaxFinishMs));
+  change.finish_timeout = absl::Milliseconds(request.finish_timeout_ms());
+  if (change.policy != InFlightPolicy::kFinish &&
+      (request.finish_timeout_ms() != 0 || request.fallback() != v1::IN_FLIGHT_POLICY_UNSPECIFIED)) {
+    return absl::InvalidArgumentError("finish_timeout_ms, fallback: set; want them with policy FINISH only");
+  }
+  if (request.fallback() != v1::IN_FLIGHT_POLICY_UNSPECIFIED) {
+    LOCKSTEP_ASSIGN_OR_RETURN(change.fallback, PolicyOf(request.fallback(), "fallback"));
+    if (change.fallback == InFlightPolicy::kFinish) {
+      return absl::InvalidArgumentError("fallback: FINISH; want KEEP, RECOMPUTE or ABORT");
+    }
+  }
+  return change;
+}
+
+}  // namespace
+
+WeightsService::WeightsService(ServingModel* model)
+    : model_(*model), update_(model->tensors, model->worker->weight_version()) {}
+
+grpc::Status WeightsService::Begin(grpc::ServerContext*, const v1::BeginRequest* request, v1::BeginResponse* response) {
+  const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
+    LOCKSTEP_ASSIGN_OR_RETURN(const WeightVersion version, Version(request->has_version(), request->version()));
+    LOCKSTEP_ASSIGN_OR_RETURN(Manifest manifest, ManifestOf(request->manifest()));
+    const int64_t lease = request->lease_ms() == 0 ? kDefaultLeaseMs : request->lease_ms();
+    LOCKSTEP_RETURN_IF_ERROR(CheckField("lease_ms", lease, kMinLeaseMs, kMaxLeaseMs));
+    LOCKSTEP_ASSIGN_OR_RETURN(const std::vector<int64_t> received,
+                              update_.Begin(version, std::move(manifest), absl::Milliseconds(lease)));
+    response->mutable_received_bytes()->Add(received.begin(), received.end());
+    response->set_lease_ms(lease);
+    response->set_max_chunk_bytes(kMaxChunkBytes);
+    return absl::OkStatus();
+  };
+  return ToGrpc(run());
+}
+
+grpc::Status WeightsService::Push(grpc::ServerContext*, grpc::ServerReader<v1::PushRequest>* reader,
+                                  v1::PushResponse* response) {
+  const auto run = [&]() -> absl::Status {
+    v1::PushRequest chunk;
+    std::optional<WeightVersion> version;
+    int64_t bytes = 0;
+    while (reader->Read(&chunk)) {
+      LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(chunk));
+      if (!version) {
+        LOCKSTEP_ASSIGN_OR_RETURN(version, Version(chunk.has_version(), chunk.version()));
+      } else if (chunk.has_version()) {
+        return absl::InvalidArgumentError("version: set again; want it in the stream's first message only");
+      }
+      LOCKSTEP_RETURN_IF_ERROR(CheckField("data", static_cast<int64_t>(chunk.data().size()), 0, kMaxChunkBytes));
+      LOCKSTEP_RETURN_IF_ERROR(update_.Push(*version, chunk.tensor(), chunk.offset(),
+                                            std::as_bytes(std::span(chunk.data().data(), chunk.data().size()))));
+      bytes += static_cast<int64_t>(chunk.data().size());
+    }
+    if (!version) return absl::InvalidArgumentError("version: the stream ended before its first message");
+    LOCKSTEP_ASSIGN_OR_RETURN(const std::vector<int64_t> received, update_.Received(*version));
+    response->set_bytes(bytes);
+    response->mutable_received_bytes()->Add(received.begin(), received.end());
+    return absl::OkStatus();
+  };
+  return ToGrpc(run());
+}
+
+grpc::Status WeightsService::Verify(grpc::ServerContext*, const v1::VerifyRequest* request, v1::VerifyResponse*) {
+  const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
+    LOCKSTEP_ASSIGN_OR_RETURN(const WeightVersion version, Version(request->has_version(), request->version()));
+    return update_.Verify(version, std::vector<uint64_t>(request->digests().begin(), request->digests().end()));
+  };
+  return ToGrpc(run());
+}
+
+grpc::Status WeightsService::Commit(grpc::ServerContext*, const v1::CommitRequest* request,
+                                    v1::CommitResponse* response) {
+  const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
+    LOCKSTEP_ASSIGN_OR_RETURN(const WeightSwitch change, SwitchOf(*request));
+    return update_.Commit(change.version, [&]() -> absl::Status {
+      LOCKSTEP_ASSIGN_OR_RETURN(const WeightSwitchResult result,
+                                model_.control->SwitchWeights(change, model_.install_weights));
+      response->set_wait_ms(absl::ToDoubleMilliseconds(result.wait));
+      response->set_pause_ms(absl::ToDoubleMilliseconds(result.pause));
+      response->set_kept(result.kept);
+      response->set_recomputed(result.recomputed);
+      response->set_aborted(result.aborted);
+      return absl::OkStatus();
+    });
+  };
+  return ToGrpc(run());
+}
+
+grpc::Status WeightsService::Rollback(grpc::ServerContext*, const v1::RollbackRequest* request,
+                                      v1::RollbackResponse* response) {
+  const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
+    LOCKSTEP_ASSIGN_OR_RETURN(const WeightVersion version, Version(request->has_version(), request->version()));
+    LOCKSTEP_ASSIGN_OR_RETURN(const bool dropped, update_.Rollback(version));
+    response->set_dropped(dropped);
+    return absl::OkStatus();
+  };
+  return ToGrpc(run());
+}
+
+grpc::Status WeightsService::GetStatus(grpc::ServerContext*, const v1::GetStatusRequest* request,
+                                       v1::GetStatusResponse* response) {
+  if (const absl::Status status = CheckNoUnknownFields(*request); !status.ok()) return ToGrpc(status);
+  const UpdateStatus status = update_.status();
+  response->set_state(ToProto(status.state));
+  FillWeightVersion(status.serving, response->mutable_weight_version());
+  if (status.state != UpdateState::kServing) FillWeightVersion(status.open, response->mutable_open_version());
+  response->set_lease_left_ms(absl::ToInt64Milliseconds(status.lease_left));
+  response->set_received_bytes(status.received_bytes);
+  response->set_total_bytes(status.total_bytes);
+  return grpc::Status::OK;
+}
+
+grpc::Status WeightsService::GetDigests(grpc::ServerContext*, const v1::GetDigestsRequest* request,
+                                        v1::GetDigestsResponse* response) {
+  const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
+    const std::span<const TensorSlot> slots = model_.tensors->slots();
+    std::vector<bool> wanted(slots.size(), request->names().empty());
+    for (const std::string& name : request->names()) {
+      const auto found = std::find_if(slots.begin(), slots.end(), [&](const TensorSlot& s) { return s.name == name; });
+      if (found == slots.end()) {
+        return absl::InvalidArgumentError(absl::StrCat("names: \"", name, "\" is no tensor of the model"));
+      }
+      wanted[found - slots.begin()] = true;
+    }
+    // A commit between the two reads shows in the version: then again.
+    WeightVersion version;
+    std::vector<uint64_t> digests;
+    do {
+      version = update_.serving();
+      LOCKSTEP_ASSIGN_OR_RETURN(digests, model_.tensors->ServingDigests());
+    } while (version != update_.serving());
+    FillWeightVersion(version, response->mutable_weight_version());
+    for (size_t s = 0; s < slots.size(); ++s) {
+      if (!wanted[s]) continue;
+      v1::TensorDigest* tensor = response->add_tensors();
+      tensor->set_name(slots[s].name);
+      tensor->set_dtype(ToProto(slots[s].held));
+      tensor->mutable_shape()->Add(slots[s].shape.begin(), slots[s].shape.end());
+      tensor->set_digest(digests[s]);
+    }
+    return absl::OkStatus();
+  };
+  return ToGrpc(run());
+}
+
+}  // namespace lockstep

@@ -1,0 +1,247 @@
+#include "rollout/worker/model_tensors.h"
+
+#include <algorithm>
+#include <cstring>
+#include <map>
+#include <utility>
+
+#include "absl/strings/str_cat.h"
+#include "kernels/float_bits.h"
+#include "rollout/base/check.h"
+#include "rollout/base/status.h"
+#include "rollout/model/checkpoint.h"
+#include "rollout/model/name_map.h"
+#include "rollout/model/tensor_resolver.h"
+#include "weights_sync/digest.h"
+
+namespace lockstep {
+namespace {
+
+constexpr int64_t kBlock = int64_t{1} << 18;  // values converted at a time
+constexpr int64_t kAlign = 256;               // bytes; of a slot in the stage
+
+// `count` values of `from` as values of `to`, nearest and ties to even. `data` may have any alignment.
+void Convert(const std::byte* data, DType from, int64_t count, DType to, std::byte* out) {
+  if (from == to) {
+    std::memcpy(out, data, count * DTypeBytes(to));
+    return;
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    float value;
+    if (from == DType::kF32) {
+      std::memcpy(&value, data + i * sizeof(value), sizeof(value));
+    } else {
+      uint16_t bits;
+      std::memcpy(&bits, data + i * sizeof(bits), sizeof(bits));
+      value = from == DType::kBF16 ? Bf16ToF32(bits) : F16ToF32(bits);
+    }
+    if (to == DType::kF32) {
+      std::memcpy(out + i * sizeof(value), &value, sizeof(value));
+    } else {
+      const uint16_t bits = F32ToBf16(value);
+      std::memcpy(out + i * sizeof(bits), &bits, sizeof(bits));
+    }
+  }
+}
+
+// Calls visit(values, count) for blocks of the values, converted.
+template <class Visit>
+absl::Status ForEachBlock(const std::byte* data, DType from, int64_t count, DType to, Visit visit) {
+  std::vector<std::byte> block(std::min(count, kBlock) * DTypeBytes(to));
+  for (int64_t done = 0; done < count; done += kBlock) {
+    const int64_t n = std::min(kBlock, count - done);
+    Convert(data + done * DTypeBytes(from), from, n, to, block.data());
+    LOCKSTEP_RETURN_IF_ERROR(visit(std::span<const std::byte>(block.data(), n * DTypeBytes(to)), done));
+  }
+  return absl::OkStatus();
+}
+
+int64_t Elements(const TensorSlot& slot) {
+  int64_t n = 1;
+  for (const int64_t d : slot.shape) n *= d;
+  return n;
+}
+
+}  // namespace
+
+// Walks the model as LoadModelWeights does.
+class ModelTensors::Builder {
+ public:
+  Builder(ModelTensors& table, const ModelSpec& spec, ModelWeights& weights, const NumericsProfile& profile)
+      : table_(table), profile_(profile) {
+    for (const TensorSpec& tensor : ExpectedTensors(spec)) expected_.emplace(tensor.name, tensor);
+    Add(kEmbeddingName, profile.embedding,
+        {.embedding = weights.embedding->bytes() > 0 ? weights.embedding.get() : nullptr});
+    for (size_t i = 0; i < spec.layers.size(); ++i) {
+      Layer(LayerPrefix(static_cast<int64_t>(i)), spec.layers[i], weights.layers[i]);
+    }
+    Norm("model.norm.weight", *weights.final_norm);
+    Linear({kHeadName}, *weights.head);
+    if (spec.tied_embeddings) {
+      table_.slots_.back().tied_to = 0;
+      table_.targets_[0].also = static_cast<int64_t>(table_.slots_.size()) - 1;
+    }
+    LOCKSTEP_CHECK(table_.slots_.size() == expected_.size(), "{} of {} tensors have a place", table_.slots_.size(),
+                   expected_.size());
+  }
+
+  int64_t bytes() const { return bytes_; }
+
+ private:
+  void Add(const std::string& name, DType held, Target target) {
+    const TensorSpec& tensor = expected_.at(name);
+    table_.slots_.push_back({.name = name,
+                             .shape = tensor.shape,
+                             .held = held,
+                             .aliases = tensor.aliases,
+                             .parts = tensor.parts,
+                             .part_rows = tensor.part_rows});
+    target.dtype = target.vector != nullptr ? target.vector->dtype() : held;
+    target.offset = bytes_;
+    bytes_ += (Elements(table_.slots_.back()) * DTypeBytes(target.dtype) + kAlign - 1) / kAlign * kAlign;
+    table_.targets_.push_back(target);
+  }
+  void Linear(const std::vector<std::string>& names, LinearWeight& weight) {
+    int64_t row = 0;
+    for (const std::string& name : names) {
+      Add(name, profile_.weights, {.linear = &weight, .first_row = row});
+      row += expected_.at(name).shape[0];
+    }
+  }
+  void Norm(const std::string& name, VectorWeight& weight) { Add(name, profile_.norm_weights, {.vector = &weight}); }
+
+  void Layer(const std::string& prefix, const LayerSpec& spec, LayerWeights& layer) {
+    if (spec.mixer == MixerKind::kGatedDeltaNet) {
+      const std::string p = prefix + "linear_attn.";
+      Linear({p + "q_proj.weight", p + "k_proj.weight", p + "v_proj.weight", p + "g_proj.weight"}, *layer.gdn.qkv_g);
+      Linear({p + "a_proj.weight", p + "b_proj.weight"}, *layer.gdn.ab);
+      Linear({p + "o_proj.weight"}, *layer.gdn.o);
+      Add(p + "conv1d.weight", profile_.weights, {.vector = layer.gdn.conv.get()});
+      Add(p + "A_log", profile_.a_log, {.vector = layer.gdn.a_log.get()});
+      Norm(p + "dt_bias", *layer.gdn.dt_bias);
+      Norm(p + "o_norm.weight", *layer.gdn.o_norm);
+    } else {
+      const std::string p = prefix + "self_attn.";
+      Linear({p + "q_proj.weight", p + "k_proj.weight", p + "v_proj.weight"}, *layer.attention.qkv);
+      Linear({p + "o_proj.weight"}, *layer.attention.o);
+      Norm(p + "q_norm.weight", *layer.attention.q_norm);
+      Norm(p + "k_norm.weight", *layer.attention.k_norm);
+    }
+    const bool pre = spec.norm == NormPlacement::kPre;
+    Norm(prefix + (pre ? "input_layernorm.weight" : "post_attention_layernorm.weight"), *layer.mixer_norm);
+    Norm(prefix + (pre ? "post_attention_layernorm.weight" : "post_feedforward_layernorm.weight"), *layer.mlp_norm);
+    Linear({prefix + "mlp.gate_proj.weight", prefix + "mlp.up_proj.weight"}, *layer.gate_up);
+    Linear({prefix + "mlp.down_proj.weight"}, *layer.down);
+  }
+
+  ModelTensors& table_;
+  const NumericsProfile& profile_;
+  std::map<std::string, TensorSpec> expected_;
+  int64_t bytes_ = 0;
+};
+
+absl::StatusOr<std::unique_ptr<ModelTensors>> ModelTensors::Create(const std::filesystem::path& dir,
+                                                                   const ModelSpec& spec, ModelWeights& weights,
+                                                                   Ops& ops) {
+  std::unique_ptr<ModelTensors> table(new ModelTensors(dir, spec, ops));
+  const Builder builder(*table, spec, weights, ops.profile());
+  table->staged_.resize(table->slots_.size());
+  {
+    absl::MutexLock lock(&table->mutex_);
+    table->digests_.resize(table->slots_.size());
+  }
+  LOCKSTEP_ASSIGN_OR_RETURN(table->stage_, ops.MakeWeightStage(builder.bytes()));
+  return table;
+}
+
+void ModelTensors::BeginUpdate() {
+  std::fill(staged_.begin(), staged_.end(), Staged());
+}
+
+absl::Status ModelTensors::WriteValues(size_t slot, const std::byte* data, DType dtype, int64_t count) {
+  const Target& target = targets_[slot];
+  LOCKSTEP_RETURN_IF_ERROR(
+      ForEachBlock(data, dtype, count, target.dtype, [&](std::span<const std::byte> values, int64_t at) {
+        return stage_->Write(target.offset + at * DTypeBytes(target.dtype), values);
+      }));
+  return target.also < 0 ? absl::OkStatus() : WriteValues(static_cast<size_t>(target.also), data, dtype, count);
+}
+
+absl::Status ModelTensors::Stage(const ArrivedRows& rows) {
+  const TensorSlot& slot = slots_[rows.slot];
+  if (slot.tied_to >= 0) return absl::OkStatus();  // came, or comes, with what it is tied to
+  Staged& staged = staged_[rows.slot];
+  const int64_t row = Elements(slot) / slot.shape[0], count = rows.rows * row, bytes = DTypeBytes(slot.held);
+  // Rounded to the held dtype first, and from there to the dtype of the stage, which holds it exactly.
+  std::vector<std::byte>& held = staged.parts;
+  held.resize(Elements(slot) * bytes);
+  Convert(rows.data, rows.dtype, count, slot.held, held.data() + rows.first_row * row * bytes);
+  staged.rows += rows.rows;
+  if (staged.rows < slot.shape[0]) return absl::OkStatus();
+  staged.digest = Digest(held);
+  const absl::Status written = WriteValues(rows.slot, held.data(), slot.held, Elements(slot));
+  std::vector<std::byte>().swap(held);
+  return written;
+}
+
+absl::Status ModelTensors::Install() {
+  for (size_t s = 0; s < slots_.size(); ++s) {
+    const size_t source = slots_[s].tied_to >= 0 ? static_cast<size_t>(slots_[s].tied_to) : s;
+    if (!staged_[source].digest) continue;
+    const Target& target = targets_[s];
+    const std::byte* from = stage_->data() + target.offset;
+    if (target.vector != nullptr) {
+      ops_.StoreVector(from, *target.vector);
+      continue;
+    }
+    const HostMatrix matrix{from, slots_[s].shape[0], slots_[s].shape[1], target.dtype};
+    if (target.linear != nullptr) ops_.StoreLinear(matrix, target.first_row, *target.linear);
+    if (target.embedding != nullptr) ops_.StoreEmbedding(matrix, *target.embedding);
+  }
+  ops_.Synchronize();
+  LOCKSTEP_RETURN_IF_ERROR(ops_.status());
+  absl::MutexLock lock(&mutex_);
+  for (size_t s = 0; s < slots_.size(); ++s) {
+    if (staged_[s].digest) digests_[s] = staged_[s].digest;
+    if (slots_[s].tied_to >= 0) digests_[s] = digests_[slots_[s].tied_to];
+  }
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::vector<uint64_t>> ModelTensors::ServingDigests() {
+  absl::MutexLock lock(&mutex_);
+  const auto missing = [&](size_t s) { return !digests_[s].has_value(); };
+  bool any = false;
+  for (size_t s = 0; s < slots_.size(); ++s) any = any || missing(s);
+  if (any) {
+    const auto unreadable = [&](const absl::Status& status) {
+      return absl::FailedPreconditionError(absl::StrCat(
+          "the checkpoint at ", dir_.string(), ", whose weights serve, cannot be read any more: ", status.message()));
+    };
+    const absl::StatusOr<Checkpoint> checkpoint = Checkpoint::Open(dir_);
+    if (!checkpoint.ok()) return unreadable(checkpoint.status());
+    const absl::StatusOr<ResolvedTensors> tensors = ResolveTensors(spec_, *checkpoint);
+    if (!tensors.ok()) return unreadable(tensors.status());
+    for (size_t s = 0; s < slots_.size(); ++s) {
+      if (!missing(s) || slots_[s].tied_to >= 0) continue;
+      Digester digester;
+      for (const CheckpointTensor& tensor : tensors->at(slots_[s].name)) {
+        LOCKSTEP_RETURN_IF_ERROR(ForEachBlock(tensor.data(), *tensor.entry->dtype, tensor.entry->elements,
+                                              slots_[s].held, [&](std::span<const std::byte> values, int64_t) {
+                                                digester.Add(values);
+                                                return absl::OkStatus();
+                                              }));
+        tensor.Drop();
+      }
+      digests_[s] = digester.Finish();
+    }
+    for (size_t s = 0; s < slots_.size(); ++s) {
+      if (slots_[s].tied_to >= 0) digests_[s] = digests_[slots_[s].tied_to];
+    }
+  }
+  std::vector<uint64_t> values;
+  for (const std::optional<uint64_t>& digest : digests_) values.push_back(*digest);
+  return values;
+}
+
+}  // namespace lockstep
