@@ -109,6 +109,10 @@ absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Engine::Step(const Ste
   for (const StateSwap& swap : input.saves) Save(swap);
   for (int32_t s : input.reset_slots) ResetSlot(s);
   for (const StateSwap& swap : input.restores) Restore(swap);
+  if (input.pieces.empty()) {
+    LOCKSTEP_RETURN_IF_ERROR(ops_.status());
+    return std::vector<absl::StatusOr<SampledToken>>();
+  }
   tokens_.clear();
   positions_.clear();
   pieces_.clear();

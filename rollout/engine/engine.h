@@ -63,7 +63,7 @@ struct StepInput {
   std::span<const StateSwap> saves;      // to host memory, before anything else
   std::span<const int32_t> reset_slots;  // cleared next
   std::span<const StateSwap> restores;   // then from host memory
-  std::span<const EnginePiece> pieces;
+  std::span<const EnginePiece> pieces;   // none: states are moved only
   std::span<const RowTask> tasks;
   std::span<const StateCopy> copies;  // made last
 };

@@ -237,5 +237,92 @@ TEST_F(StepLoopTest, SixtyFourThousandTokensInLittleMemory) {
   EXPECT_EQ(local_.engine->memory().kv_pages, 0);
 }
 
+// A kept state cannot be computed again: preempted at random and in want of memory, it is moved out and back, and what
+// follows has the bits of a run that nothing disturbed. The weights themselves stay the same here.
+TEST_F(StepLoopTest, KeptSequencesAreSwappedNotRecomputed) {
+  constexpr int kRequests = 5;
+  const auto run = [&](const LoopConfig& config, int64_t* preemptions) {
+    MakeLoop(config);
+    std::vector<std::shared_ptr<CollectingSink>> sinks;
+    for (int i = 0; i < kRequests; ++i) {
+      RequestSpec r = Request(absl::StrCat("r", i), 30 + 17 * i, 120);
+      r.logprobs.raw = true;
+      r.sampling.seed = 100 + i;
+      sinks.push_back(Submit(r));
+    }
+    const auto least = [&] {
+      size_t tokens = 1000;
+      for (const auto& sink : sinks) tokens = std::min(tokens, sink->samples()[0].tokens.size());
+      return tokens;
+    };
+    while (least() < 20) loop().Step();
+    const WeightSwitchResult result = loop().SwitchWeights({0, 1}, InFlightPolicy::kKeep, absl::Now());
+    EXPECT_EQ(result.aborted, 0);
+    if (preemptions == nullptr) {
+      EXPECT_EQ(result.kept, kRequests);
+    }
+    const int64_t before = loop().Load().preemptions;
+    while (loop().Step()) {
+    }
+    if (preemptions != nullptr) *preemptions += loop().Load().preemptions - before;
+    EXPECT_EQ(loop().Load().kv_pages_used, 0);
+    EXPECT_EQ(loop().Load().state_slots_used, 0);
+    return sinks;
+  };
+  const auto calm = run({.max_sequences = 8, .max_kv_tokens = 4096}, nullptr);
+  int64_t preemptions = 0, kept = 0;
+  for (uint64_t seed = 1; seed <= 6; ++seed) {
+    // Half the runs: room for a few of the sequences only.
+    const auto disturbed = run({.max_batch_tokens = 64,
+                                .max_sequences = seed % 2 == 0 ? 3 : 8,
+                                .max_kv_tokens = seed % 2 == 0 ? 640 : 4096,
+                                .disturb_seed = seed},
+                               &preemptions);
+    for (int i = 0; i < kRequests; ++i) {
+      const CollectedSample &want = calm[i]->samples()[0], &got = disturbed[i]->samples()[0];
+      ASSERT_TRUE(got.done);
+      ASSERT_EQ(got.tokens, want.tokens) << "seed " << seed << ", request " << i;
+      for (size_t t = 0; t < want.tokens.size(); ++t) ASSERT_EQ(got.logprobs[t].raw, want.logprobs[t].raw);
+      const VersionSpan& last = got.result.spans.back();
+      kept += last.weights == WeightVersion{0, 1} && last.state == WeightVersion{};
+    }
+  }
+  EXPECT_GT(preemptions, 20);
+  EXPECT_GT(kept, 15);
+}
+
+TEST_F(StepLoopTest, HeldSamplesWaitAndStartedOnesFinish) {
+  const auto first = Submit(Request("a", 10, 30));
+  ASSERT_TRUE(loop().Step());
+  loop().HoldNew(true);
+  const auto second = Submit(Request("b", 10, 5));
+  EXPECT_EQ(loop().in_flight(), 1);
+  while (loop().Step() && !loop().stalled()) {
+  }
+  EXPECT_TRUE(first->samples()[0].done);
+  EXPECT_TRUE(second->samples()[0].tokens.empty());
+  EXPECT_EQ(loop().in_flight(), 0);
+  EXPECT_FALSE(loop().idle());
+  loop().HoldNew(false);
+  while (loop().Step()) {
+  }
+  EXPECT_TRUE(second->samples()[0].done);
+}
+
+TEST_F(StepLoopTest, AHalfDeliveredScoreEndsWithTheSwitch) {
+  MakeLoop({.max_batch_tokens = 16, .max_sequences = 2, .max_kv_tokens = 512});
+  RequestSpec r = Request("a", 100, 0);
+  r.n = 0;
+  r.logprobs.raw = true;
+  r.prompt_logprobs = {1, 100};
+  const auto sink = Submit(r);
+  ASSERT_TRUE(loop().Step());
+  const WeightSwitchResult result = loop().SwitchWeights({0, 1}, InFlightPolicy::kRecompute, absl::Now());
+  EXPECT_EQ(result.aborted, 1);
+  ASSERT_TRUE(sink->samples()[0].done);
+  EXPECT_EQ(sink->samples()[0].result.abort, AbortReason::kWeightUpdate);
+  EXPECT_TRUE(loop().idle());
+}
+
 }  // namespace
 }  // namespace lockstep
