@@ -10,7 +10,39 @@ from . import _stubs
 
 __path__ += _stubs.package_path()
 
+from . import aio  # noqa: E402
+from .client import RolloutClient  # noqa: E402
 from .digest import digest  # noqa: E402
+from .errors import (  # noqa: E402
+    DeadlineExceeded,
+    InvalidRequest,
+    LockstepError,
+    NotSupported,
+    Overloaded,
+    UpdateFailed,
+    WorkerDefect,
+    WorkerUnavailable,
+)
+from .rollouts import Padded, Rollouts, Sample, Version, VersionSpan  # noqa: E402
+from .sampling import SamplingParams  # noqa: E402
 
-__all__ = ["digest"]
+__all__ = [
+    "DeadlineExceeded",
+    "InvalidRequest",
+    "LockstepError",
+    "NotSupported",
+    "Overloaded",
+    "Padded",
+    "RolloutClient",
+    "Rollouts",
+    "Sample",
+    "SamplingParams",
+    "UpdateFailed",
+    "Version",
+    "VersionSpan",
+    "WorkerDefect",
+    "WorkerUnavailable",
+    "aio",
+    "digest",
+]
 __version__ = "0.1.0"
