@@ -23,6 +23,7 @@ from .errors import (  # noqa: E402
     WorkerDefect,
     WorkerUnavailable,
 )
+from .publisher import PublishReport, WeightPublisher  # noqa: E402
 from .rollouts import Padded, Rollouts, Sample, Version, VersionSpan  # noqa: E402
 from .sampling import SamplingParams  # noqa: E402
 
@@ -33,6 +34,7 @@ __all__ = [
     "NotSupported",
     "Overloaded",
     "Padded",
+    "PublishReport",
     "RolloutClient",
     "Rollouts",
     "Sample",
@@ -40,6 +42,7 @@ __all__ = [
     "UpdateFailed",
     "Version",
     "VersionSpan",
+    "WeightPublisher",
     "WorkerDefect",
     "WorkerUnavailable",
     "aio",
