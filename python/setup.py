@@ -29,7 +29,8 @@ class BuildWithStubs(build_py):
         if self.editable_mode:
             generator().generate(PROTO, HERE.parent / "build" / "python")
         else:
-            generator().generate(PROTO, pathlib.Path(self.build_lib))
+            out = generator().generate(PROTO, pathlib.Path(self.build_lib))
+            (out / ".lock").unlink()
 
     def get_outputs(self, *arguments, **keywords):
         stubs = [] if self.editable_mode else [str(p) for p in pathlib.Path(self.build_lib, "lockstep/v1").glob("*.py")]

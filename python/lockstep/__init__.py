@@ -11,8 +11,8 @@ from . import _stubs
 __path__ += _stubs.package_path()
 
 from . import aio  # noqa: E402
+from ._digest import digest  # noqa: E402
 from .client import RolloutClient  # noqa: E402
-from .digest import digest  # noqa: E402
 from .errors import (  # noqa: E402
     DeadlineExceeded,
     InvalidRequest,

@@ -236,7 +236,7 @@ def stale_weights(trainer: Any, control: str) -> list[str]:
 
     from lockstep.v1 import weights_pb2, weights_pb2_grpc
 
-    from .digest import digest
+    from ._digest import digest
 
     if not hasattr(trainer, "tensors"):
         raise InvalidRequest("control: comparing weights needs a trainer with a method tensors()")

@@ -23,7 +23,7 @@ import numpy as np
 
 from lockstep.v1 import rollout_pb2, weights_pb2, weights_pb2_grpc
 
-from .digest import digest
+from ._digest import digest
 from .errors import DeadlineExceeded, InvalidRequest, LockstepError, NotSupported, UpdateFailed, from_rpc
 from .rollouts import Version
 
