@@ -1,5 +1,7 @@
 """A whole client: grpcio, grpcio-tools (for the stubs) and proto/lockstep/v1/rollout.proto. Usage: minimal_client.py HOST:PORT TOKEN_ID..."""
-import pathlib, sys  # noqa: E401
+
+import pathlib  # noqa: E401
+import sys
 
 import grpc
 
@@ -19,4 +21,6 @@ for message in stub.Generate(request, timeout=60):
     for token, logprob in zip(message.token_ids, message.logprobs.temperature):
         print(f"sample {message.sample_index} token {token} logprob {logprob:.6f}")
     if message.HasField("done"):
-        print(f"sample {message.sample_index} {pb.FinishReason.Name(message.done.finish_reason)} after {message.done.end_offset}")
+        print(
+            f"sample {message.sample_index} {pb.FinishReason.Name(message.done.finish_reason)} after {message.done.end_offset}"
+        )

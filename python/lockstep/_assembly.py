@@ -1,0 +1,139 @@
+"""Puts the messages of one or several streams together into samples. No I/O: what both clients share.
+
+A token is taken exactly once: the message that begins where the sample ends. One from before is a protocol error, as is
+a gap, so that a retry can neither double nor lose a token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from lockstep.v1 import rollout_pb2 as pb
+
+from .errors import WorkerDefect
+from .rollouts import Sample, Version, VersionSpan
+
+
+def _version(message: pb.WeightVersion) -> Version:
+    return Version(message.epoch, message.step)
+
+
+def _enum_name(enum: Any, value: int, prefix: str) -> str:
+    return enum.Name(value).removeprefix(prefix).lower()
+
+
+@dataclasses.dataclass
+class _Partial:
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    logprobs: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    top: dict[str, tuple[list[int], list[float], int]] = dataclasses.field(default_factory=dict)
+    spans: list[VersionSpan] = dataclasses.field(default_factory=list)  # of what came before the current request
+    done: pb.Done | None = None
+    worker: str = ""
+
+
+class Assembly:
+    """The samples of one prompt."""
+
+    def __init__(self, prompt_index: int, first: int, n: int, seed: int, kinds: tuple[str, ...]):
+        self.prompt_index, self.seed, self.kinds = prompt_index, seed, kinds
+        self.partials = {index: _Partial() for index in range(first, first + n)}
+
+    def add(self, message: pb.GenerateResponse, worker: str) -> int:
+        """Takes one message; returns the number of new tokens."""
+        if not (message.token_ids or message.HasField("done")):
+            return 0
+        partial = self.partials.get(message.sample_index)
+        if partial is None or partial.done is not None:
+            raise WorkerDefect(f"sample_index {message.sample_index}: not asked for, or done before", worker=worker)
+        if message.offset != len(partial.tokens):
+            raise WorkerDefect(f"offset {message.offset}, want {len(partial.tokens)}", worker=worker)
+        partial.tokens.extend(message.token_ids)
+        for kind in self.kinds:
+            values = getattr(message.logprobs, kind)
+            if len(values) != len(message.token_ids):
+                raise WorkerDefect(f"{len(values)} {kind} values for {len(message.token_ids)} tokens", worker=worker)
+            partial.logprobs.setdefault(kind, []).extend(values)
+            if message.logprobs.top_k:
+                ids, logprobs, _ = partial.top.get(kind, ([], [], 0))
+                ids.extend(getattr(message.logprobs, f"top_{kind}_ids"))
+                logprobs.extend(getattr(message.logprobs, f"top_{kind}_logprobs"))
+                partial.top[kind] = ids, logprobs, message.logprobs.top_k
+        if message.HasField("done"):
+            if message.done.end_offset != len(partial.tokens):
+                raise WorkerDefect(
+                    f"end_offset {message.done.end_offset}, want {len(partial.tokens)}", code=None, worker=worker
+                )
+            partial.done, partial.worker = message.done, worker
+        return len(message.token_ids)
+
+    def unfinished(self) -> list[int]:
+        """Sample indices that have no end yet."""
+        return [index for index, partial in self.partials.items() if partial.done is None]
+
+    def offset(self, index: int) -> int:
+        return len(self.partials[index].tokens)
+
+    def tokens(self, index: int) -> list[int]:
+        return self.partials[index].tokens
+
+    def ended_by_shutdown(self) -> list[int]:
+        """Samples that a stopping worker cut off; another one can go on with them."""
+        return [
+            index
+            for index, partial in self.partials.items()
+            if partial.done is not None and partial.done.abort_reason == pb.ABORT_REASON_SHUTDOWN
+        ]
+
+    def reopen(self, index: int, *, keep_tokens: bool) -> None:
+        """Makes a sample ready for another request: from scratch, or continuing its tokens."""
+        old = self.partials[index]
+        if not keep_tokens:
+            self.partials[index] = _Partial()
+            return
+        old.spans = self._spans(old)
+        known = old.spans[-1].end if old.spans else 0
+        if known < len(old.tokens):
+            old.spans.append(VersionSpan(None, None, known, len(old.tokens)))
+        old.done = None
+
+    @staticmethod
+    def _spans(partial: _Partial) -> list[VersionSpan]:
+        new = partial.done.version_spans if partial.done is not None else ()
+        return partial.spans + [
+            VersionSpan(_version(span.weight_version), _version(span.state_version), span.begin, span.end)
+            for span in new
+        ]
+
+    def sample(self, index: int) -> Sample:
+        partial = self.partials[index]
+        done = partial.done
+        if done is None:
+            raise AssertionError(f"sample {index} has no end")
+        finish = _enum_name(pb.FinishReason, done.finish_reason, "FINISH_REASON_")
+        reason = {
+            "stop": lambda: _enum_name(pb.StopKind, done.matched_stop.kind, "STOP_KIND_"),
+            "length": lambda: _enum_name(pb.LengthReason, done.length_reason, "LENGTH_REASON_"),
+            "aborted": lambda: _enum_name(pb.AbortReason, done.abort_reason, "ABORT_REASON_"),
+        }.get(finish, lambda: "")()
+        return Sample(
+            prompt_index=self.prompt_index,
+            sample_index=index,
+            seed=self.seed,
+            tokens=np.array(partial.tokens, np.int32),
+            logprobs_by_kind={kind: np.array(partial.logprobs.get(kind, ()), np.float32) for kind in self.kinds},
+            top={
+                kind: (np.array(ids, np.int32).reshape(-1, k), np.array(logprobs, np.float32).reshape(-1, k))
+                for kind, (ids, logprobs, k) in partial.top.items()
+            },
+            finish_reason=finish,
+            reason=reason,
+            message=done.abort_message,
+            matched_stop=done.matched_stop if finish == "stop" else None,
+            version_spans=self._spans(partial),
+            counters=done.counters,
+            worker=partial.worker,
+        )

@@ -1,0 +1,493 @@
+"""RolloutClient for asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator, Sequence
+from typing import Any
+
+import grpc
+import numpy as np
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from lockstep.v1 import rollout_pb2 as pb
+from lockstep.v1 import rollout_pb2_grpc
+
+from ._assembly import Assembly
+from ._pool import Pool, WorkerState
+from ._progress import Progress
+from .errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    LockstepError,
+    WorkerDefect,
+    WorkerUnavailable,
+    from_rpc,
+    retry_after_s,
+)
+from .rollouts import Rollouts
+from .sampling import SamplingParams, logprob_kinds
+
+Code = grpc.StatusCode
+_CHANNEL_OPTIONS = [
+    ("grpc.max_receive_message_length", 4 << 20),
+    ("grpc.max_send_message_length", 64 << 20),
+    ("grpc.enable_retries", 0),  # retries are this client's: gRPC's own could run a request twice
+    ("grpc.initial_reconnect_backoff_ms", 200),
+    ("grpc.max_reconnect_backoff_ms", 2000),
+]
+_BROKEN = (Code.UNAVAILABLE, Code.CANCELLED, Code.RESOURCE_EXHAUSTED, Code.UNKNOWN)
+_LOST = (Code.NOT_FOUND, Code.OUT_OF_RANGE, *_BROKEN)
+HEALTH_SERVICE = "lockstep.v1.Rollout"
+
+
+class _Lost(Exception):
+    """A stream is gone for good; its unfinished samples need another request."""
+
+    def __init__(self, error: LockstepError):
+        self.error = error
+
+
+class RolloutClient:
+    """Generates and scores over any number of workers.
+
+        async with RolloutClient(["host1:50051", "host2:50051"]) as client:
+            rollouts = await client.generate(prompts, SamplingParams(max_tokens=256), n=8)
+
+    workers: HOST:PORT of the workers' data planes. They must serve the same model; under which weights each token was
+      computed is in its version spans.
+    timeout: seconds for one call (generate, score), the default of their `timeout`.
+    connect_timeout: seconds in which one worker at least must be healthy.
+    max_in_flight: requests at one time for each worker; further ones wait here, so that a faster worker gets more.
+    on_loss: what becomes of samples of a worker that is lost for good. "regenerate": from scratch with the same seed.
+      "continue": from the tokens that had arrived; their version spans are None unless the worker still told them.
+    reattach_s: how long to try to read a broken stream again at the same worker before its samples count as lost.
+
+    A stream that breaks is read on from where it broke (Generate's `attach`), so no token is counted twice or lost.
+    One event loop; close it (or leave the `async with`) on the loop it was used on.
+    """
+
+    def __init__(
+        self,
+        workers: Sequence[str] | str,
+        *,
+        timeout: float = 3600.0,
+        connect_timeout: float = 60.0,
+        max_in_flight: int = 256,
+        on_loss: str = "regenerate",
+        reattach_s: float = 3.0,
+        health_interval: float = 5.0,
+    ):
+        if on_loss not in ("regenerate", "continue"):
+            raise InvalidRequest(f"on_loss: {on_loss!r}, want 'regenerate' or 'continue'")
+        self._pool = Pool(workers)
+        self._timeout, self._connect_timeout = timeout, connect_timeout
+        self._max_in_flight, self._on_loss, self._reattach_s = max_in_flight, on_loss, reattach_s
+        self._health_interval = health_interval
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._stubs: dict[str, Any] = {}
+        self._health_task: asyncio.Task | None = None
+
+    async def __aenter__(self) -> RolloutClient:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Ends the connections; calls in progress fail."""
+        if self._health_task is not None:
+            self._health_task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._health_task
+            self._health_task = None
+        for channel in self._channels.values():
+            await channel.close()
+        self._channels.clear()
+        self._stubs.clear()
+
+    # Workers
+
+    def _stub(self, address: str) -> Any:
+        if address not in self._stubs:
+            self._channels[address] = grpc.aio.insecure_channel(address, _CHANNEL_OPTIONS)
+            self._stubs[address] = rollout_pb2_grpc.RolloutStub(self._channels[address])
+        return self._stubs[address]
+
+    async def _check(self, worker: WorkerState) -> None:
+        stub = self._stub(worker.address)
+        health = health_pb2_grpc.HealthStub(self._channels[worker.address])
+        try:
+            answer = await health.Check(health_pb2.HealthCheckRequest(service=HEALTH_SERVICE), timeout=5)
+            worker.healthy = answer.status == health_pb2.HealthCheckResponse.SERVING
+            worker.last_error = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
+            load = await stub.GetLoad(pb.GetLoadRequest(), timeout=5)
+            worker.reported = load.running_sequences + load.waiting_sequences
+        except grpc.RpcError as error:
+            worker.healthy = False
+            worker.last_error = f"{error.code().name}: {error.details()}"
+
+    async def _watch_health(self) -> None:
+        while True:
+            await asyncio.sleep(self._health_interval)
+            await asyncio.gather(*(self._check(worker) for worker in self._pool.workers))
+
+    async def _worker(self, deadline: float, session_id: str = "", exclude: Sequence[str] = ()) -> WorkerState:
+        """A fit worker; waits for one for connect_timeout at most."""
+        if self._health_task is None:
+            self._health_task = asyncio.create_task(self._watch_health())
+        give_up = time.monotonic() + self._connect_timeout
+        while True:
+            worker = self._pool.pick(session_id, exclude)
+            if worker is not None:
+                return worker
+            if not any(w.healthy for w in self._pool.workers):
+                await asyncio.gather(*(self._check(w) for w in self._pool.workers))
+                if any(w.healthy for w in self._pool.workers):
+                    continue
+                if time.monotonic() > give_up:
+                    raise WorkerUnavailable(f"no worker is healthy: {self._pool.describe()}", code=Code.UNAVAILABLE)
+            _left(deadline)
+            await asyncio.sleep(0.1)
+
+    async def info(self) -> dict[str, pb.GetInfoResponse]:
+        """GetInfo of every worker, by address. Raises if one does not answer."""
+        return {w.address: await self._unary(w.address, "GetInfo", pb.GetInfoRequest()) for w in self._pool.workers}
+
+    async def load(self) -> dict[str, pb.GetLoadResponse]:
+        """GetLoad of every worker, by address. Raises if one does not answer."""
+        return {w.address: await self._unary(w.address, "GetLoad", pb.GetLoadRequest()) for w in self._pool.workers}
+
+    async def _unary(self, address: str, method: str, request: Any) -> Any:
+        try:
+            return await getattr(self._stub(address), method)(
+                request, timeout=self._connect_timeout, wait_for_ready=True
+            )
+        except grpc.RpcError as error:
+            raise from_rpc(error, address) from None
+
+    # Generate
+
+    async def generate(
+        self,
+        prompts: Sequence[Sequence[int]] | Sequence[np.ndarray],
+        sampling: SamplingParams | None = None,
+        *,
+        n: int = 1,
+        logprobs: str | Sequence[str] = "temperature",
+        top_logprobs: int = 0,
+        timeout: float | None = None,
+        time_budget_s: float = 0.0,
+        min_weight_version: tuple[int, int] | None = None,
+        priority: int = 0,
+        session_id: str | Sequence[str] = "",
+        cache_salt: str = "",
+        progress: bool | None = None,
+    ) -> Rollouts:
+        """`n` samples of each prompt (token ids), each with its log-probabilities.
+
+        logprobs: kinds, of which Rollouts.logprobs gives the first: "temperature" (log_softmax(logits / T), what a
+          policy-gradient loss uses), "raw", "processed"; () for none. top_logprobs: also the k best tokens, 0 to 64.
+        time_budget_s: after it the samples end as "aborted" with what they have. 0: none.
+        session_id: one for all prompts or one for each; prompts of a session go to one worker.
+        progress: a tqdm bar; None: if tqdm is there, standard error is a terminal, and the call takes a while.
+
+        Of equal prompts under one given seed the second gets the sample indices that follow the first's, and so other
+        draws. Cancelling aborts what runs at the workers. Raises LockstepError; then nothing is returned.
+        """
+        prompts = [_token_array(p, f"prompts[{i}]") for i, p in enumerate(prompts)]
+        kinds = logprob_kinds(logprobs)
+        sampling = sampling or SamplingParams()
+        sessions = [session_id] * len(prompts) if isinstance(session_id, str) else list(session_id)
+        if len(sessions) != len(prompts):
+            raise InvalidRequest(f"session_id: {len(sessions)} for {len(prompts)} prompts")
+        if n < 1:
+            raise InvalidRequest(f"n: {n}, want at least 1")
+        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+        template = pb.GenerateRequest(
+            sampling=sampling.to_proto(),
+            time_budget_ms=round(time_budget_s * 1000),
+            priority=priority,
+            cache_salt=cache_salt,
+            stream_interval=64,
+            detach_on_disconnect=True,
+        )
+        if kinds:
+            template.logprobs.CopyFrom(pb.LogprobOptions(kinds=kinds.values(), top_k=top_logprobs))
+        if min_weight_version is not None:
+            template.min_weight_version.CopyFrom(
+                pb.WeightVersion(epoch=min_weight_version[0], step=min_weight_version[1])
+            )
+        limit = asyncio.Semaphore(self._max_in_flight * len(self._pool.workers))
+        seen: dict[bytes, int] = {}
+        with Progress(len(prompts) * n, "samples", progress) as bar:
+
+            async def one(index: int, first: int) -> Assembly:
+                seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
+                assembly = Assembly(index, first, n, seed, tuple(kinds))
+                request = pb.GenerateRequest()
+                request.CopyFrom(template)
+                request.prompt_token_ids.extend(prompts[index].tolist())
+                request.session_id = sessions[index]
+                request.sampling.seed = seed
+                async with limit:
+                    await self._fill(assembly, request, first, n, deadline)
+                bar.add(n)
+                return assembly
+
+            jobs = []
+            for index, prompt in enumerate(prompts):
+                first = seen.get(prompt.tobytes(), 0) if sampling.seed is not None else 0
+                seen[prompt.tobytes()] = first + n
+                jobs.append(one(index, first))
+            assemblies = await _all(jobs)
+        samples = [assembly.sample(index) for assembly in assemblies for index in sorted(assembly.partials)]
+        return Rollouts(prompts, samples, n, tuple(kinds))
+
+    async def _fill(
+        self, assembly: Assembly, request: pb.GenerateRequest, first: int, n: int, deadline: float, lost: int = 0
+    ) -> None:
+        """Runs `request` for samples first to first + n - 1 until they are done, wherever that takes it."""
+        wanted = range(first, first + n)
+        request.first_sample_index, request.n = first, n
+        try:
+            await self._run(assembly, request, wanted, deadline)
+            left = [i for i in assembly.ended_by_shutdown() if i in wanted]
+            cause: LockstepError = WorkerUnavailable("the worker stopped", code=Code.UNAVAILABLE)
+        except _Lost as loss:
+            left = [i for i in assembly.unfinished() if i in wanted]
+            cause = loss.error
+        if not left:
+            return
+        if lost >= 2 + len(self._pool.workers):
+            raise cause
+        for index in left:
+            assembly.reopen(index, keep_tokens=self._on_loss == "continue")
+        jobs = []
+        for index in left:
+            again = pb.GenerateRequest()
+            again.CopyFrom(request)
+            del again.generated_prefix_ids[:]
+            again.generated_prefix_ids.extend(assembly.tokens(index))
+            jobs.append(self._fill(assembly, again, index, 1, deadline, lost + 1))
+        await _all(jobs)
+
+    async def _run(self, assembly: Assembly, request: pb.GenerateRequest, wanted: range, deadline: float) -> None:
+        """One request at one worker, with as many streams as reading it takes. Raises _Lost if it is gone."""
+        failures = 0
+        tried: list[str] = []
+        while True:
+            worker = await self._worker(deadline, request.session_id, tried)
+            request.request_id = str(uuid.uuid4())
+            accepted = False
+            worker.in_flight += len(wanted)
+            try:
+                async for _ in self._read(assembly, request, worker, deadline):
+                    accepted = True
+                return
+            except grpc.RpcError as error:
+                if not accepted and error.code() in (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE):
+                    failures += 1
+                    self._note_refusal(worker, error)
+                    tried = [worker.address]
+                    # An UNAVAILABLE of a broken connection: the worker may have taken the request all the same.
+                    self._abort_later(worker.address, request.request_id)
+                    if error.code() == Code.UNAVAILABLE and failures > 3 * len(self._pool.workers):
+                        raise from_rpc(error, worker.address) from None
+                    _left(deadline, error, worker.address)
+                    continue
+                if accepted and error.code() in _BROKEN:
+                    await self._reattach(assembly, request, worker, wanted, deadline, error)
+                    return
+                raise from_rpc(error, worker.address) from None
+            except (asyncio.CancelledError, LockstepError):
+                self._abort_later(worker.address, request.request_id)
+                raise
+            finally:
+                worker.in_flight -= len(wanted)
+
+    def _note_refusal(self, worker: WorkerState, error: grpc.RpcError) -> None:
+        wait = retry_after_s(error)
+        if error.code() == Code.UNAVAILABLE and wait is None:
+            worker.healthy = False
+            worker.last_error = error.details() or "UNAVAILABLE"
+        worker.avoid_until = time.monotonic() + (0.1 if wait is None else wait)
+
+    async def _read(
+        self, assembly: Assembly, request: pb.GenerateRequest, worker: WorkerState, deadline: float
+    ) -> AsyncIterator[None]:
+        call = self._stub(worker.address).Generate(request, timeout=_left(deadline))
+        try:
+            async for message in call:
+                assembly.add(message, worker.address)
+                yield
+        finally:
+            call.cancel()
+
+    async def _reattach(
+        self,
+        assembly: Assembly,
+        request: pb.GenerateRequest,
+        worker: WorkerState,
+        wanted: range,
+        deadline: float,
+        error: grpc.RpcError,
+    ) -> None:
+        """Reads the rest of a broken stream at the same worker. Raises _Lost if that is not to be had."""
+        give_up = time.monotonic() + self._reattach_s
+        while any(i in wanted for i in assembly.unfinished()):
+            finished = [i for i in wanted if i not in assembly.unfinished()]
+            again = pb.GenerateRequest(request_id=request.request_id, stream_interval=request.stream_interval)
+            again.attach.samples.extend(
+                pb.Attach.SampleOffset(sample_index=i, offset=assembly.offset(i)) for i in wanted
+            )
+            try:
+                call = self._stub(worker.address).Generate(again, timeout=_left(deadline))
+                try:
+                    async for message in call:
+                        if message.sample_index in finished:
+                            continue  # its `done` comes again
+                        assembly.add(message, worker.address)
+                        give_up = time.monotonic() + self._reattach_s
+                finally:
+                    call.cancel()
+                if any(i in wanted for i in assembly.unfinished()):
+                    raise WorkerDefect("the re-attached stream ended before its samples", worker=worker.address)
+            except grpc.RpcError as failure:
+                error = failure
+                if failure.code() in (Code.NOT_FOUND, Code.OUT_OF_RANGE) or time.monotonic() > give_up:
+                    if failure.code() not in _LOST:
+                        raise from_rpc(failure, worker.address) from None
+                    if failure.code() == Code.UNAVAILABLE:
+                        worker.healthy = False
+                        worker.last_error = failure.details() or "UNAVAILABLE"
+                    self._abort_later(worker.address, request.request_id)
+                    raise _Lost(from_rpc(error, worker.address)) from None
+                if failure.code() not in _LOST:
+                    raise from_rpc(failure, worker.address) from None
+                await asyncio.sleep(0.1)
+
+    def _abort_later(self, address: str, request_id: str) -> None:
+        """Frees what a request may hold at a worker; whether that can be reached is not this call's concern."""
+
+        async def abort() -> None:
+            with contextlib.suppress(grpc.RpcError, asyncio.CancelledError):
+                await self._stub(address).Abort(pb.AbortRequest(request_id=request_id), timeout=5)
+
+        task = asyncio.get_running_loop().create_task(abort())
+        _background.add(task)
+        task.add_done_callback(_background.discard)
+
+    # Score
+
+    async def score(
+        self,
+        sequences: Sequence[Sequence[int]] | Sequence[np.ndarray],
+        *,
+        kind: str = "temperature",
+        temperature: float | None = None,
+        timeout: float | None = None,
+        min_weight_version: tuple[int, int] | None = None,
+        priority: int = 0,
+        session_id: str = "",
+        progress: bool | None = None,
+    ) -> list[np.ndarray]:
+        """Log-probabilities of given tokens: fp32 [T - 1] for each sequence of T tokens, of positions 1 to T - 1.
+
+        kind: "temperature" (of log_softmax(logits / temperature)) or "raw". Raises LockstepError.
+        """
+        sequences = [_token_array(s, f"sequences[{i}]") for i, s in enumerate(sequences)]
+        kinds = logprob_kinds(kind, ("raw", "temperature"))
+        deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
+        limit = asyncio.Semaphore(self._max_in_flight * len(self._pool.workers))
+        with Progress(len(sequences), "sequences", progress) as bar:
+
+            async def one(tokens: np.ndarray) -> np.ndarray:
+                request = pb.ScoreRequest(prompt_token_ids=tokens.tolist(), priority=priority, session_id=session_id)
+                request.logprobs.kinds.extend(kinds.values())
+                if temperature is not None:
+                    request.temperature = temperature
+                if min_weight_version is not None:
+                    version = pb.WeightVersion(epoch=min_weight_version[0], step=min_weight_version[1])
+                    request.min_weight_version.CopyFrom(version)
+                async with limit:
+                    result = await self._score_one(request, kind, len(tokens) - 1, deadline)
+                bar.add(1)
+                return result
+
+            return await _all([one(tokens) for tokens in sequences])
+
+    async def _score_one(self, request: pb.ScoreRequest, kind: str, count: int, deadline: float) -> np.ndarray:
+        failures, tried = 0, []
+        while True:
+            worker = await self._worker(deadline, request.session_id, tried)
+            values: list[float] = []
+            done = None
+            worker.in_flight += 1
+            try:
+                async for message in self._stub(worker.address).Score(request, timeout=_left(deadline)):
+                    values.extend(getattr(message.logprobs, kind))
+                    if message.HasField("done"):
+                        done = message.done
+            except grpc.RpcError as error:
+                if error.code() not in _BROKEN:
+                    raise from_rpc(error, worker.address) from None
+                failures += error.code() != Code.RESOURCE_EXHAUSTED
+                if failures > 3 * len(self._pool.workers):
+                    raise from_rpc(error, worker.address) from None
+                self._note_refusal(worker, error)
+                tried = [worker.address]
+                _left(deadline, error, worker.address)
+                continue
+            finally:
+                worker.in_flight -= 1
+            if done is not None and done.finish_reason == pb.FINISH_REASON_SCORED and len(values) == count:
+                return np.array(values, np.float32)
+            if done is not None and done.abort_reason == pb.ABORT_REASON_DEADLINE:
+                raise DeadlineExceeded("score", code=Code.DEADLINE_EXCEEDED, worker=worker.address)
+            failures += 1
+            tried = [worker.address]
+            if failures > 3 * len(self._pool.workers):
+                raise WorkerDefect(f"{len(values)} of {count} values, done: {done}", worker=worker.address)
+
+
+_background: set[asyncio.Task] = set()  # asyncio keeps weak references only
+
+
+async def _all(jobs: list) -> list:
+    """asyncio.gather, but the first failure cancels the rest and waits for it."""
+    tasks = [asyncio.ensure_future(job) for job in jobs]
+    try:
+        return await asyncio.gather(*tasks)
+    except BaseException:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        raise
+
+
+def _left(deadline: float, error: grpc.RpcError | None = None, worker: str | None = None) -> float:
+    """Seconds to the deadline; raises DeadlineExceeded (with what went wrong last) past it."""
+    left = deadline - time.monotonic()
+    if left <= 0:
+        if error is not None and error.code() == Code.RESOURCE_EXHAUSTED:
+            raise from_rpc(error, worker or "") from None
+        reason = f"; last: {error.code().name}: {error.details()}" if error is not None else ""
+        raise DeadlineExceeded(f"the call's timeout passed{reason}", code=Code.DEADLINE_EXCEEDED, worker=worker)
+    return left
+
+
+def _token_array(tokens: Any, name: str) -> np.ndarray:
+    """int32 [T] of any sequence of integers, a torch tensor included."""
+    if isinstance(tokens, str):
+        raise InvalidRequest(f"{name}: a string, want token ids (lockstep.text.encode makes them)")
+    array = np.asarray(tokens)
+    if array.ndim != 1 or array.size == 0 or array.dtype.kind not in "iu":
+        raise InvalidRequest(f"{name}: {array.dtype} of shape {array.shape}, want a non-empty list of token ids")
+    if int(array.min()) < 0 or int(array.max()) > 2**31 - 1:
+        raise InvalidRequest(f"{name}: ids from {array.min()} to {array.max()}, want 0 <= id < vocab_size")
+    return array.astype(np.int32)

@@ -1,0 +1,561 @@
+"""New weights into running workers: all of them, or none.
+
+    publisher = WeightPublisher(["host1:50052", "host2:50052"], manifest_from=model)
+    publisher.publish((0, step), model.state_dict().items())
+
+The sequence is proto/lockstep/v1/weights.proto's: Begin everywhere; when all have accepted, the iterator is pulled once
+and each tensor goes to every worker; Verify everywhere; Commit everywhere. A failure before Commit is rolled back
+everywhere, so that all workers go on with the old weights.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import grpc
+import numpy as np
+
+from lockstep.v1 import rollout_pb2, weights_pb2, weights_pb2_grpc
+
+from ._digest import digest
+from .errors import DeadlineExceeded, InvalidRequest, LockstepError, NotSupported, UpdateFailed, from_rpc
+from .rollouts import Version
+
+Code = grpc.StatusCode
+_DTYPES = {
+    "float32": weights_pb2.TENSOR_DTYPE_FLOAT32,
+    "bfloat16": weights_pb2.TENSOR_DTYPE_BFLOAT16,
+    "float16": weights_pb2.TENSOR_DTYPE_FLOAT16,
+}
+_POLICIES = {
+    "finish": weights_pb2.IN_FLIGHT_POLICY_FINISH,
+    "keep": weights_pb2.IN_FLIGHT_POLICY_KEEP,
+    "recompute": weights_pb2.IN_FLIGHT_POLICY_RECOMPUTE,
+    "abort": weights_pb2.IN_FLIGHT_POLICY_ABORT,
+}
+_CHANNEL_OPTIONS = [
+    ("grpc.max_send_message_length", 64 << 20),
+    ("grpc.enable_retries", 0),
+    ("grpc.initial_reconnect_backoff_ms", 100),
+    ("grpc.max_reconnect_backoff_ms", 1000),
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorSpec:
+    """A tensor as it will be sent: name as in transformers' state_dict, dtype "float32" | "bfloat16" | "float16"."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        return int(np.prod(self.shape, dtype=np.int64)) * (4 if self.dtype == "float32" else 2)
+
+
+@dataclasses.dataclass
+class WorkerReport:
+    """What became of an update at one worker. Durations in seconds, None where that stage was not reached."""
+
+    worker: str
+    version: Version | None = None  # that serves, by the worker's own word; None: it could not be asked
+    error: LockstepError | None = None
+    failed_in: str | None = None  # "begin", "push", "verify" or "commit"
+    begin_s: float | None = None
+    push_s: float | None = None  # from the first to the last byte; includes waiting for the iterator
+    verify_s: float | None = None
+    commit_s: float | None = None
+    pause_ms: float | None = None  # for which no step ran
+    wait_ms: float | None = None  # for requests to finish, and for the step boundary
+    kept: int = 0  # samples in flight, by what became of them
+    recomputed: int = 0
+    aborted: int = 0
+    resumed: int = 0  # times a broken stream was taken up again
+
+
+@dataclasses.dataclass
+class PublishReport:
+    version: Version
+    workers: list[WorkerReport]
+    tensors: int
+    bytes: int  # to each worker
+    seconds: float = 0.0
+
+    @property
+    def failed(self) -> list[WorkerReport]:
+        return [w for w in self.workers if w.error is not None]
+
+    def __str__(self) -> str:
+        lines = [
+            f"weights {tuple(self.version)}: {self.tensors} tensors, {self.bytes / 1e6:.1f} MB, {self.seconds:.3f} s"
+        ]
+        for w in self.workers:
+            serves = f"serves {tuple(w.version)}" if w.version else "version unknown"
+            lines.append(f"  {w.worker}: {serves}" + (f"; {w.failed_in}: {w.error}" if w.error else ""))
+        return "\n".join(lines)
+
+
+def manifest_of(source: Any) -> list[TensorSpec]:
+    """TensorSpecs of a torch module (its state_dict) or of a list of (name, dtype, shape) or TensorSpec."""
+    if hasattr(source, "state_dict"):
+        source = [(name, tensor.dtype, tensor.shape) for name, tensor in source.state_dict().items()]
+    specs = []
+    for entry in source:
+        if not isinstance(entry, TensorSpec):
+            name, dtype, shape = entry
+            entry = TensorSpec(name, str(dtype).removeprefix("torch."), tuple(int(s) for s in shape))
+        if entry.dtype not in _DTYPES:
+            raise InvalidRequest(f"manifest: {entry.name} is {entry.dtype}, want one of {', '.join(_DTYPES)}")
+        specs.append(entry)
+    names = [spec.name for spec in specs]
+    if not names or len(set(names)) != len(names):
+        twice = sorted({name for name in names if names.count(name) > 1})
+        raise InvalidRequest(f"manifest: {len(names)} tensors, named twice: {twice[:10]}; want each once, at least one")
+    return specs
+
+
+class WeightPublisher:
+    """Publishes weight versions to any number of workers.
+
+    workers: HOST:PORT of the workers' control planes.
+    manifest_from: a torch module, or (name, dtype, shape) of every tensor as it will be sent. Under ZeRO-3, whose
+      parameters are empty until gathered, give the list.
+    transport: "stream" (over gRPC). "nccl" raises NotSupported: it is not in this version.
+    base_version: the manifest holds a part of the tensors; the others must have this version at the workers.
+    batch_bytes: sent and acknowledged at once. Host memory: up to three batches (or three tensors, where larger).
+    timeout_s: for one publish(), all stages together.
+    retry_s: how long to try to reach a worker again when its connection fails.
+    lease_s: how long a worker keeps a half-received update if this process dies; 1 to 3,600.
+
+    Not for use from several threads at once.
+    """
+
+    def __init__(
+        self,
+        workers: Sequence[str] | str,
+        *,
+        manifest_from: Any,
+        transport: str = "stream",
+        base_version: tuple[int, int] | None = None,
+        batch_bytes: int = 64 << 20,
+        timeout_s: float = 600.0,
+        retry_s: float = 10.0,
+        lease_s: float = 60.0,
+    ):
+        if transport == "nccl":
+            raise NotSupported("transport: 'nccl' is not in this version, want 'stream'")
+        if transport != "stream":
+            raise InvalidRequest(f"transport: {transport!r}, want 'stream'")
+        self.workers = [workers] if isinstance(workers, str) else list(workers)
+        if not self.workers or len(set(self.workers)) != len(self.workers):
+            raise InvalidRequest(f"workers: {self.workers}, want one or more different HOST:PORT")
+        self.manifest = manifest_of(manifest_from)
+        self._index = {spec.name: i for i, spec in enumerate(self.manifest)}
+        self._base_version = base_version
+        self._batch_bytes, self._timeout_s, self._retry_s, self._lease_s = batch_bytes, timeout_s, retry_s, lease_s
+        self._channels: dict[str, grpc.Channel] = {}
+
+    def __enter__(self) -> WeightPublisher:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        for channel in self._channels.values():
+            channel.close()
+        self._channels.clear()
+
+    # What users call
+
+    def publish(
+        self,
+        version: tuple[int, int],
+        tensors: Iterable[tuple[str, Any]],
+        *,
+        policy: str = "recompute",
+        finish_timeout_s: float = 0.0,
+        fallback: str | None = None,
+        allow_partial: bool = False,
+        send: bool = True,
+    ) -> PublishReport | None:
+        """Brings `version` = (epoch, step) to every worker; returns when all of them serve it.
+
+        tensors: (name, torch tensor or numpy array) of every entry of the manifest, in any order; whole tensors
+          (an FSDP2 DTensor's full_tensor()). Each is copied before the next is asked for. The iterator is walked to
+          its end even if the update has failed before, as it may gather over ranks that would hang otherwise.
+        policy: what becomes of samples in flight: "finish" (for finish_timeout_s, then `fallback`), "keep",
+          "recompute", "abort".
+        allow_partial: go on with the workers that are well; the report tells of the others. Otherwise any failure
+          raises UpdateFailed, whose `report` is the same, and before Commit rolls back everywhere.
+        send: False on all ranks but one: the iterator is walked, nothing is sent, None is returned.
+        """
+        if not send:
+            for _ in tensors:
+                pass
+            return None
+        try:
+            commit_request = self._commit_request(version, policy, finish_timeout_s, fallback)
+        except LockstepError:
+            for _ in tensors:
+                pass
+            raise
+        return _Update(self, Version(*version), commit_request, allow_partial).run(iter(tensors))
+
+    def commit(
+        self,
+        version: tuple[int, int],
+        *,
+        policy: str = "recompute",
+        finish_timeout_s: float = 0.0,
+        fallback: str | None = None,
+    ) -> PublishReport:
+        """Commits a verified update again where a publish() failed in Commit (policy "finish" without a fallback)."""
+        request = self._commit_request(version, policy, finish_timeout_s, fallback)
+        return _Update(self, Version(*version), request, False).commit_only()
+
+    def rollback(self, version: tuple[int, int]) -> dict[str, bool]:
+        """Drops the update at every worker; by worker, whether it was open."""
+        request = weights_pb2.RollbackRequest(version=_version(version))
+        deadline = time.monotonic() + self._timeout_s
+        return {w: self._call(w, "Rollback", request, deadline).dropped for w in self.workers}
+
+    def status(self) -> dict[str, weights_pb2.GetStatusResponse]:
+        """Who has which version, and what is open."""
+        deadline = time.monotonic() + self._timeout_s
+        return {w: self._call(w, "GetStatus", weights_pb2.GetStatusRequest(), deadline) for w in self.workers}
+
+    def digests(self, names: Sequence[str] = ()) -> dict[str, weights_pb2.GetDigestsResponse]:
+        """By worker, digests of the weights that serve, in the dtypes in which the worker holds them."""
+        request = weights_pb2.GetDigestsRequest(names=names)
+        deadline = time.monotonic() + self._timeout_s
+        return {w: self._call(w, "GetDigests", request, deadline) for w in self.workers}
+
+    # Calls
+
+    def _commit_request(
+        self, version: tuple[int, int], policy: str, finish_timeout_s: float, fallback: str | None
+    ) -> weights_pb2.CommitRequest:
+        epoch, step = version
+        if epoch < 0 or step < 0:
+            raise InvalidRequest(f"version: {version}, want (epoch, step) of 0 or more")
+        if policy not in _POLICIES:
+            raise InvalidRequest(f"policy: {policy!r}, want one of {', '.join(_POLICIES)}")
+        if fallback is not None and (fallback not in _POLICIES or fallback == "finish"):
+            raise InvalidRequest(f"fallback: {fallback!r}, want keep, recompute, abort or None")
+        if policy != "finish" and (fallback is not None or finish_timeout_s):
+            raise InvalidRequest(f"policy: {policy!r} takes no finish_timeout_s or fallback, want 'finish' with them")
+        return weights_pb2.CommitRequest(
+            version=_version(version),
+            policy=_POLICIES[policy],
+            finish_timeout_ms=round(finish_timeout_s * 1000),
+            fallback=_POLICIES[fallback] if fallback else weights_pb2.IN_FLIGHT_POLICY_UNSPECIFIED,
+        )
+
+    def _begin_request(self, version: Version) -> weights_pb2.BeginRequest:
+        tensors = [weights_pb2.TensorInfo(name=s.name, dtype=_DTYPES[s.dtype], shape=s.shape) for s in self.manifest]
+        manifest = weights_pb2.Manifest(tensors=tensors)
+        if self._base_version is not None:
+            manifest.base_version.CopyFrom(_version(self._base_version))
+        return weights_pb2.BeginRequest(
+            version=_version(version), manifest=manifest, lease_ms=round(self._lease_s * 1000)
+        )
+
+    def _stub(self, worker: str) -> weights_pb2_grpc.WeightsStub:
+        if worker not in self._channels:
+            self._channels[worker] = grpc.insecure_channel(worker, _CHANNEL_OPTIONS)
+        return weights_pb2_grpc.WeightsStub(self._channels[worker])
+
+    def _call(self, worker: str, method: str, request: Any, deadline: float) -> Any:
+        """A unary call, made again while the connection fails (every call of the service may be repeated)."""
+        give_up = time.monotonic() + self._retry_s
+        while True:
+            try:
+                return getattr(self._stub(worker), method)(request, timeout=_left(deadline, worker))
+            except grpc.RpcError as error:
+                if error.code() != Code.UNAVAILABLE or time.monotonic() > give_up:
+                    raise from_rpc(error, worker) from None
+            time.sleep(0.1)
+
+
+@dataclasses.dataclass
+class _Batch:
+    tensors: list[tuple[int, np.ndarray]]  # (index into the manifest, bytes)
+    size: int = 0
+
+
+class _Update:
+    """One update: the states of all workers, the threads that send, and the order of the stages."""
+
+    def __init__(
+        self,
+        publisher: WeightPublisher,
+        version: Version,
+        commit_request: weights_pb2.CommitRequest,
+        allow_partial: bool,
+    ):
+        self.publisher, self.version = publisher, version
+        self.commit_request, self.allow_partial = commit_request, allow_partial
+        self.began = time.monotonic()
+        finish = commit_request.finish_timeout_ms / 1000
+        self.deadline = self.began + publisher._timeout_s + finish
+        self.reports = {worker: WorkerReport(worker) for worker in publisher.workers}
+        self.chunk_bytes: dict[str, int] = {}
+        self.begin_request = publisher._begin_request(version)
+        self.all_pushed = threading.Event()
+
+    def run(self, tensors: Iterator[tuple[str, Any]]) -> PublishReport:
+        try:
+            self.stage("begin", self.begin)
+            digests = self.push(tensors)
+            request = weights_pb2.VerifyRequest(version=_version(self.version), digests=digests)
+            self.stage("verify", lambda worker: self.call(worker, "Verify", request))
+            self.commit()
+        except BaseException as error:
+            # Whatever it is (the iterator's own error, Ctrl-C): nothing half done stays at the workers.
+            if not isinstance(error, UpdateFailed):
+                self.roll_back()
+            for _ in tensors:  # other ranks are in there as well
+                pass
+            raise
+        return self.report()
+
+    def commit_only(self) -> PublishReport:
+        self.commit()
+        return self.report()
+
+    def well(self) -> list[str]:
+        return [worker for worker, report in self.reports.items() if report.error is None]
+
+    def call(self, worker: str, method: str, request: Any) -> Any:
+        return self.publisher._call(worker, method, request, self.deadline)
+
+    def stage(self, name: str, action: Callable[[str], Any]) -> None:
+        """`action` for every well worker at once; then, unless a part is enough, all must be well."""
+
+        def one(worker: str) -> None:
+            began = time.monotonic()
+            try:
+                action(worker)
+            except LockstepError as error:
+                self.reports[worker].error, self.reports[worker].failed_in = error, name
+            setattr(self.reports[worker], f"{name}_s", time.monotonic() - began)
+
+        with concurrent.futures.ThreadPoolExecutor(len(self.reports)) as executor:
+            list(executor.map(one, self.well()))
+        self.check(roll_back=name != "commit")
+
+    def check(self, roll_back: bool) -> None:
+        failed = [report for report in self.reports.values() if report.error is not None]
+        if not failed or (self.allow_partial and self.well()):
+            return
+        if roll_back:
+            self.roll_back()
+        report = self.report()
+        error = UpdateFailed(
+            f"{len(failed)} of {len(self.reports)} workers failed\n{report}", code=failed[0].error.code
+        )
+        error.report = report
+        raise error
+
+    def roll_back(self) -> None:
+        """Everywhere, the failed ones included: one of them may have carried out what it could not answer."""
+        request = weights_pb2.RollbackRequest(version=_version(self.version))
+
+        def one(worker: str) -> None:
+            try:
+                self.publisher._stub(worker).Rollback(request, timeout=10)
+            except grpc.RpcError:
+                pass  # the lease ends it there
+
+        with concurrent.futures.ThreadPoolExecutor(len(self.reports)) as executor:
+            list(executor.map(one, self.reports))
+
+    def report(self) -> PublishReport:
+        def ask(worker: str) -> None:
+            try:
+                status = self.publisher._stub(worker).GetStatus(weights_pb2.GetStatusRequest(), timeout=10)
+                self.reports[worker].version = Version(status.weight_version.epoch, status.weight_version.step)
+            except grpc.RpcError:
+                self.reports[worker].version = None
+
+        with concurrent.futures.ThreadPoolExecutor(len(self.reports)) as executor:
+            list(executor.map(ask, self.reports))
+        specs = self.publisher.manifest
+        size = sum(spec.bytes for spec in specs)
+        seconds = time.monotonic() - self.began
+        return PublishReport(self.version, list(self.reports.values()), len(specs), size, seconds)
+
+    def begin(self, worker: str) -> list[int]:
+        """Opens or renews the update; bytes received so far, by index."""
+        answer = self.call(worker, "Begin", self.begin_request)
+        self.chunk_bytes[worker] = answer.max_chunk_bytes or 1 << 20
+        return list(answer.received_bytes)
+
+    def commit(self) -> None:
+        def one(worker: str) -> None:
+            answer, report = self.call(worker, "Commit", self.commit_request), self.reports[worker]
+            report.pause_ms, report.wait_ms = answer.pause_ms, answer.wait_ms
+            report.kept, report.recomputed, report.aborted = answer.kept, answer.recomputed, answer.aborted
+
+        self.stage("commit", one)
+
+    # Sending
+
+    def push(self, tensors: Iterator[tuple[str, Any]]) -> list[int]:
+        """Sends every tensor to every well worker; digests by index."""
+        queues: dict[str, queue.Queue[_Batch | None]] = {worker: queue.Queue(maxsize=1) for worker in self.well()}
+        threads = [threading.Thread(target=self.sender, args=(w, queues[w]), daemon=True) for w in queues]
+        for thread in threads:
+            thread.start()
+        digests: dict[int, int] = {}
+        batch = _Batch([])
+
+        def hand_over(item: _Batch | None) -> None:
+            for worker, waiting in queues.items():
+                while self.reports[worker].error is None or item is None:  # a failed sender still waits for its None
+                    try:
+                        waiting.put(item, timeout=0.2)
+                        break
+                    except queue.Full:
+                        continue
+
+        try:
+            for name, tensor in tensors:
+                index = self.check_tensor(name, tensor, digests)
+                digests[index] = digest(tensor)
+                data = _host_copy(tensor)
+                batch.tensors.append((index, data))
+                batch.size += data.size
+                if batch.size >= self.publisher._batch_bytes:
+                    hand_over(batch)
+                    batch = _Batch([])
+            if batch.tensors:
+                hand_over(batch)
+            missing = [spec.name for i, spec in enumerate(self.publisher.manifest) if i not in digests]
+            if missing:
+                raise InvalidRequest(f"tensors: {len(missing)} of the manifest never came: {', '.join(missing[:10])}")
+        finally:
+            hand_over(None)
+            for worker in queues:  # all have taken their None once the queues are empty
+                queues[worker].join()
+            self.all_pushed.set()
+            for thread in threads:
+                thread.join()
+        self.check(roll_back=True)
+        return [digests[i] for i in range(len(self.publisher.manifest))]
+
+    def check_tensor(self, name: str, tensor: Any, seen: dict[int, int]) -> int:
+        index = self.publisher._index.get(name)
+        if index is None:
+            raise InvalidRequest(f"tensors: {name!r} is not in the manifest")
+        if index in seen:
+            raise InvalidRequest(f"tensors: {name!r} came twice")
+        if hasattr(tensor, "full_tensor"):
+            raise InvalidRequest(f"tensors: {name!r} is a DTensor, want its full_tensor() (gathered on every rank)")
+        spec = self.publisher.manifest[index]
+        got = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
+        if got != (spec.dtype, spec.shape):
+            raise InvalidRequest(f"tensors: {name!r} is {got[0]} {got[1]}, the manifest says {spec.dtype} {spec.shape}")
+        return index
+
+    def sender(self, worker: str, batches: queue.Queue[_Batch | None]) -> None:
+        """One worker's thread: pushes batch after batch; in between, keeps the lease. Ends when all workers are done."""
+        report = self.reports[worker]
+        began, renew = time.monotonic(), self.publisher._lease_s / 3
+        ended = False
+        while not (ended and self.all_pushed.is_set()):
+            try:
+                if ended:
+                    if not self.all_pushed.wait(renew):
+                        raise queue.Empty
+                    break
+                batch = batches.get(timeout=renew)
+            except queue.Empty:
+                if report.error is None:
+                    self.guarded(worker, lambda: self.begin(worker))
+                continue
+            if batch is None:
+                ended = True
+                report.push_s = time.monotonic() - began
+            elif report.error is None:
+                self.guarded(worker, lambda batch=batch: self.push_batch(worker, batch))
+            batches.task_done()
+
+    def guarded(self, worker: str, action: Callable[[], Any]) -> None:
+        try:
+            action()
+        except LockstepError as error:
+            self.reports[worker].error, self.reports[worker].failed_in = error, "push"
+        except Exception as error:  # a defect here must not leave the other threads waiting
+            self.reports[worker].error = LockstepError(f"{type(error).__name__}: {error}", worker=worker)
+            self.reports[worker].failed_in = "push"
+
+    def push_batch(self, worker: str, batch: _Batch) -> None:
+        """One stream for one batch, taken up where it broke until all of it has arrived."""
+        received = {index: 0 for index, _ in batch.tensors}
+        give_up = None
+        while True:
+            try:
+                timeout = _left(self.deadline, worker)
+                messages = self.messages(worker, batch, received)
+                answer = self.publisher._stub(worker).Push(messages, timeout=timeout)
+                now = {index: answer.received_bytes[index] for index in received}
+                if any(now[index] != data.size for index, data in batch.tensors):
+                    raise LockstepError(f"Push ended well with {now} bytes received", worker=worker)
+                return
+            except grpc.RpcError as error:
+                if error.code() not in (Code.UNAVAILABLE, Code.CANCELLED, Code.UNKNOWN):
+                    raise from_rpc(error, worker) from None
+                progress = self.begin(worker)  # waits for the connection
+                now = {index: progress[index] for index in received}
+                if any(now[index] < received[index] for index in received):
+                    raise LockstepError(
+                        "the worker lost what it had received", code=error.code(), worker=worker
+                    ) from None
+                if now != received or give_up is None:
+                    give_up = time.monotonic() + self.publisher._retry_s
+                elif time.monotonic() > give_up:
+                    raise from_rpc(error, worker) from None
+                received = now
+                self.reports[worker].resumed += 1
+
+    def messages(self, worker: str, batch: _Batch, received: dict[int, int]) -> Iterator[weights_pb2.PushRequest]:
+        chunk = self.chunk_bytes[worker] // 4 * 4  # whole values of every dtype
+        first = weights_pb2.PushRequest(version=_version(self.version))
+        for index, data in batch.tensors:
+            for offset in range(received[index], data.size, chunk):
+                message, first = first or weights_pb2.PushRequest(), None
+                message.tensor, message.offset = index, offset
+                message.data = data[offset : offset + chunk].tobytes()
+                yield message
+        if first is not None:  # all had arrived; only the answer was lost
+            yield first
+
+
+def _version(version: tuple[int, int]) -> rollout_pb2.WeightVersion:
+    return rollout_pb2.WeightVersion(epoch=version[0], step=version[1])
+
+
+def _left(deadline: float, worker: str) -> float:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise DeadlineExceeded("the update's timeout_s passed", code=Code.DEADLINE_EXCEEDED, worker=worker)
+    return left
+
+
+def _host_copy(tensor: Any) -> np.ndarray:
+    """The tensor's bytes in row-major order, uint8 [bytes]: a copy of its own."""
+    if isinstance(tensor, np.ndarray):
+        return np.array(tensor, order="C", copy=True).reshape(-1).view(np.uint8)
+    import torch
+
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8)
+    return (flat.cpu() if flat.device.type != "cpu" else flat.clone()).numpy()

@@ -1,0 +1,214 @@
+"""The learner's side of equal log-probabilities: settings that a stock trainer needs, and log-probabilities for a loss."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import importlib.util
+from typing import Any
+
+import torch
+
+# What profiles hf and hf-flash were compared with in bits (docs/numerics.md).
+VERIFIED = {"torch": "2.11", "transformers": "5.17", "flash-linear-attention": "0.5.2"}
+
+# Rows at a time: bounds the fp32 temporaries to a few [_ROWS, vocab].
+_ROWS = 1024
+
+
+@dataclasses.dataclass(frozen=True)
+class Finding:
+    """level "wrong": log-probabilities will differ. "check": they may; the text says when."""
+
+    level: str
+    what: str
+    change: str
+
+
+@dataclasses.dataclass
+class AlignReport:
+    settings: list[str]  # what align() has set
+    findings: list[Finding]
+
+    @property
+    def ok(self) -> bool:
+        return not any(finding.level == "wrong" for finding in self.findings)
+
+    def __str__(self) -> str:
+        lines = [f"set: {text}" for text in self.settings]
+        lines += [f"{f.level}: {f.what}. {f.change}." for f in self.findings]
+        return "\n".join(lines)
+
+
+def align(model: torch.nn.Module, worker: Any = None) -> AlignReport:
+    """Makes a transformers model's forward pass a function of the prefix, as far as settings can; reports the rest.
+
+    Sets, for the whole process, the two PyTorch settings under which no matrix product splits its sum:
+    torch.backends.cuda.preferred_blas_library("cublaslt") and matmul.allow_bf16_reduced_precision_reduction =
+    (False, False). On a machine without a GPU nothing is set. The model is not changed.
+
+    worker: rollout.proto's GetInfoResponse (one of RolloutClient.info()'s values), to check against its profile.
+    """
+    settings: list[str] = []
+    findings: list[Finding] = []
+
+    def report(level: str, what: str, change: str) -> None:
+        findings.append(Finding(level, what, change))
+
+    on_gpu = any(p.is_cuda for p in model.parameters())
+    if torch.cuda.is_available():
+        torch.backends.cuda.preferred_blas_library("cublaslt")
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)
+        settings.append('torch.backends.cuda.preferred_blas_library("cublaslt")')
+        settings.append("torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)")
+    numerics = worker.numerics if worker is not None else None
+    gpu_profile = numerics is None or numerics.profile in ("hf", "hf-flash")
+    if numerics is not None and gpu_profile and not on_gpu:
+        report(
+            "wrong",
+            f"the worker computes a GPU trainer's arithmetic ({numerics.profile}), the model is on a CPU",
+            "Train on a GPU, or start the worker with --numerics hf-torch",
+        )
+    if numerics is not None and not gpu_profile and on_gpu:
+        report(
+            "wrong",
+            f"the worker's profile is {numerics.profile}, the model is on a GPU",
+            "Start the worker with --backend cuda --numerics hf",
+        )
+
+    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.ndim >= 2})
+    want = numerics.weights_dtype if numerics is not None else "bfloat16"
+    if dtypes != [want] and (numerics is not None or on_gpu):
+        report(
+            "wrong",
+            f"matrices are {', '.join(dtypes)}, the worker computes with {want}",
+            f"Load the model with dtype={want}; fp32 masters belong into the optimiser",
+        )
+    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
+        report("wrong", "autocast is on", "Run the forward pass outside torch.autocast: it casts in other places")
+
+    compiled = isinstance(model, torch._dynamo.eval_frame.OptimizedModule) or any(
+        getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()
+    )
+    if compiled:
+        report("wrong", "the model is compiled", "Use it uncompiled: torch.compile fuses casts away")
+    if getattr(model, "use_kernels", False):
+        report("wrong", "the model uses hub kernels", "Load it with use_kernels=False")
+    odd = misaligned(model)
+    if odd and on_gpu:  # on a CPU the loader itself leaves them anywhere
+        report(
+            "wrong",
+            f"{len(odd)} parameters do not lie at multiples of 16 bytes ({odd[0]})",
+            "Flat FSDP or ZeRO buffers: pad each parameter to 16 bytes; cuBLAS takes other kernels otherwise",
+        )
+
+    config = getattr(model, "config", None)
+    attention = getattr(config, "_attn_implementation", None)
+    if attention not in (None, "sdpa"):
+        report(
+            "wrong",
+            f"attn_implementation is {attention!r}, the worker follows PyTorch's SDPA",
+            "Load the model with attn_implementation='sdpa'",
+        )
+    if on_gpu and numerics is not None and numerics.profile == "hf" and not torch.backends.cuda.cudnn_sdp_enabled():
+        report(
+            "wrong",
+            "SDPA's cuDNN backend is off, profile hf follows it",
+            "torch.backends.cuda.enable_cudnn_sdp(True), or the worker's --numerics hf-flash",
+        )
+    if on_gpu and numerics is not None and numerics.profile == "hf-flash" and torch.backends.cuda.cudnn_sdp_enabled():
+        report(
+            "wrong",
+            "SDPA may take cuDNN, profile hf-flash follows FlashAttention-2",
+            "torch.backends.cuda.enable_cudnn_sdp(False)",
+        )
+    if model.training and getattr(config, "attention_dropout", 0.0):
+        report("wrong", f"attention_dropout is {config.attention_dropout}", "Set it to 0")
+    layers = getattr(config, "layer_types", None) or []
+    if "sliding_attention" in layers:
+        report(
+            "check",
+            f"sliding layers of {config.sliding_window} tokens",
+            "From that length on the trainer itself is no function of the prefix: equal bits only below it",
+        )
+    if "linear_attention" in layers:
+        report(
+            "check",
+            "recurrent layers",
+            "Pass packed batches with boundaries that reach convolution and GDN (cu_seqlens), others unpadded or padded on the right: left padding shifts the chunks",
+        )
+        if on_gpu and importlib.util.find_spec("fla") is None:
+            report(
+                "wrong",
+                "flash-linear-attention is not installed",
+                "pip install flash-linear-attention: the worker follows its chunk kernel",
+            )
+        if importlib.util.find_spec("causal_conv1d") is not None and (numerics is None or numerics.conv_casts == "two"):
+            report("wrong", "causal_conv1d is installed and rounds once, the worker's profile twice", "Uninstall it")
+    if on_gpu and gpu_profile:
+        for package, version in VERIFIED.items():
+            try:
+                found = importlib.metadata.version(package)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+            if not found.startswith(version):
+                report("check", f"{package} {found}, compared in bits was {version}", "Run `lockstep parity`")
+    return AlignReport(settings, findings)
+
+
+def misaligned(model: torch.nn.Module) -> list[str]:
+    """Names of the parameters that do not begin at a multiple of 16 bytes, as in a flat buffer without padding."""
+    return [name for name, parameter in model.named_parameters() if parameter.data_ptr() % 16]
+
+
+class _Logprobs(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, tokens: torch.Tensor, temperature: float) -> torch.Tensor:
+        ctx.save_for_backward(logits, tokens)
+        ctx.temperature = temperature
+        result = torch.empty(tokens.shape, dtype=torch.float32, device=logits.device)
+        # PyTorch's CUDA kernel sums in an order that depends on a row's address modulo 16 bytes; a row alone is aligned.
+        step = _ROWS if logits.shape[1] % 4 == 0 or not logits.is_cuda else 1
+        for begin in range(0, len(tokens), step):
+            rows = slice(begin, begin + step)
+            scaled = logits[rows].float()
+            if temperature != 1.0:
+                scaled = scaled / temperature
+            result[rows] = torch.log_softmax(scaled, -1).gather(1, tokens[rows, None])[:, 0]
+        return result
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        logits, tokens = ctx.saved_tensors
+        result = torch.empty_like(logits)
+        for begin in range(0, len(tokens), _ROWS):
+            rows = slice(begin, begin + _ROWS)
+            scaled = logits[rows].float()
+            if ctx.temperature != 1.0:
+                scaled = scaled / ctx.temperature
+            block = torch.softmax(scaled, -1).mul_(-gradient[rows, None])
+            block.scatter_add_(1, tokens[rows, None], gradient[rows, None].float())
+            result[rows] = block / ctx.temperature if ctx.temperature != 1.0 else block
+        return result, None, None
+
+
+def logprobs(logits: torch.Tensor, tokens: torch.Tensor, temperature: float = 1.0) -> torch.Tensor:
+    """log_softmax(logits / temperature) at `tokens`: fp32 [...], the worker's kind TEMPERATURE.
+
+    logits: [..., vocab], bf16, fp16 or fp32. tokens: integers [...]: logits[..., t, :] are those that predict
+    tokens[..., t] (for a causal model: logits[:, :-1] and input_ids[:, 1:]). temperature: 0 (greedy) counts as 1.
+
+    Differentiable (once) in logits. Works in blocks of rows: keeps no fp32 copy of the logits. Raises ValueError for
+    shapes that do not fit, dtypes, or a temperature below 0.
+    """
+    if logits.shape[:-1] != tokens.shape:
+        raise ValueError(f"logits {tuple(logits.shape)}, tokens {tuple(tokens.shape)}: want [..., vocab] and [...]")
+    if logits.dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        raise ValueError(f"logits are {logits.dtype}, want bfloat16, float16 or float32")
+    if tokens.dtype.is_floating_point or tokens.dtype == torch.bool:
+        raise ValueError(f"tokens are {tokens.dtype}, want integers")
+    if not temperature >= 0:
+        raise ValueError(f"temperature: {temperature}, want 0 or more")
+    flat = logits.reshape(-1, logits.shape[-1])
+    return _Logprobs.apply(flat, tokens.reshape(-1).long(), float(temperature) or 1.0).view(tokens.shape)

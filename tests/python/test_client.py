@@ -1,0 +1,224 @@
+"""RolloutClient against real workers."""
+
+import asyncio
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from dropping_proxy import DroppingProxy
+
+import lockstep
+from lockstep import RolloutClient, SamplingParams
+from lockstep._pool import Pool
+
+PROMPTS = [[5, 6, 7], [100, 200, 300, 400], [9]]
+
+
+@pytest.fixture(scope="module")
+def two(start_worker, tiny_model):
+    return [start_worker(tiny_model, "--threads", "1") for _ in range(2)]
+
+
+@pytest.fixture
+def client(two):
+    with RolloutClient([w.data for w in two], timeout=60) as client:
+        yield client
+
+
+def same(a, b):
+    assert [t.tolist() for t in a.tokens] == [t.tolist() for t in b.tokens]
+    for x, y in zip(a.logprobs, b.logprobs, strict=True):
+        assert np.array_equal(x.view(np.int32), y.view(np.int32))
+
+
+def test_generate_and_score_agree_in_bits(client):
+    params = SamplingParams(temperature=0.7, seed=3, max_tokens=20, ignore_eos=True)
+    rollouts = client.generate(PROMPTS, params, n=2, logprobs=("temperature", "raw"), top_logprobs=4)
+    assert len(rollouts) == 6 and [s.prompt_index for s in rollouts] == [0, 0, 1, 1, 2, 2]
+    assert {s.finish_reason for s in rollouts} == {"length"} and {s.reason for s in rollouts} == {"max_tokens"}
+    assert all(s.version_spans == [((0, 0), (0, 0), 0, 20)] and not s.mixed_state for s in rollouts)
+    assert rollouts[0].top["raw"][0].shape == (20, 4)
+    for kind in ("temperature", "raw"):
+        scores = client.score(rollouts.sequences, kind=kind, temperature=0.7)
+        for sample, score in zip(rollouts, scores, strict=True):
+            got = sample.logprobs_by_kind[kind]
+            assert np.array_equal(got.view(np.int32), score[-len(sample) :].view(np.int32))
+    same(rollouts, client.generate(PROMPTS, params, n=2))
+    assert len(list(rollouts.groups())) == 3
+
+
+def test_padded(client):
+    rollouts = client.generate(PROMPTS, SamplingParams(seed=1, max_tokens=5, ignore_eos=True))
+    padded = rollouts.padded(pad_id=1, framework="torch", multiple_of=8)
+    assert padded.input_ids.shape == (3, 16) and padded.input_ids.dtype == torch.int64
+    for row, (prompt, sample) in enumerate(zip(PROMPTS, rollouts, strict=True)):
+        end = len(prompt) + 5
+        assert padded.input_ids[row].tolist() == prompt + sample.tokens.tolist() + [1] * (16 - end)
+        assert padded.attention_mask[row].sum() == end
+        assert padded.completion_mask[row].nonzero().flatten().tolist() == list(range(len(prompt), end))
+        assert torch.equal(padded.logprobs[row, len(prompt) : end], torch.tensor(rollouts.logprobs[row]))
+    assert rollouts.padded(1).logprobs.dtype == np.float32 and padded.sample_mask.all()
+
+
+def test_equal_prompts_get_other_draws(client):
+    rollouts = client.generate([[5, 6, 7]] * 3, SamplingParams(seed=3, max_tokens=20, ignore_eos=True), n=2)
+    assert len({t.tobytes() for t in rollouts.tokens}) == 6
+    assert [s.sample_index for s in rollouts] == list(range(6))
+    unseeded = client.generate([[5, 6, 7]] * 3, SamplingParams(max_tokens=20, ignore_eos=True))
+    assert len({s.seed for s in unseeded}) == 3
+
+
+def test_work_spreads_and_sessions_stay(client, two):
+    params = SamplingParams(max_tokens=30, ignore_eos=True)
+    rollouts = client.generate([[i + 2] for i in range(24)], params)
+    assert {s.worker for s in rollouts} == {w.data for w in two}
+    session = client.generate([[i + 2] for i in range(12)], params, session_id="episode 7")
+    assert len({s.worker for s in session}) == 1
+
+
+def test_aio(two):
+    async def run():
+        async with lockstep.aio.RolloutClient([w.data for w in two]) as client:
+            params = SamplingParams(seed=8, max_tokens=10)
+            a, b = await asyncio.gather(client.generate(PROMPTS, params), client.generate(PROMPTS, params))
+            return a, b, await client.info(), await client.load()
+
+    a, b, info, load = asyncio.run(run())
+    same(a, b)
+    assert set(info) == set(load) == {w.data for w in two}
+
+
+@pytest.mark.parametrize(
+    "fields,text",
+    [
+        ({"temperature": -1.0}, "sampling.temperature: -1.0, want 0"),
+        ({"temperature": float("nan")}, "sampling.temperature: nan"),
+        ({"top_p": 0.0}, "sampling.top_p: 0.0, want 0 < top_p"),
+        ({"seed": 1 << 64}, "sampling.seed"),
+        ({"max_tokens": 3, "min_tokens": 4}, "sampling.min_tokens: 4, want 0 to max_tokens .3"),
+        ({"stop_strings": "abc"}, "sampling.stop_strings"),
+        ({"bad_words": [[]]}, "sampling.bad_words"),
+    ],
+)
+def test_sampling_params_say_what_is_wrong(fields, text):
+    with pytest.raises(lockstep.InvalidRequest, match=text):
+        SamplingParams(**fields)
+
+
+def test_errors_name_field_and_worker(client, two):
+    with pytest.raises(lockstep.InvalidRequest, match="token_ids") as error:
+        client.generate([[1, 2, 10**6]])
+    assert error.value.code.name == "INVALID_ARGUMENT" and error.value.worker in {w.data for w in two}
+    for prompts, text in (([[]], r"prompts\[0\]"), ([[1], "text"], r"prompts\[1\]: a string"), ([[-1]], "-1")):
+        with pytest.raises(lockstep.InvalidRequest, match=text):
+            client.generate(prompts)
+    with pytest.raises(lockstep.InvalidRequest, match="logprobs: 'rwa'"):
+        client.generate([[1]], logprobs="rwa")
+
+
+def test_time_budget_returns_partials(start_fake):
+    fake = start_fake("--fake_step_ms", "20")
+    with RolloutClient(fake.data) as client:
+        rollouts = client.generate([[1, 2]], SamplingParams(max_tokens=4000, ignore_eos=True), time_budget_s=0.5)
+    assert rollouts.finish_reasons == ["aborted"] and rollouts[0].reason == "time_budget"
+    assert 0 < len(rollouts[0]) < 4000 and not rollouts.padded(0).sample_mask.any()
+
+
+def test_nobody_there():
+    with RolloutClient("127.0.0.1:1", connect_timeout=0.5) as client:
+        begin = time.monotonic()
+        with pytest.raises(lockstep.WorkerUnavailable, match="127.0.0.1:1"):
+            client.generate([[1]])
+        assert time.monotonic() - begin < 10
+
+
+@pytest.mark.parametrize("on_loss", ["regenerate", "continue"])
+def test_a_killed_worker_loses_and_doubles_nothing(start_worker, tiny_model, on_loss):
+    workers = [start_worker(tiny_model, "--threads", "1") for _ in range(2)]
+    params = SamplingParams(seed=11, max_tokens=1500, ignore_eos=True)
+    prompts = [[i + 3, 7] for i in range(4)]
+    options = {"on_loss": on_loss, "reattach_s": 0.3, "health_interval": 0.5, "timeout": 120}
+    with RolloutClient([w.data for w in workers], **options) as client:
+        result = {}
+        thread = threading.Thread(target=lambda: result.update(r=client.generate(prompts, params, n=2)))
+        thread.start()
+        time.sleep(0.8)
+        busy = client.load()
+        assert all(load.running_sequences for load in busy.values()), "both must be at work when one is killed"
+        workers[0].process.kill()
+        thread.join(110)
+        rollouts = result["r"]
+        assert {s.worker for s in rollouts} == {workers[1].data}
+        assert all(len(s) == 1500 for s in rollouts)
+        same(rollouts, client.generate(prompts, params, n=2))
+        for sample in rollouts:
+            spans = sample.version_spans
+            assert spans[0].begin == 0 and spans[-1].end == 1500
+            assert all(a.end == b.begin for a, b in zip(spans, spans[1:], strict=False))
+        continued = [s for s in rollouts if s.version_spans[0].weights is None]
+        assert bool(continued) == (on_loss == "continue")
+
+
+def test_a_full_queue_is_waited_for(start_worker, tiny_model):
+    worker = start_worker(tiny_model, "--threads", "1", "--max_sequences", "2", "--max_waiting_sequences", "2")
+    with RolloutClient(worker.data, timeout=120) as client:
+        rollouts = client.generate([[i + 3] for i in range(12)], SamplingParams(max_tokens=100, ignore_eos=True))
+    assert [len(s) for s in rollouts] == [100] * 12
+
+
+def test_cancel_aborts_at_the_worker(two):
+    async def run():
+        async with lockstep.aio.RolloutClient(two[0].data) as client:
+            task = asyncio.create_task(client.generate([[1]], SamplingParams(max_tokens=60000, ignore_eos=True)))
+            while not (await client.load())[two[0].data].running_sequences:
+                await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            for _ in range(100):
+                if not (await client.load())[two[0].data].running_sequences:
+                    return True
+                await asyncio.sleep(0.05)
+
+    assert asyncio.run(run())
+
+
+def test_pool():
+    pool = Pool(["a", "b", "c"])
+    assert pool.pick() is None
+    for worker in pool.workers:
+        worker.healthy = True
+    pool.workers[0].in_flight, pool.workers[1].reported = 3, 2
+    assert pool.pick().address == "c" and pool.pick(exclude=["c"]).address == "b"
+    homes = {s: pool.pick(s).address for s in map(str, range(50))}
+    assert set(homes.values()) == {"a", "b", "c"}
+    pool.workers[2].healthy = False
+    assert all(pool.pick(s).address == home for s, home in homes.items() if home != "c")
+    with pytest.raises(ValueError, match="HOST:PORT"):
+        Pool([])
+
+
+def test_text(tiny_model):
+    from lockstep import text
+
+    tokenizer = text.load_tokenizer(tiny_model)
+    ids = text.encode(tokenizer, ["37+45=", "In the beginning"])
+    assert text.decode(tokenizer, ids) == ["37+45=", "In the beginning"]
+
+
+def test_a_broken_connection_is_read_on(start_fake):
+    fake = start_fake("--fake_step_ms", "5")
+    params = SamplingParams(seed=4, max_tokens=400, ignore_eos=True)
+    proxy = DroppingProxy(fake.data)
+    with RolloutClient(fake.data) as direct, RolloutClient(proxy.address, reattach_s=10) as client:
+        want = direct.generate([[1, 2, 3]], params, n=3)
+        before = direct.load()[fake.data].generated_tokens
+        dropped = []
+        for seconds in (0.7, 1.4):
+            threading.Timer(seconds, lambda: dropped.append(proxy.drop())).start()
+        same(client.generate([[1, 2, 3]], params, n=3), want)
+        assert len(dropped) == 2 and all(dropped)
+        assert direct.load()[fake.data].generated_tokens == before + 1200, "re-attached, not generated again"
+    proxy.close()

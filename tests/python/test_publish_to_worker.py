@@ -1,0 +1,105 @@
+"""The publisher against a real worker: its digests, its versions, and what generation then computes."""
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+from dropping_proxy import DroppingProxy
+
+from lockstep import RolloutClient, SamplingParams, UpdateFailed, WeightPublisher, parity
+from lockstep.hf import TransformersTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture
+def workers(start_worker, tiny_model):
+    started = [start_worker(tiny_model, "--numerics", "fp32", "--threads", "1") for _ in range(2)]
+    yield started
+    for worker in started:
+        worker.stop()
+
+
+@pytest.fixture
+def trainer(tiny_model):
+    return TransformersTrainer(tiny_model, device="cpu", dtype="float32")
+
+
+@torch.no_grad()
+def move(model, seed):
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.02)
+
+
+def test_published_weights_are_the_trainers(workers, trainer):
+    """Parity before, stale after the trainer's step, parity again under the new version."""
+    strict = parity.Thresholds(mean=1e-5, max=1e-3)
+    first = workers[0]
+    with (
+        RolloutClient(first.data) as client,
+        WeightPublisher([w.control for w in workers], manifest_from=trainer.model) as publisher,
+    ):
+        assert parity.check(client, trainer, thresholds=strict, control=first.control, count=4).passed
+        move(trainer.model, 1)
+        stale = parity.check(client, trainer, thresholds=strict, control=first.control, count=4)
+        assert not stale.passed and stale.findings[0].startswith("stale weights: ")
+        report = publisher.publish((0, 1), trainer.tensors().items())
+        assert [w.version for w in report.workers] == [(0, 1)] * 2
+        fresh = parity.check(client, trainer, thresholds=strict, control=first.control, count=4)
+        assert fresh.passed and not fresh.findings and fresh.weight_version == (0, 1), str(fresh)
+
+
+def test_versions_under_traffic(workers, trainer):
+    """Samples that an update falls into say which tokens are whose; min_weight_version holds."""
+    with (
+        RolloutClient([w.data for w in workers]) as client,
+        WeightPublisher([w.control for w in workers], manifest_from=trainer.model) as publisher,
+    ):
+        result = {}
+        params = SamplingParams(seed=1, max_tokens=1200, ignore_eos=True)
+        thread = threading.Thread(target=lambda: result.update(r=client.generate([[i + 2] for i in range(6)], params)))
+        thread.start()
+        time.sleep(0.5)
+        move(trainer.model, 2)
+        report = publisher.publish((0, 1), trainer.tensors().items(), policy="recompute")
+        assert sum(w.recomputed for w in report.workers) == 6
+        later = client.generate([[5, 6]], SamplingParams(max_tokens=10, ignore_eos=True), min_weight_version=(0, 1))
+        thread.join(120)
+        assert [span.weights for span in later[0].version_spans] == [(0, 1)]
+        for sample in result["r"]:
+            assert [span.weights for span in sample.version_spans] == [(0, 0), (0, 1)] and not sample.mixed_state
+            (_, middle), (begin, end) = ((s.begin, s.end) for s in sample.version_spans)
+            assert middle == begin and end == 1200
+            if sample.worker == workers[0].data:  # tokens of the second span are what the new weights compute
+                sequence = np.concatenate([[sample.prompt_index + 2], sample.tokens])
+                difference = np.abs(trainer(sequence)[begin:] - sample.logprobs_by_kind["temperature"][begin:])
+                assert difference.mean() < 1e-5
+
+
+def test_a_worker_that_dies_rolls_the_others_back(workers, trainer):
+    with WeightPublisher([w.control for w in workers], manifest_from=trainer.model, retry_s=0.5) as publisher:
+
+        def source():
+            for i, item in enumerate(trainer.tensors().items()):
+                if i == 20:
+                    workers[1].process.kill()
+                yield item
+
+        with pytest.raises(UpdateFailed) as error:
+            publisher.publish((0, 1), source())
+        assert [w.version for w in error.value.report.workers] == [(0, 0), None]
+        report = publisher.publish((0, 2), trainer.tensors().items(), allow_partial=True)
+        assert [w.version for w in report.workers] == [(0, 2), None]
+
+
+def test_a_broken_connection_goes_on(workers, trainer):
+    proxy = DroppingProxy(workers[0].control)
+    proxy.limit_bytes = 6_000_000
+    with WeightPublisher(proxy.address, manifest_from=trainer.model, retry_s=10) as publisher:
+        report = publisher.publish((0, 1), trainer.tensors().items())
+    assert report.workers[0].version == (0, 1) and report.workers[0].resumed >= 1
+    assert parity.stale_weights(trainer, workers[0].control) == []
+    proxy.close()

@@ -1,0 +1,269 @@
+"""WeightPublisher against weights.proto's service in Python: all or nothing, whatever fails."""
+
+import threading
+import time
+
+import grpc
+import numpy as np
+import pytest
+import torch
+from dropping_proxy import DroppingProxy
+from fake_weights import FakeWeights
+
+import lockstep
+from lockstep import UpdateFailed, WeightPublisher
+from lockstep.publisher import manifest_of
+from lockstep.v1 import weights_pb2
+
+Code = grpc.StatusCode
+
+
+def tensors(seed=0):
+    g = torch.Generator().manual_seed(seed)
+    shapes = {
+        "embed": ((300, 64), torch.bfloat16),
+        "norm": ((64,), torch.float32),
+        "w": ((129, 257), torch.float32),
+        "scalar": ((), torch.float16),
+        "head": ((64, 1111), torch.bfloat16),
+    }
+    return {name: torch.randn(shape, generator=g).to(dtype) for name, (shape, dtype) in shapes.items()}
+
+
+SPECS = manifest_of([(n, t.dtype, t.shape) for n, t in tensors().items()])
+TOTAL = sum(spec.bytes for spec in SPECS)
+
+
+@pytest.fixture
+def fleet():
+    workers = [FakeWeights(SPECS).start() for _ in range(3)]
+    yield workers
+    for worker in workers:
+        worker.server.stop(None)
+
+
+def make(fleet, **options):
+    options = {"retry_s": 1.0, "timeout_s": 30, "batch_bytes": 50_000} | options
+    return WeightPublisher([w.address for w in fleet], manifest_from=SPECS, **options)
+
+
+def holds(worker, values):
+    return all(
+        worker.weights[n].tobytes() == t.reshape(-1).view(torch.uint8).numpy().tobytes() for n, t in values.items()
+    )
+
+
+def test_publish(fleet):
+    with make(fleet) as publisher:
+        report = publisher.publish((0, 1), reversed(tensors(1).items()))
+        assert [w.version for w in report.workers] == [(0, 1)] * 3 and not report.failed
+        assert report.bytes == TOTAL and report.tensors == 5
+        assert all(w.pause_ms == 1.5 and w.recomputed == 2 and w.push_s > 0 for w in report.workers)
+        assert all(holds(w, tensors(1)) and w.policy[0] == weights_pb2.IN_FLIGHT_POLICY_RECOMPUTE for w in fleet)
+        numpy_values = {n: t.numpy() for n, t in tensors(2).items() if t.dtype != torch.bfloat16}
+        publisher.publish(
+            (1, 0), (tensors(2) | numpy_values).items(), policy="finish", finish_timeout_s=2, fallback="abort"
+        )
+        assert all(holds(w, tensors(2)) for w in fleet)
+        assert fleet[0].policy == (weights_pb2.IN_FLIGHT_POLICY_FINISH, 2000, weights_pb2.IN_FLIGHT_POLICY_ABORT)
+        assert {s.weight_version.epoch for s in publisher.status().values()} == {1}
+        for answer in publisher.digests(["w"]).values():
+            assert [t.digest for t in answer.tensors] == [lockstep.digest(tensors(2)["w"])]
+
+
+def test_order_of_stages(fleet):
+    """No byte moves before all have accepted, none commits before all have verified."""
+    log = []
+    for i, worker in enumerate(fleet):
+        worker.delay = {"Begin": 0.1 * i, "Verify": 0.1 * i}
+        enter = worker.enter
+        worker.enter = lambda name, context, i=i, enter=enter: (enter(name, context), log.append(name))
+    pulled = []
+
+    def source():
+        pulled.append(log.count("Begin"))
+        yield from tensors(1).items()
+
+    make(fleet).publish((0, 1), source())
+    assert pulled == [3]
+    names = [name for name in log if name in ("Begin", "Push", "Verify", "Commit")]
+    assert names == sorted(names, key=["Begin", "Push", "Verify", "Commit"].index)
+
+
+@pytest.mark.parametrize("stage", ["Begin", "Push", "Verify"])
+@pytest.mark.parametrize("code", [Code.INVALID_ARGUMENT, Code.UNAVAILABLE])
+def test_a_failure_before_commit_rolls_back_everywhere(fleet, stage, code):
+    fleet[1].fail = {stage: (code, -1)}
+    walked = []
+    source = ((walked.append(n), (n, t))[1] for n, t in tensors(1).items())
+    with pytest.raises(UpdateFailed, match="1 of 3 workers failed") as error:
+        make(fleet).publish((0, 1), source)
+    report = error.value.report
+    assert [w.worker for w in report.failed] == [fleet[1].address]
+    assert report.failed[0].failed_in == stage.lower() and report.failed[0].error.code == code
+    assert report.failed[0].error.worker == fleet[1].address
+    assert all(w.open is None and w.version == (0, 0) and not holds(w, tensors(1)) for w in fleet)
+    assert [w.version for w in report.workers] == [(0, 0)] * 3
+    assert len(walked) == 5, "other ranks gather along"
+    fleet[1].fail = {}
+    make(fleet).publish((0, 1), tensors(1).items())
+    assert all(holds(w, tensors(1)) for w in fleet)
+
+
+def test_corrupted_bytes_are_data_loss(fleet):
+    fleet[2].corrupt = True
+    with pytest.raises(UpdateFailed, match="DATA_LOSS: digests differ: .'embed'"):
+        make(fleet).publish((0, 1), tensors(1).items())
+    assert all(w.version == (0, 0) and w.open is None for w in fleet)
+
+
+def test_allow_partial(fleet):
+    fleet[0].fail = {"Push": (Code.INTERNAL, -1)}
+    report = make(fleet).publish((0, 1), tensors(1).items(), allow_partial=True)
+    assert [w.version for w in report.workers] == [(0, 0), (0, 1), (0, 1)] and len(report.failed) == 1
+    for worker in fleet:
+        worker.fail = {"Begin": (Code.INTERNAL, -1)}
+    with pytest.raises(UpdateFailed, match="3 of 3"):
+        make(fleet).publish((0, 2), tensors(1).items(), allow_partial=True)
+
+
+def test_commit_that_fails_is_reported_and_can_be_repeated(fleet):
+    fleet[1].fail = {"Commit": (Code.DEADLINE_EXCEEDED, 1)}
+    publisher = make(fleet)
+    with pytest.raises(UpdateFailed) as error:
+        publisher.publish((0, 1), tensors(1).items(), policy="finish", finish_timeout_s=1)
+    assert [w.version for w in error.value.report.workers] == [(0, 1), (0, 0), (0, 1)]
+    assert "Rollback" not in fleet[1].calls
+    report = publisher.commit((0, 1), policy="abort")
+    assert [w.version for w in report.workers] == [(0, 1)] * 3 and holds(fleet[1], tensors(1))
+
+
+def test_a_broken_stream_goes_on_where_it_broke(fleet):
+    fleet[1].break_after = [20_000, 0, 70_000, 10]
+    report = make(fleet[:2], batch_bytes=1 << 20).publish((0, 1), tensors(1).items())
+    assert report.workers[1].resumed == 4 and report.workers[0].resumed == 0
+    assert fleet[1].pushed == TOTAL, "no byte is taken twice"
+    assert holds(fleet[1], tensors(1))
+
+
+def test_a_lost_connection_is_survived(fleet):
+    proxy = DroppingProxy(fleet[0].address)
+    proxy.limit_bytes = 120_000
+    big = {n: t for n, t in tensors(1).items()}
+    publisher = WeightPublisher(proxy.address, manifest_from=SPECS, retry_s=10, timeout_s=30)
+    report = publisher.publish((0, 1), big.items())
+    assert report.workers[0].resumed >= 1 and holds(fleet[0], big)
+    proxy.close()
+
+
+def test_the_lease_is_kept_while_the_iterator_is_slow(fleet):
+    def slow():
+        for name, tensor in tensors(1).items():
+            time.sleep(0.5)
+            yield name, tensor
+
+    make(fleet, lease_s=1.0, batch_bytes=1 << 20).publish((0, 1), slow())
+    assert all(w.version == (0, 1) for w in fleet)
+
+
+def test_the_iterators_own_error_rolls_back(fleet):
+    def broken():
+        yield "embed", tensors(1)["embed"]
+        raise RuntimeError("gather failed")
+
+    with pytest.raises(RuntimeError, match="gather failed"):
+        make(fleet).publish((0, 1), broken())
+    assert all(w.open is None for w in fleet)
+
+
+@pytest.mark.parametrize(
+    "change,text",
+    [
+        (lambda d: d.pop("w"), "1 of the manifest never came: w"),
+        (lambda d: d.update(extra=torch.zeros(3)), "'extra' is not in the manifest"),
+        (
+            lambda d: d.update(norm=torch.zeros(64, dtype=torch.float16)),
+            r"'norm' is float16 \(64,\), the manifest says",
+        ),
+        (lambda d: d.update(w=torch.zeros(257, 129)), r"the manifest says float32 \(129, 257\)"),
+    ],
+)
+def test_tensors_must_be_the_manifests(fleet, change, text):
+    values = tensors(1)
+    change(values)
+    with pytest.raises(lockstep.InvalidRequest, match=text):
+        make(fleet).publish((0, 1), values.items())
+    assert all(w.open is None and w.version == (0, 0) for w in fleet)
+
+
+def test_a_reused_buffer_does_no_harm(fleet):
+    """The iterator may hand out one gather buffer again and again."""
+    buffer = torch.empty(300 * 300, dtype=torch.float32)
+
+    def reusing():
+        for name, tensor in tensors(1).items():
+            view = buffer.view(tensor.dtype)[: tensor.numel()].view(tensor.shape)
+            view.copy_(tensor)
+            yield name, view
+            buffer.fill_(float("nan"))
+
+    make(fleet).publish((0, 1), reusing())
+    assert all(holds(w, tensors(1)) for w in fleet)
+
+
+def test_non_senders_only_walk(fleet):
+    walked = []
+    source = ((walked.append(n), (n, t))[1] for n, t in tensors(1).items())
+    assert make(fleet).publish((0, 1), source, send=False) is None
+    assert len(walked) == 5 and not any(w.calls for w in fleet)
+
+
+def test_a_hanging_worker_meets_the_deadline(fleet):
+    fleet[0].delay = {"Verify": 5}
+    begin = time.monotonic()
+    with pytest.raises(UpdateFailed, match="DEADLINE_EXCEEDED"):
+        make(fleet, timeout_s=1.5).publish((0, 1), tensors(1).items())
+    assert time.monotonic() - begin < 4.5
+    assert [w.version for w in fleet] == [(0, 0)] * 3
+
+
+def test_wrong_arguments(fleet):
+    with pytest.raises(lockstep.NotSupported, match="nccl"):
+        make(fleet, transport="nccl")
+    with pytest.raises(lockstep.InvalidRequest, match="int64"):
+        manifest_of([("a", torch.int64, (3,))])
+    with pytest.raises(lockstep.InvalidRequest, match="named twice: .'a'"):
+        manifest_of([("a", "float32", (3,)), ("a", "float32", (3,))])
+    for options, text in (
+        ({"policy": "wait"}, "policy: 'wait'"),
+        ({"policy": "keep", "fallback": "abort"}, "takes no"),
+        ({"policy": "finish", "fallback": "finish"}, "fallback: 'finish'"),
+    ):
+        with pytest.raises(lockstep.InvalidRequest, match=text):
+            make(fleet).publish((0, 1), tensors(1).items(), **options)
+    model = torch.nn.Linear(3, 2)
+    assert manifest_of(model) == manifest_of([("weight", "float32", (2, 3)), ("bias", np.dtype("float32"), (2,))])
+
+
+def test_memory_is_bounded(fleet):
+    """A slow worker slows the iterator down: what waits is a few batches."""
+    fleet[0].delay = {"Push": 0.2}
+    alive, most = [], [0]
+    lock = threading.Lock()
+    specs = manifest_of([(f"t{i}", "float32", (25_000,)) for i in range(30)])
+    workers = [FakeWeights(specs).start() for _ in range(2)]
+    workers[0].delay = {"Push": 0.05}
+
+    def source():
+        for i in range(30):
+            with lock:
+                alive.append(i)
+                done = sum(r == 100_000 for r in workers[0].open["received"])
+                most[0] = max(most[0], len(alive) - done)
+            yield f"t{i}", torch.full((25_000,), float(i))
+
+    addresses = [w.address for w in workers]
+    WeightPublisher(addresses, manifest_from=specs, batch_bytes=100_000).publish((0, 1), source())
+    assert most[0] <= 4
+    for worker in workers:
+        worker.server.stop(None)
