@@ -19,43 +19,46 @@ from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PROTO = "lockstep/v1/rollout.proto"
+WEIGHTS_PROTO = "lockstep/v1/weights.proto"
 READY = re.compile(r"^lockstep-worker ready data=(\S+) control=(\S+)$")
 
 
 def descriptor_set():
-    """The serialized FileDescriptorSet of rollout.proto."""
+    """The serialized FileDescriptorSet of the API."""
     stored = ROOT / "proto" / "lockstep.desc"
     if stored.exists():
         return stored.read_bytes()
     with tempfile.TemporaryDirectory() as directory:
         out = pathlib.Path(directory) / "set"
         subprocess.run(
-            ["protoc", f"-I{ROOT / 'proto'}", "--include_imports", f"--descriptor_set_out={out}", PROTO], check=True
+            ["protoc", f"-I{ROOT / 'proto'}", "--include_imports", f"--descriptor_set_out={out}", PROTO, WEIGHTS_PROTO],
+            check=True,
         )
         return out.read_bytes()
 
 
-def load_messages():
-    """A namespace of rollout.proto's message classes and enum values, and `stub(channel)`."""
+def load_messages(proto=PROTO):
+    """A namespace of the file's message classes and enum values, and `stub(channel)` of its service."""
     pool = descriptor_pool.DescriptorPool()
     files = descriptor_pb2.FileDescriptorSet.FromString(descriptor_set())
     for file in files.file:
         pool.AddSerializedFile(file.SerializeToString())
-    descriptor = pool.FindFileByName(PROTO)
+    descriptor = pool.FindFileByName(proto)
     messages = types.SimpleNamespace()
     for name, message in descriptor.message_types_by_name.items():
         setattr(messages, name, message_factory.GetMessageClass(message))
     for enum in descriptor.enum_types_by_name.values():
         for value in enum.values:
             setattr(messages, value.name, value.number)
-    service = descriptor.services_by_name["Rollout"]
-    proto_service = next(s for f in files.file if f.name == PROTO for s in f.service if s.name == "Rollout")
-    streams = {method.name: method.server_streaming for method in proto_service.method}
+    (service,) = descriptor.services_by_name.values()
+    (proto_service,) = next(f.service for f in files.file if f.name == proto)
+    kind = {False: "unary", True: "stream"}
+    kinds = {m.name: f"{kind[m.client_streaming]}_{kind[m.server_streaming]}" for m in proto_service.method}
 
     def stub(channel):
         methods = types.SimpleNamespace()
         for method in service.methods:
-            call = channel.unary_stream if streams[method.name] else channel.unary_unary
+            call = getattr(channel, kinds[method.name])
             request = message_factory.GetMessageClass(method.input_type)
             response = message_factory.GetMessageClass(method.output_type)
             path = f"/{service.full_name}/{method.name}"
@@ -85,8 +88,9 @@ class Generated:
 class Worker:
     """A running lockstep-worker. As a context manager it ends with the block if it was started here."""
 
-    def __init__(self, address, process=None, log=None):
+    def __init__(self, address, process=None, log=None, control=None):
         self.address = address
+        self.control = control  # address of the control plane; None: not known
         self.process = process
         self._log = log
         self.messages = load_messages()
@@ -111,7 +115,7 @@ class Worker:
             code = process.wait()
             log.seek(0)
             raise RuntimeError(f"{' '.join(command)}\nfirst line {line!r}, exit status {code}; its log:\n{log.read()}")
-        return cls(ready[1], process, log)
+        return cls(ready[1], process, log, ready[2])
 
     def __enter__(self):
         return self
