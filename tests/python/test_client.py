@@ -222,3 +222,11 @@ def test_a_broken_connection_is_read_on(start_fake):
         assert len(dropped) == 2 and all(dropped)
         assert direct.load()[fake.data].generated_tokens == before + 1200, "re-attached, not generated again"
     proxy.close()
+
+
+def test_progress_bar(client, capfd):
+    pytest.importorskip("tqdm")
+    client.generate(PROMPTS, SamplingParams(max_tokens=3), n=2, progress=True)
+    assert "6/6" in capfd.readouterr().err
+    client.generate(PROMPTS, SamplingParams(max_tokens=3), progress=False)
+    assert capfd.readouterr().err == ""
