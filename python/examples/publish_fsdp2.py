@@ -1,7 +1,7 @@
 """New weights from an FSDP2 model (torch.distributed.fsdp.fully_shard). Every rank calls publish(); rank 0 sends.
 
 The manifest is made once, of the global shapes (a DTensor's own shape). full_tensor() gathers, so every rank walks the
-iterator; one parameter at a time is whole. Not run in the project's tests: it needs several ranks.
+iterator; one parameter at a time is whole.
 """
 
 from lockstep import WeightPublisher

@@ -1,7 +1,7 @@
 """New weights from a DeepSpeed ZeRO-3 module. Every rank calls publish(); rank 0 sends.
 
 Parameters are empty until gathered: their whole shape is ds_shape. GatheredParameters is a collective, so every rank
-walks the iterator. Not run in the project's tests: it needs DeepSpeed and several ranks.
+walks the iterator. The project's tests import it; it has not run under DeepSpeed.
 """
 
 from lockstep import WeightPublisher

@@ -10,6 +10,7 @@ class Progress:
 
     def __init__(self, total: int, unit: str, enabled: bool | None):
         self._bar = None
+        delay = 0.0 if enabled else 1.0  # one that nobody asked for is shown for long calls only
         if enabled is None:
             enabled = total >= 32 and sys.stderr.isatty()
         if enabled:
@@ -17,7 +18,7 @@ class Progress:
                 from tqdm.auto import tqdm
             except ImportError:
                 return
-            self._bar = tqdm(total=total, unit=unit.rstrip("s"), delay=1.0)
+            self._bar = tqdm(total=total, unit=unit.rstrip("s"), delay=delay)
 
     def add(self, count: int) -> None:
         if self._bar is not None:

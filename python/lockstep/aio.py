@@ -136,12 +136,15 @@ class RolloutClient:
             await asyncio.sleep(self._health_interval)
             await asyncio.gather(*(self._check(worker) for worker in self._pool.workers))
 
-    async def _worker(self, deadline: float, session_id: str = "", exclude: Sequence[str] = ()) -> WorkerState:
-        """A fit worker; waits for one for connect_timeout at most."""
+    async def _worker(
+        self, deadline: float, session_id: str, exclude: Sequence[str], last: grpc.RpcError | None
+    ) -> WorkerState:
+        """A fit worker; waits for one for connect_timeout at most. last: why the one in `exclude` did not take it."""
         if self._health_task is None:
             self._health_task = asyncio.create_task(self._watch_health())
         give_up = time.monotonic() + self._connect_timeout
         while True:
+            _left(deadline, last, exclude[0] if exclude else None)
             worker = self._pool.pick(session_id, exclude)
             if worker is not None:
                 return worker
@@ -151,7 +154,6 @@ class RolloutClient:
                     continue
                 if time.monotonic() > give_up:
                     raise WorkerUnavailable(f"no worker is healthy: {self._pool.describe()}", code=Code.UNAVAILABLE)
-            _left(deadline)
             await asyncio.sleep(0.1)
 
     async def info(self) -> dict[str, pb.GetInfoResponse]:
@@ -280,8 +282,9 @@ class RolloutClient:
         """One request at one worker, with as many streams as reading it takes. Raises _Lost if it is gone."""
         failures = 0
         tried: list[str] = []
+        last: grpc.RpcError | None = None
         while True:
-            worker = await self._worker(deadline, request.session_id, tried)
+            worker = await self._worker(deadline, request.session_id, tried, last)
             request.request_id = str(uuid.uuid4())
             accepted = False
             worker.in_flight += len(wanted)
@@ -293,13 +296,15 @@ class RolloutClient:
                 if not accepted and error.code() in (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE):
                     failures += 1
                     self._note_refusal(worker, error)
-                    tried = [worker.address]
+                    tried, last = [worker.address], error
                     # An UNAVAILABLE of a broken connection: the worker may have taken the request all the same.
                     self._abort_later(worker.address, request.request_id)
                     if error.code() == Code.UNAVAILABLE and failures > 3 * len(self._pool.workers):
                         raise from_rpc(error, worker.address) from None
                     _left(deadline, error, worker.address)
                     continue
+                if not accepted and error.code() == Code.DEADLINE_EXCEEDED and last is not None:
+                    raise from_rpc(last, worker.address) from None
                 if accepted and error.code() in _BROKEN:
                     await self._reattach(assembly, request, worker, wanted, deadline, error)
                     return
@@ -422,9 +427,9 @@ class RolloutClient:
             return await _all([one(tokens) for tokens in sequences])
 
     async def _score_one(self, request: pb.ScoreRequest, kind: str, count: int, deadline: float) -> np.ndarray:
-        failures, tried = 0, []
+        failures, tried, last = 0, [], None
         while True:
-            worker = await self._worker(deadline, request.session_id, tried)
+            worker = await self._worker(deadline, request.session_id, tried, last)
             values: list[float] = []
             done = None
             worker.in_flight += 1
@@ -440,7 +445,7 @@ class RolloutClient:
                 if failures > 3 * len(self._pool.workers):
                     raise from_rpc(error, worker.address) from None
                 self._note_refusal(worker, error)
-                tried = [worker.address]
+                tried, last = [worker.address], error
                 _left(deadline, error, worker.address)
                 continue
             finally:

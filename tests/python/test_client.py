@@ -222,3 +222,25 @@ def test_a_broken_connection_is_read_on(start_fake):
         assert len(dropped) == 2 and all(dropped)
         assert direct.load()[fake.data].generated_tokens == before + 1200, "re-attached, not generated again"
     proxy.close()
+
+
+def test_progress_bar(client, capfd):
+    pytest.importorskip("tqdm")
+    client.generate(PROMPTS, SamplingParams(max_tokens=3), n=2, progress=True)
+    assert "6/6" in capfd.readouterr().err
+    client.generate(PROMPTS, SamplingParams(max_tokens=3), progress=False)
+    assert capfd.readouterr().err == ""
+
+
+def test_a_queue_that_stays_full_says_so(start_worker, tiny_model):
+    worker = start_worker(tiny_model, "--threads", "1", "--max_sequences", "1", "--max_waiting_sequences", "1")
+    long = SamplingParams(max_tokens=60_000, ignore_eos=True)
+    with RolloutClient(worker.data) as busy, RolloutClient(worker.data) as client:
+        thread = threading.Thread(target=lambda: busy.generate([[1], [2]], long, time_budget_s=6))
+        thread.start()
+        while busy.load()[worker.data].waiting_sequences < 1:
+            time.sleep(0.05)
+        with pytest.raises(lockstep.Overloaded) as error:
+            client.generate([[3]], long, timeout=1.5)
+        assert error.value.worker == worker.data and error.value.retry_after_s > 0
+        thread.join()
