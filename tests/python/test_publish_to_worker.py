@@ -52,18 +52,21 @@ def test_published_weights_are_the_trainers(workers, trainer):
         assert fresh.passed and not fresh.findings and fresh.weight_version == (0, 1), str(fresh)
 
 
-def test_versions_under_traffic(workers, trainer):
+def test_versions_under_traffic(workers, trainer, pb):
     """Samples that an update falls into say which tokens are whose; min_weight_version holds."""
     with (
         RolloutClient([w.data for w in workers]) as client,
         WeightPublisher([w.control for w in workers], manifest_from=trainer.model) as publisher,
     ):
         result = {}
-        params = SamplingParams(seed=1, max_tokens=1200, ignore_eos=True)
+        params = SamplingParams(seed=1, max_tokens=4000, ignore_eos=True)
         thread = threading.Thread(target=lambda: result.update(r=client.generate([[i + 2] for i in range(6)], params)))
-        thread.start()
-        time.sleep(0.5)
         move(trainer.model, 2)
+        thread.start()
+        deadline = time.monotonic() + 60
+        while sum(w.stub.GetLoad(pb.GetLoadRequest(), timeout=10).running_sequences for w in workers) < 6:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
         report = publisher.publish((0, 1), trainer.tensors().items(), policy="recompute")
         assert sum(w.recomputed for w in report.workers) == 6
         later = client.generate([[5, 6]], SamplingParams(max_tokens=10, ignore_eos=True), min_weight_version=(0, 1))
@@ -72,7 +75,7 @@ def test_versions_under_traffic(workers, trainer):
         for sample in result["r"]:
             assert [span.weights for span in sample.version_spans] == [(0, 0), (0, 1)] and not sample.mixed_state
             (_, middle), (begin, end) = ((s.begin, s.end) for s in sample.version_spans)
-            assert middle == begin and end == 1200
+            assert middle == begin and end == 4000
             if sample.worker == workers[0].data:  # tokens of the second span are what the new weights compute
                 sequence = np.concatenate([[sample.prompt_index + 2], sample.tokens])
                 difference = np.abs(trainer(sequence)[begin:] - sample.logprobs_by_kind["temperature"][begin:])

@@ -14,21 +14,21 @@ EMPTY = Difference()
 
 
 def test_nosplit_promises_every_bit():
-    assert check_parity.broken_promise("nosplit", EQUAL, EQUAL, EMPTY) == ""
-    assert "bits" in check_parity.broken_promise("nosplit", OFF, EQUAL, EMPTY)
-    assert "bits" in check_parity.broken_promise("nosplit", EQUAL, OFF, EMPTY)
+    assert check_parity.broken_promise("nosplit", EQUAL, EQUAL, EMPTY, EQUAL) == ""
+    assert "bits" in check_parity.broken_promise("nosplit", OFF, EQUAL, EMPTY, OFF)
+    assert "bits" in check_parity.broken_promise("nosplit", EQUAL, OFF, EMPTY, EQUAL)
 
 
 def test_stock_may_be_as_noisy_as_the_trainer_is():
     loud = Difference(tokens=10, differing=9, total=0.4, max=0.1)
-    assert check_parity.broken_promise("stock", OFF, OFF, loud) == ""
-    assert "noise" in check_parity.broken_promise("stock", OFF, OFF, Difference(tokens=10))
-    assert check_parity.broken_promise("stock", EQUAL, EQUAL, Difference(tokens=10)) == ""
+    assert check_parity.broken_promise("stock", OFF, OFF, loud, OFF) == ""
+    assert "noise" in check_parity.broken_promise("stock", OFF, OFF, Difference(tokens=10), OFF)
+    assert check_parity.broken_promise("stock", EQUAL, EQUAL, Difference(tokens=10), EQUAL) == ""
 
 
 def test_nan_is_never_kept_quiet():
     nan = Difference(tokens=10, differing=1, nan=1)
-    assert "NaN" in check_parity.broken_promise("stock", nan, EQUAL, OFF)
+    assert "NaN" in check_parity.broken_promise("stock", nan, EQUAL, OFF, nan)
 
 
 def test_positions_to_trace_end_at_the_one_that_differs():
