@@ -38,7 +38,6 @@ constexpr NumericsProfile Masked(NumericsProfile p, std::string_view name, std::
   p.name = name;
   p.description = description;
   p.sliding_attention = AttentionProgram::kTiles128ForwardMask;
-  p.verified_against = "";
   return p;
 }
 
@@ -47,7 +46,6 @@ constexpr NumericsProfile HfFlash() {
   p.name = "hf-flash";
   p.description = "hf with attn_implementation flash: PyTorch's flash backend of attention instead of cuDNN's";
   p.attention = p.sliding_attention = AttentionProgram::kTiles64Backward;
-  p.verified_against = "";
   return p;
 }
 
@@ -57,7 +55,6 @@ constexpr NumericsProfile HfAutocast() {
   p.description = "hf with fp32 weights under torch.autocast to bf16: fp32 residual stream, embedding and norm weights";
   p.embedding = p.norm_weights = p.residual = DType::kF32;
   p.gated_norm = GatedNormCasts::kTwo;
-  p.verified_against = "";
   return p;
 }
 
