@@ -7,15 +7,12 @@
 #include "absl/status/status.h"
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "rollout/base/tensor_shape.h"
 
 namespace lockstep {
 namespace {
 
 constexpr size_t kShown = 10;
-
-std::string ShapeOf(const std::vector<int64_t>& shape) {
-  return absl::StrCat("[", absl::StrJoin(shape, ", "), "]");
-}
 
 // What a name stands for: a slot, or one of its parts.
 struct Meaning {
@@ -90,25 +87,22 @@ class Placer {
       return Problem(absl::StrCat(slot.name, " in parts needs each of ", absl::StrJoin(slot.parts, ", "),
                                   " once and not the whole beside them"));
     }
-    // The cut that fits the rows given, or else the first, to complain with.
-    const std::vector<int64_t>* rows = &slot.part_rows.front();
-    for (const std::vector<int64_t>& cut : slot.part_rows) {
-      const auto fits = [&](const Given& g, int64_t n) { return !Tensor(g).shape.empty() && Tensor(g).shape[0] == n; };
-      if (std::equal(given.begin(), given.end(), cut.begin(), cut.end(), fits)) rows = &cut;
-    }
+    std::vector<int64_t> found;
+    for (const Given& g : given) found.push_back(Tensor(g).shape.empty() ? 0 : Tensor(g).shape[0]);
+    const std::vector<int64_t>& rows = FittingCut(slot.part_rows, found);
     int64_t first = 0;
     for (size_t p = 0; p < given.size(); ++p) {
       std::vector<int64_t> shape = slot.shape;
-      shape[0] = (*rows)[p];
+      shape[0] = rows[p];
       Place(given[p], s, shape, first);
-      first += (*rows)[p];
+      first += rows[p];
     }
   }
 
   void Place(const Given& given, size_t slot, const std::vector<int64_t>& shape, int64_t first_row) {
     const ManifestTensor& tensor = Tensor(given);
     if (tensor.shape != shape) {
-      return Problem(absl::StrCat(tensor.name, " is ", ShapeOf(tensor.shape), ", want ", ShapeOf(shape)));
+      return Problem(absl::StrCat(tensor.name, " is ", ShapeText(tensor.shape), ", want ", ShapeText(shape)));
     }
     int64_t bytes = DTypeBytes(tensor.dtype);
     for (const int64_t n : shape) bytes *= n;

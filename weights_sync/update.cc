@@ -8,36 +8,13 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "absl/time/clock.h"
+#include "kernels/host_values.h"
 #include "rollout/base/status.h"
 
 namespace lockstep {
 namespace {
 
 constexpr size_t kShown = 10;
-
-// NaN and infinity have all exponent bits set.
-template <class Bits>
-int64_t CountNonFinite(std::span<const std::byte> bytes, Bits exponent) {
-  int64_t count = 0;
-  for (size_t i = 0; i + sizeof(Bits) <= bytes.size(); i += sizeof(Bits)) {
-    Bits value;
-    std::memcpy(&value, bytes.data() + i, sizeof(value));
-    count += (value & exponent) == exponent;
-  }
-  return count;
-}
-
-int64_t CountNonFinite(std::span<const std::byte> bytes, DType dtype) {
-  switch (dtype) {
-    case DType::kF32:
-      return CountNonFinite<uint32_t>(bytes, 0x7F800000u);
-    case DType::kBF16:
-      return CountNonFinite<uint16_t>(bytes, 0x7F80u);
-    case DType::kF16:
-      return CountNonFinite<uint16_t>(bytes, 0x7C00u);
-  }
-  return 0;
-}
 
 }  // namespace
 
@@ -160,7 +137,7 @@ absl::Status WeightUpdate::Push(const WeightVersion& version, int64_t tensor, in
   }
   std::memcpy(arriving.bytes.data() + arriving.received, data.data(), data.size());
   arriving.digester.Add(data);
-  arriving.non_finite += CountNonFinite(data, dtype);
+  arriving.non_finite += CountNonFinite(data.data(), dtype, static_cast<int64_t>(data.size()) / DTypeBytes(dtype));
   arriving.received += static_cast<int64_t>(data.size());
   if (arriving.received < total) return absl::OkStatus();
   const absl::Status staged = StageWhole(*open, tensor);

@@ -3,9 +3,8 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
-#include "kernels/float_bits.h"
+#include "kernels/host_values.h"
 #include "kernels/ops.h"
 
 namespace lockstep {
@@ -14,15 +13,7 @@ namespace lockstep {
 inline void ReadRow(const HostMatrix& matrix, int64_t row, int64_t begin, int64_t count, float* to) {
   const std::byte* from =
       static_cast<const std::byte*>(matrix.data) + (row * matrix.cols + begin) * DTypeBytes(matrix.dtype);
-  if (matrix.dtype == DType::kF32) {
-    std::memcpy(to, from, count * sizeof(float));
-    return;
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    uint16_t bits;
-    std::memcpy(&bits, from + i * sizeof(bits), sizeof(bits));
-    to[i] = matrix.dtype == DType::kBF16 ? Bf16ToF32(bits) : F16ToF32(bits);
-  }
+  ConvertValues(from, matrix.dtype, count, DType::kF32, reinterpret_cast<std::byte*>(to));
 }
 
 }  // namespace lockstep

@@ -25,6 +25,7 @@
 #include "kernels/cuda/swiglu.h"
 #include "kernels/cuda/weight_stage.h"
 #include "kernels/float_bits.h"
+#include "kernels/host_values.h"
 #include "rollout/base/check.h"
 #include "rollout/base/status.h"
 
@@ -276,27 +277,7 @@ absl::Status CudaOps::Upload(std::span<const HostMatrix> parts, DType dtype, std
         for (int64_t r = first; r < last; ++r) {
           const std::byte* from =
               static_cast<const std::byte*>(part.data) + (begin + r) * part.cols * DTypeBytes(part.dtype);
-          std::byte* row = staged + r * row_bytes;
-          if (part.dtype == dtype) {
-            std::memcpy(row, from, row_bytes);
-            continue;
-          }
-          for (int64_t i = 0; i < part.cols; ++i) {
-            float value;
-            if (part.dtype == DType::kF32) {
-              std::memcpy(&value, from + i * sizeof(value), sizeof(value));
-            } else {
-              uint16_t half;
-              std::memcpy(&half, from + i * sizeof(half), sizeof(half));
-              value = part.dtype == DType::kBF16 ? Bf16ToF32(half) : F16ToF32(half);
-            }
-            if (dtype == DType::kF32) {
-              std::memcpy(row + i * sizeof(value), &value, sizeof(value));
-              continue;
-            }
-            const uint16_t bits = F32ToBf16(value);
-            std::memcpy(row + i * sizeof(bits), &bits, sizeof(bits));
-          }
+          ConvertValues(from, part.dtype, part.cols, dtype, staged + r * row_bytes);
         }
       });
       LOCKSTEP_RETURN_IF_ERROR(

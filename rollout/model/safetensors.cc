@@ -10,6 +10,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "rollout/base/status.h"
+#include "rollout/base/tensor_shape.h"
 #include "rollout/model/strict_json.h"
 
 namespace lockstep {
@@ -163,10 +164,6 @@ absl::Status CheckCoverage(const std::vector<TensorEntry>& sorted, uint64_t data
 }
 
 }  // namespace
-
-std::string ShapeText(const std::vector<int64_t>& shape) {
-  return absl::StrCat("[", absl::StrJoin(shape, ", "), "]");
-}
 
 absl::StatusOr<std::vector<TensorEntry>> ParseSafetensorsHeader(std::string_view file, uint64_t file_size,
                                                                 std::string_view what) {

@@ -33,9 +33,6 @@ struct TensorEntry {
   bool operator==(const TensorEntry&) const = default;
 };
 
-// "[3840, 1, 4]"
-std::string ShapeText(const std::vector<int64_t>& shape);
-
 // Checks everything the format promises: header length, JSON (no duplicate key, only the known ones), known dtypes,
 // sizes that match shapes, and tensors that cover the data section without overlap or hole. `file` holds at least the
 // header, `file_size` is the whole file's. Sorted by place in the file. INVALID_ARGUMENT "<what>: ..." names the

@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "rollout/base/status.h"
+#include "rollout/base/tensor_shape.h"
 #include "rollout/model/name_map.h"
 
 namespace lockstep {
@@ -111,18 +112,13 @@ class Resolver {
   }
 
   bool CheckParts(const TensorSpec& wanted, const std::vector<CheckpointTensor>& parts) {
-    // The cut that fits the rows found, or else the first, to complain with.
-    const std::vector<int64_t>* rows = &wanted.part_rows.front();
-    for (const std::vector<int64_t>& cut : wanted.part_rows) {
-      const auto fits = [](const CheckpointTensor& part, int64_t n) {
-        return !part.entry->shape.empty() && part.entry->shape[0] == n;
-      };
-      if (std::equal(parts.begin(), parts.end(), cut.begin(), cut.end(), fits)) rows = &cut;
-    }
+    std::vector<int64_t> found;
+    for (const CheckpointTensor& part : parts) found.push_back(part.entry->shape.empty() ? 0 : part.entry->shape[0]);
+    const std::vector<int64_t>& rows = FittingCut(wanted.part_rows, found);
     bool good = true;
     for (size_t i = 0; i < parts.size(); ++i) {
       std::vector<int64_t> shape = wanted.shape;
-      shape[0] = (*rows)[i];
+      shape[0] = rows[i];
       good = CheckShape(shape, parts[i]) && good;
     }
     return good;

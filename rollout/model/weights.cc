@@ -8,6 +8,7 @@
 #include "kernels/float_bits.h"
 #include "rollout/base/check.h"
 #include "rollout/base/status.h"
+#include "rollout/base/tensor_shape.h"
 #include "rollout/model/checkpoint.h"
 #include "rollout/model/load_progress.h"
 #include "rollout/model/name_map.h"

@@ -66,8 +66,13 @@ void Scheduler::Restart(SequenceId id) {
   waiting_.insert(RankOf(s));
 }
 
+bool Scheduler::has_whole_state(SequenceId id) const {
+  const Sequence& s = Get(id);
+  return std::max(s.computed, s.swapped) + 1 == s.known;
+}
+
 void Scheduler::Keep(SequenceId id) {
-  LOCKSTEP_CHECK(has_state(id), "sequence {} has no state to keep", id);
+  LOCKSTEP_CHECK(has_whole_state(id), "sequence {} has no whole state to keep", id);
   Get(id).kept = true;
 }
 

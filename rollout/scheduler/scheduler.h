@@ -103,10 +103,10 @@ class Scheduler {
   // The sequence's state is to be computed again from its first position.
   void Restart(SequenceId id);
   // The sequence's state cannot be computed again: from now on it is saved and restored where others are recomputed.
-  // It has a state, or is swapped out.
+  // It has a whole state.
   void Keep(SequenceId id);
-  // Whether it has one.
-  bool has_state(SequenceId id) const { return Get(id).slot >= 0 || Get(id).swapped > 0; }
+  // Whether all but the last known token are in its state, in its slot or swapped out.
+  bool has_whole_state(SequenceId id) const;
 
   int32_t slot(SequenceId id) const;
   const std::vector<int32_t>& page_table(SequenceId id) const;

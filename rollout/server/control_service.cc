@@ -3,7 +3,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
 #include "rollout/base/status.h"
-#include "rollout/server/control_fields.h"
+#include "rollout/server/check_range.h"
 #include "rollout/server/stream_reactor.h"
 #include "rollout/server/unknown_fields.h"
 
@@ -33,7 +33,7 @@ grpc::Status ControlService::Pause(grpc::ServerContext*, const v1::PauseRequest*
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
     LOCKSTEP_ASSIGN_OR_RETURN(const PauseMode mode, ModeOf(request->mode()));
     LOCKSTEP_RETURN_IF_ERROR(
-        CheckField("timeout_ms", request->timeout_ms(), 0, mode == PauseMode::kFinish ? kMaxTimeoutMs : 0));
+        CheckRange("timeout_ms", request->timeout_ms(), 0, mode == PauseMode::kFinish ? kMaxTimeoutMs : 0));
     response->set_in_flight(control_.Pause(mode, absl::Now() + absl::Milliseconds(request->timeout_ms())));
     return absl::OkStatus();
   };
@@ -49,7 +49,7 @@ grpc::Status ControlService::Resume(grpc::ServerContext*, const v1::ResumeReques
 grpc::Status ControlService::Drain(grpc::ServerContext*, const v1::DrainRequest* request, v1::DrainResponse*) {
   const auto run = [&]() -> absl::Status {
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
-    LOCKSTEP_RETURN_IF_ERROR(CheckField("timeout_ms", request->timeout_ms(), 0, kMaxTimeoutMs));
+    LOCKSTEP_RETURN_IF_ERROR(CheckRange("timeout_ms", request->timeout_ms(), 0, kMaxTimeoutMs));
     drain_(absl::Now() + absl::Milliseconds(request->timeout_ms()));
     return absl::OkStatus();
   };

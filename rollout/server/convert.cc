@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
 #include "rollout/base/status.h"
+#include "rollout/server/check_range.h"
 #include "rollout/server/token_buffer.h"
 #include "rollout/server/unknown_fields.h"
 
@@ -61,11 +62,6 @@ absl::Status CheckRequestId(const std::string& id) {
     return Bad("request_id", absl::StrCat("value ", Quote(id), " of ", id.size(), " bytes"), kWant);
   }
   return absl::OkStatus();
-}
-
-absl::Status CheckRange(std::string_view field, int64_t value, int64_t low, int64_t high) {
-  if (value >= low && value <= high) return absl::OkStatus();
-  return BadValue(field, value, absl::StrCat(low, " to ", high));
 }
 
 absl::Status CheckHint(std::string_view field, const std::string& value) {

@@ -9,7 +9,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "rollout/base/status.h"
-#include "rollout/server/control_fields.h"
+#include "rollout/server/check_range.h"
 #include "rollout/server/respond.h"
 #include "rollout/server/stream_reactor.h"
 #include "rollout/server/unknown_fields.h"
@@ -106,7 +106,7 @@ absl::StatusOr<WeightSwitch> SwitchOf(const v1::CommitRequest& request) {
   WeightSwitch change;
   LOCKSTEP_ASSIGN_OR_RETURN(change.version, Version(request.has_version(), request.version()));
   LOCKSTEP_ASSIGN_OR_RETURN(change.policy, PolicyOf(request.policy(), "policy"));
-  LOCKSTEP_RETURN_IF_ERROR(CheckField("finish_timeout_ms", request.finish_timeout_ms(), 0, kMaxFinishMs));
+  LOCKSTEP_RETURN_IF_ERROR(CheckRange("finish_timeout_ms", request.finish_timeout_ms(), 0, kMaxFinishMs));
   change.finish_timeout = absl::Milliseconds(request.finish_timeout_ms());
   if (change.policy != InFlightPolicy::kFinish &&
       (request.finish_timeout_ms() != 0 || request.fallback() != v1::IN_FLIGHT_POLICY_UNSPECIFIED)) {
@@ -132,7 +132,7 @@ grpc::Status WeightsService::Begin(grpc::ServerContext*, const v1::BeginRequest*
     LOCKSTEP_ASSIGN_OR_RETURN(const WeightVersion version, Version(request->has_version(), request->version()));
     LOCKSTEP_ASSIGN_OR_RETURN(Manifest manifest, ManifestOf(request->manifest()));
     const int64_t lease = request->lease_ms() == 0 ? kDefaultLeaseMs : request->lease_ms();
-    LOCKSTEP_RETURN_IF_ERROR(CheckField("lease_ms", lease, kMinLeaseMs, kMaxLeaseMs));
+    LOCKSTEP_RETURN_IF_ERROR(CheckRange("lease_ms", lease, kMinLeaseMs, kMaxLeaseMs));
     LOCKSTEP_ASSIGN_OR_RETURN(const std::vector<int64_t> received,
                               update_.Begin(version, std::move(manifest), absl::Milliseconds(lease)));
     response->mutable_received_bytes()->Add(received.begin(), received.end());
@@ -156,7 +156,7 @@ grpc::Status WeightsService::Push(grpc::ServerContext*, grpc::ServerReader<v1::P
       } else if (chunk.has_version()) {
         return absl::InvalidArgumentError("version: set again; want it in the stream's first message only");
       }
-      LOCKSTEP_RETURN_IF_ERROR(CheckField("data", static_cast<int64_t>(chunk.data().size()), 0, kMaxChunkBytes));
+      LOCKSTEP_RETURN_IF_ERROR(CheckRange("data", static_cast<int64_t>(chunk.data().size()), 0, kMaxChunkBytes));
       LOCKSTEP_RETURN_IF_ERROR(update_.Push(*version, chunk.tensor(), chunk.offset(),
                                             std::as_bytes(std::span(chunk.data().data(), chunk.data().size()))));
       bytes += static_cast<int64_t>(chunk.data().size());

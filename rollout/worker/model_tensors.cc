@@ -1,12 +1,11 @@
 #include "rollout/worker/model_tensors.h"
 
 #include <algorithm>
-#include <cstring>
 #include <map>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
-#include "kernels/float_bits.h"
+#include "kernels/host_values.h"
 #include "rollout/base/check.h"
 #include "rollout/base/status.h"
 #include "rollout/model/checkpoint.h"
@@ -20,37 +19,13 @@ namespace {
 constexpr int64_t kBlock = int64_t{1} << 18;  // values converted at a time
 constexpr int64_t kAlign = 256;               // bytes; of a slot in the stage
 
-// `count` values of `from` as values of `to`, nearest and ties to even. `data` may have any alignment.
-void Convert(const std::byte* data, DType from, int64_t count, DType to, std::byte* out) {
-  if (from == to) {
-    std::memcpy(out, data, count * DTypeBytes(to));
-    return;
-  }
-  for (int64_t i = 0; i < count; ++i) {
-    float value;
-    if (from == DType::kF32) {
-      std::memcpy(&value, data + i * sizeof(value), sizeof(value));
-    } else {
-      uint16_t bits;
-      std::memcpy(&bits, data + i * sizeof(bits), sizeof(bits));
-      value = from == DType::kBF16 ? Bf16ToF32(bits) : F16ToF32(bits);
-    }
-    if (to == DType::kF32) {
-      std::memcpy(out + i * sizeof(value), &value, sizeof(value));
-    } else {
-      const uint16_t bits = F32ToBf16(value);
-      std::memcpy(out + i * sizeof(bits), &bits, sizeof(bits));
-    }
-  }
-}
-
-// Calls visit(values, count) for blocks of the values, converted.
+// Calls visit(values, first) for blocks of the values, converted; `first` is the index of a block's first value.
 template <class Visit>
 absl::Status ForEachBlock(const std::byte* data, DType from, int64_t count, DType to, Visit visit) {
   std::vector<std::byte> block(std::min(count, kBlock) * DTypeBytes(to));
   for (int64_t done = 0; done < count; done += kBlock) {
     const int64_t n = std::min(kBlock, count - done);
-    Convert(data + done * DTypeBytes(from), from, n, to, block.data());
+    ConvertValues(data + done * DTypeBytes(from), from, n, to, block.data());
     LOCKSTEP_RETURN_IF_ERROR(visit(std::span<const std::byte>(block.data(), n * DTypeBytes(to)), done));
   }
   return absl::OkStatus();
@@ -175,7 +150,7 @@ absl::Status ModelTensors::Stage(const ArrivedRows& rows) {
   // Rounded to the held dtype first, and from there to the dtype of the stage, which holds it exactly.
   std::vector<std::byte>& held = staged.parts;
   held.resize(Elements(slot) * bytes);
-  Convert(rows.data, rows.dtype, count, slot.held, held.data() + rows.first_row * row * bytes);
+  ConvertValues(rows.data, rows.dtype, count, slot.held, held.data() + rows.first_row * row * bytes);
   staged.rows += rows.rows;
   if (staged.rows < slot.shape[0]) return absl::OkStatus();
   staged.digest = Digest(held);

@@ -138,7 +138,7 @@ WeightSwitchResult StepLoop::SwitchWeights(const WeightVersion& version, InFligh
                                      ? " with policy ABORT"
                                      : " while prompt log-probabilities were computed; send the request again"),
                     now);
-    } else if (policy == InFlightPolicy::kKeep && generated && scheduler_.has_state(id)) {
+    } else if (policy == InFlightPolicy::kKeep && generated && scheduler_.has_whole_state(id)) {
       scheduler_.Keep(id);
       ++counts.kept;
     } else {

@@ -53,8 +53,8 @@ class StepLoop {
   // The last Step() found nothing to run although requests wait: they are held.
   bool stalled() const { return stalled_; }
   // The weights are those of `version` from now on; kFinish is the caller's to wait for. Counts what became of samples
-  // in flight. Under kKeep a sample without a token is recomputed, which loses nothing; and whatever the policy, one of
-  // which only some prompt log-probabilities were delivered ends, since the rest would be of other weights.
+  // in flight. Under kKeep a sample without a token, or without a whole state, is recomputed; and whatever the policy,
+  // one of which only some prompt log-probabilities were delivered ends, since the rest would be of other weights.
   WeightSwitchResult SwitchWeights(const WeightVersion& version, InFlightPolicy policy, absl::Time now);
   const WeightVersion& weight_version() const { return weight_version_; }
 

@@ -105,12 +105,7 @@ absl::StatusOr<WeightSwitchResult> Worker::SwitchWeights(const WeightSwitch& cha
   const absl::Time begin = absl::Now();
   InFlightPolicy policy = change.policy;
   const bool finish = policy == InFlightPolicy::kFinish;
-  const auto hold = [this](bool on) {
-    return AtBoundary([this, on](absl::Time) {
-      holding_ = on;
-      loop_->HoldNew(on);
-    });
-  };
+  const auto hold = [this](bool on) { return AtBoundary([this, on](absl::Time) { loop_->HoldNew(on); }); };
   if (finish) {
     LOCKSTEP_RETURN_IF_ERROR(hold(true));
     if (!AwaitNoneInFlight(begin + change.finish_timeout) && !change.fallback) {
@@ -125,10 +120,7 @@ absl::StatusOr<WeightSwitchResult> Worker::SwitchWeights(const WeightSwitch& cha
   WeightSwitchResult result;
   absl::Status status;
   LOCKSTEP_RETURN_IF_ERROR(AtBoundary([&](absl::Time now) {
-    if (finish) {
-      holding_ = false;
-      loop_->HoldNew(false);
-    }
+    if (finish) loop_->HoldNew(false);
     status = loop_->failure();
     if (!status.ok()) return;
     status = install();
@@ -146,17 +138,12 @@ absl::StatusOr<WeightSwitchResult> Worker::SwitchWeights(const WeightSwitch& cha
 
 int64_t Worker::Pause(PauseMode mode, absl::Time deadline) {
   if (mode == PauseMode::kFinish) {
-    const auto hold = [this](absl::Time) {
-      holding_ = true;
-      loop_->HoldNew(true);
-    };
-    if (AtBoundary(hold).ok()) AwaitNoneInFlight(deadline);
+    if (AtBoundary([this](absl::Time) { loop_->HoldNew(true); }).ok()) AwaitNoneInFlight(deadline);
   }
   int64_t in_flight = 0;
   // A worker that is stopping runs no steps either.
   AtBoundary([&](absl::Time now) {
     if (mode == PauseMode::kAbort) loop_->AbortAll(AbortReason::kClient, now);
-    holding_ = false;
     loop_->HoldNew(false);
     paused_ = true;
     in_flight = loop_->in_flight();

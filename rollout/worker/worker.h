@@ -59,9 +59,7 @@ class Worker : public WorkerInterface, public WorkerControl {
   bool ended_ ABSL_GUARDED_BY(mutex_) = false;     // the thread runs no more commands
   int64_t in_flight_ ABSL_GUARDED_BY(mutex_) = 0;  // as of the last step boundary
   WeightVersion version_ ABSL_GUARDED_BY(mutex_);
-  // New samples wait while any of these holds.
-  bool paused_ = false;                           // the thread's alone: no step runs
-  bool holding_ = false;                          // the thread's alone
+  bool paused_ = false;                           // no step runs; the thread's alone
   absl::Status failure_ ABSL_GUARDED_BY(mutex_);  // of the device
   std::thread thread_;
 };
