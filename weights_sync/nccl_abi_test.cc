@@ -9,11 +9,15 @@
 namespace lockstep::nccl {
 namespace {
 
-static_assert(kSuccess == ncclSuccess && kUnhandledCudaError == ncclUnhandledCudaError);
-static_assert(kSystemError == ncclSystemError && kInternalError == ncclInternalError);
-static_assert(kInvalidArgument == ncclInvalidArgument && kInvalidUsage == ncclInvalidUsage);
-static_assert(kRemoteError == ncclRemoteError && kInProgress == ncclInProgress);
-static_assert(kInt8 == ncclInt8 && kUint8 == ncclUint8);
+template <typename Mine, typename Theirs>
+constexpr bool Same(Mine ours, Theirs theirs) {
+  return static_cast<int>(ours) == static_cast<int>(theirs);
+}
+static_assert(Same(kSuccess, ncclSuccess) && Same(kUnhandledCudaError, ncclUnhandledCudaError));
+static_assert(Same(kSystemError, ncclSystemError) && Same(kInternalError, ncclInternalError));
+static_assert(Same(kInvalidArgument, ncclInvalidArgument) && Same(kInvalidUsage, ncclInvalidUsage));
+static_assert(Same(kRemoteError, ncclRemoteError) && Same(kInProgress, ncclInProgress));
+static_assert(Same(kInt8, ncclInt8) && Same(kUint8, ncclUint8));
 static_assert(sizeof(Result) == sizeof(ncclResult_t) && sizeof(DataType) == sizeof(ncclDataType_t));
 static_assert(sizeof(UniqueId) == sizeof(ncclUniqueId) && alignof(UniqueId) == alignof(ncclUniqueId));
 static_assert(kUndefinedInt == NCCL_CONFIG_UNDEF_INT);
