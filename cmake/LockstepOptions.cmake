@@ -1,5 +1,6 @@
 # Options and compile flags. Flags sit on one interface target, so that third-party headers and generated code can opt out of the warnings.
 option(LOCKSTEP_CUDA "Build the CUDA backend (needs nvcc)" OFF)
+option(LOCKSTEP_RACECHECK "CUDA code in a form that compute-sanitizer's racecheck can follow, slower (kernels/cuda/warp_arrive.cuh)" OFF)
 option(LOCKSTEP_FUZZ "Build the libFuzzer targets (needs clang)" OFF)
 set(LOCKSTEP_SANITIZE "" CACHE STRING "Value of -fsanitize=, empty for none")
 
@@ -55,4 +56,7 @@ if(LOCKSTEP_CUDA)
   # -fmad=false is -ffp-contract=off for device code: where a fused multiply-add is meant, the code says __fmaf_rn.
   target_compile_options(lockstep_flags INTERFACE
     "$<$<COMPILE_LANGUAGE:CUDA>:-fmad=false;--compress-mode=size;-Werror=all-warnings;-Xcompiler=-ffp-contract=off,-Wall,-Wextra,-Werror,-Wno-sign-compare>")
+  if(LOCKSTEP_RACECHECK)
+    target_compile_options(lockstep_flags INTERFACE "$<$<COMPILE_LANGUAGE:CUDA>:-DLOCKSTEP_RACECHECK;-lineinfo>")
+  endif()
 endif()

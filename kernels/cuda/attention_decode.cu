@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) DecodeKernel(const __g
   if (threadIdx.x == 0) {
     for (int i = 0; i < kSlots; ++i) {
       BarrierInit(&shared.full[i], 1);
-      BarrierInit(&shared.empty[i], kMathWarps);
+      BarrierInit(&shared.empty[i], kMathWarps * kWarpArrivals);
     }
     BarrierInitFence();
   }
@@ -117,8 +117,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) DecodeKernel(const __g
           if (2 * quad + i % 2 < columns) scores[2 * quad + i % 2][key + group_row + i / 2 * 8] = s[i];
         }
       }
-      __syncwarp();
-      if (lane == 0) BarrierArrive(&shared.empty[ring.slot]);
+      WarpArrive(&shared.empty[ring.slot]);
       ring.Next();
     }
     // One barrier a tile: the scores alternate between two places.
@@ -183,8 +182,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) DecodeKernel(const __g
           Mma16(o[d], a, p[half * (kBlock / 8) + 2 * g], p[half * (kBlock / 8) + 2 * g + 1]);
         }
       }
-      __syncwarp();
-      if (lane == 0) BarrierArrive(&shared.empty[ring.slot]);
+      WarpArrive(&shared.empty[ring.slot]);
       ring.Next();
     }
   }

@@ -5,6 +5,7 @@
 #include "kernels/cuda/attention_args.h"
 #include "kernels/cuda/attention_math.cuh"
 #include "kernels/cuda/attention_ptx.cuh"
+#include "kernels/cuda/warp_arrive.cuh"
 
 namespace lockstep::cuda {
 

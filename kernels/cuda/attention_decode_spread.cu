@@ -76,7 +76,7 @@ __global__ void __launch_bounds__(kScoreThreads, 3) ScoreKernel(const __grid_con
   if (threadIdx.x == 0) {
     for (int i = 0; i < kScoreSlots; ++i) {
       BarrierInit(&shared.full[i], 1);
-      BarrierInit(&shared.empty[i], kScoreWarps);
+      BarrierInit(&shared.empty[i], kScoreWarps * kWarpArrivals);
     }
     BarrierInitFence();
   }
@@ -132,8 +132,7 @@ __global__ void __launch_bounds__(kScoreThreads, 3) ScoreKernel(const __grid_con
         }
       }
       if (!loaded) continue;
-      __syncwarp();
-      if (lane == 0) BarrierArrive(&shared.empty[ring.slot]);
+      WarpArrive(&shared.empty[ring.slot]);
       ring.Next();
     }
 #pragma unroll
@@ -164,7 +163,6 @@ constexpr int kSumWarp = 1;
 constexpr int kFirstValueWarp = 2;
 constexpr int kFirstWeightWarp = kFirstValueWarp + kValueWarps;
 constexpr int kValueThreads = (kFirstWeightWarp + kWeightWarps) * 32;
-constexpr int kOutBarrier = 1;
 
 template <class Order>
 struct ValueStage {
@@ -184,6 +182,7 @@ struct ValueShared {
   uint64_t full[kStages];
   uint64_t weighed[kStages];
   uint64_t empty[kStages];
+  uint64_t summed;  // `inverse` is there
 };
 
 // Byte offset of 16-byte chunk `chunk` of row `row` in rows of 64 bytes as the 64-byte swizzle stores them.
@@ -265,11 +264,9 @@ __device__ void Weigh(const SpreadArgs& spread, const Unit& unit, const KeyRange
       }
       if (quad == 0) stage.rescale[lane / 4] = factors.rescale;
       ProxyFence();  // the next record is copied over the weights
-      __syncwarp();
-      if (lane == 0) BarrierArrive(&shared.weighed[ring.slot]);
+      WarpArrive(&shared.weighed[ring.slot]);
     }
-    __syncwarp();
-    if (lane == 0) BarrierArrive(&shared.empty[ring.slot]);
+    WarpArrive(&shared.empty[ring.slot]);
     ring.Next();
   }
 }
@@ -291,8 +288,7 @@ __device__ void Sum(const Unit& unit, const KeyRange<Order>& range, ValueShared<
       weights[i] = *reinterpret_cast<const float2*>(&stage.scores[column * kKeys + 8 * i + 2 * (lane % 4)]);
     }
     sum.BeginTile(stage.rescale[column]);
-    __syncwarp();
-    if (lane == 0) BarrierArrive(&shared.empty[ring.slot]);
+    WarpArrive(&shared.empty[ring.slot]);
     ring.Next();
 #pragma unroll
     for (int i = 0; i < kKeys / 8; ++i) {
@@ -303,6 +299,7 @@ __device__ void Sum(const Unit& unit, const KeyRange<Order>& range, ValueShared<
   }
   const float inverse = sum.Inverse();
   if (lane % 4 == 0) shared.inverse[lane / 4] = inverse;
+  WarpArrive(&shared.summed);
 }
 
 // What a tile brings to 16 dims of the output: both operands of its products.
@@ -339,8 +336,7 @@ __device__ void SumValues(const AttentionArgs& args, const Unit& unit, const Key
     operands.rescale = *reinterpret_cast<const float2*>(&stage.rescale[2 * quad]);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) operands.p[g] = *reinterpret_cast<const uint2*>(stage.p[g][lane]);
-    __syncwarp();
-    if (lane == 0) BarrierArrive(&shared.empty[ring.slot]);
+    WarpArrive(&shared.empty[ring.slot]);
     ring.Next();
   };
   float o[4] = {};
@@ -363,7 +359,7 @@ __device__ void SumValues(const AttentionArgs& args, const Unit& unit, const Key
     if (step + 2 < range.tiles) fetch(step + 2, even);
     sum(step + 1, odd);
   }
-  NamedBarrier(kOutBarrier, (kValueWarps + 1) * 32);
+  BarrierWait(&shared.summed, 0);
   __nv_bfloat16* out = args.out + unit.piece.row_begin * args.out_stride + unit.first_head * kHeadDim +
                        static_cast<int>(blockIdx.z) * kPartDim + which * 16 + lane / 4;
 #pragma unroll
@@ -388,9 +384,10 @@ __global__ void __launch_bounds__(kValueThreads, 1) ValueKernel(const __grid_con
   if (threadIdx.x == 0) {
     for (int i = 0; i < Shared::kStages; ++i) {
       BarrierInit(&shared.full[i], 1);
-      BarrierInit(&shared.weighed[i], 1);
-      BarrierInit(&shared.empty[i], kWeightWarps + kValueWarps + 1);
+      BarrierInit(&shared.weighed[i], kWarpArrivals);
+      BarrierInit(&shared.empty[i], (kWeightWarps + kValueWarps + 1) * kWarpArrivals);
     }
+    BarrierInit(&shared.summed, kWarpArrivals);
     BarrierInitFence();
   }
   __syncthreads();
@@ -399,7 +396,6 @@ __global__ void __launch_bounds__(kValueThreads, 1) ValueKernel(const __grid_con
     LoadValues(spread, unit, range, shared);
   } else if (warp == kSumWarp) {
     Sum(unit, range, shared);
-    NamedBarrier(kOutBarrier, (kValueWarps + 1) * 32);
   } else if (warp < kFirstWeightWarp) {
     SumValues(args, unit, range, warp - kFirstValueWarp, shared);
   } else {

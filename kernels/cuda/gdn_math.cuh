@@ -145,10 +145,6 @@ __device__ inline void BarrierExpect(uint64_t* barrier, uint32_t bytes) {
                : "memory");
 }
 
-__device__ inline void BarrierArrive(uint64_t* barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(SharedAddress(barrier)) : "memory");
-}
-
 __device__ inline void BarrierWait(uint64_t* barrier, uint32_t parity) {
   asm volatile(
       "{\n"

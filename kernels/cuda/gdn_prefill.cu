@@ -4,6 +4,7 @@
 #include "kernels/cuda/gdn_math.cuh"
 #include "kernels/cuda/gdn_prefill.h"
 #include "kernels/cuda/params.h"
+#include "kernels/cuda/warp_arrive.cuh"
 
 namespace lockstep::cuda {
 namespace {
@@ -523,7 +524,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
   if (thread == 0) {
     for (int stage = 0; stage < kStages; ++stage) {
       BarrierInit(&shared.full[stage], 1);
-      BarrierInit(&shared.empty[stage], kScanWarps);
+      BarrierInit(&shared.empty[stage], kScanWarps * kWarpArrivals);
     }
     BarrierInitFence();
   }
@@ -665,8 +666,7 @@ __global__ void __launch_bounds__(kScanThreads, 2)
         }
       }
     }
-    __syncwarp();
-    if (lane == 0) BarrierArrive(&shared.empty[n % kStages]);
+    WarpArrive(&shared.empty[n % kStages]);
   }
   // A chunk was closed: the slot's S is that of another boundary.
   if (min(piece_end, start / kGdnChunk * kGdnChunk + chunks * kGdnChunk) / kGdnChunk == start / kGdnChunk) return;

@@ -279,15 +279,15 @@ __global__ void __launch_bounds__(LinearTraits<kWarpgroups, kBlocks, kFeatures>:
                            .full = SharedAddress(barriers),
                            .empty = SharedAddress(barriers + kLinearMaxStages)};
   ReleaseNextKernel();
+  if (threadIdx.x < args.stages) {
+    InitBarrier(ring.Full(threadIdx.x), 2);
+    InitBarrier(ring.Empty(threadIdx.x), Traits::kConsumers / 32);
+    FenceBarrierInit();
+  }
+  __syncthreads();
   if (threadIdx.x >= Traits::kConsumers) {
     if constexpr (kWarpgroups > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     const int thread = threadIdx.x - Traits::kConsumers;
-    if (thread < args.stages) {
-      InitBarrier(ring.Full(thread), 2);
-      InitBarrier(ring.Empty(thread), Traits::kConsumers / 32);
-    }
-    FenceBarrierInit();
-    __syncthreads();
     if (thread == 0) {  // reads what no earlier kernel writes, so it does not wait for one
       CopyTiles<Traits, kFeatures, LinearOperand::kWeight>(args, ring);
     } else if (thread == 32) {
@@ -296,7 +296,6 @@ __global__ void __launch_bounds__(LinearTraits<kWarpgroups, kBlocks, kFeatures>:
     }
   } else {
     if constexpr (kWarpgroups > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    __syncthreads();
     ConsumeTiles<Traits, kBlocks, kFeatures>(args, ring);
   }
 }
