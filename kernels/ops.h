@@ -162,6 +162,55 @@ class WeightStage {
   virtual absl::Status Finish() = 0;
   // Of the device; written bytes may be stored into weights from here.
   virtual const std::byte* data() const = 0;
+  virtual std::byte* data() = 0;
+};
+
+// Values of one tensor in an inbox, on their way into a stage. Indices of values are multiples of 4, and so is `count`
+// unless the tensor and its place in the stage end with it.
+struct InboxValues {
+  const std::byte* from = nullptr;  // in the inbox, aligned to 16 bytes
+  DType sent = DType::kF32;
+  int64_t count = 0;
+  int64_t sent_index = 0;  // of the first value in the tensor as it was sent
+  int64_t held_index = 0;  // of the first value in what digests of held values count
+  DType held = DType::kF32;  // rounded to this first, to nearest and ties to even
+  int64_t to = 0;            // offset in the stage, in bytes, aligned to 16
+  DType stored = DType::kF32;  // there; holds every value of `held`
+  int64_t tally = -1;          // to which the values count; -1: none
+};
+
+// Sums over a tensor's values: weights_sync/digest.h says of what.
+struct ValueTally {
+  uint64_t sent_sum = 0;  // of the words as sent, and as held
+  uint64_t held_sum = 0;
+  uint64_t non_finite = 0;  // NaNs and infinities as sent
+};
+
+// Two buffers in the device's memory that a transport (NCCL) fills while steps run, and the way from there into a
+// stage. In turn, for each buffer: Acquire, the transport's work on stream(), Arrived, Store..., Release. Used by one
+// thread at a time, which may be another than the step loop's. Nothing waits unless it says so.
+class WeightInbox {
+ public:
+  virtual ~WeightInbox() = default;
+  virtual int64_t buffer_bytes() const = 0;
+  virtual std::byte* buffer(int which) = 0;
+  // A cudaStream_t; null: host memory, where the transport's work is done when its call is.
+  virtual void* stream() = 0;
+  // Makes the device the calling thread's, for a transport that works on the current one.
+  virtual absl::Status UseOnThisThread() = 0;
+
+  // Waits until nothing is under way and sets the tallies to zero.
+  virtual absl::Status Reset() = 0;
+  // What the transport does next on stream() comes after the buffer's last Release.
+  virtual absl::Status Acquire(int which) = 0;
+  // What is stored next comes after what the transport has been asked for on stream().
+  virtual absl::Status Arrived() = 0;
+  virtual absl::Status Store(const InboxValues& values, WeightStage& stage) = 0;
+  virtual absl::Status Release(int which) = 0;
+  // Whether all that was asked for, on stream() too, has happened.
+  virtual absl::StatusOr<bool> Idle() = 0;
+  // Once it is idle.
+  virtual absl::StatusOr<std::vector<ValueTally>> Tallies() = 0;
 };
 
 class Ops {
@@ -208,6 +257,9 @@ class Ops {
 
   // RESOURCE_EXHAUSTED if there is not as much memory.
   virtual absl::StatusOr<std::unique_ptr<WeightStage>> MakeWeightStage(int64_t bytes) = 0;
+  // Two buffers of buffer_bytes (a multiple of 256) and `tallies` tallies. RESOURCE_EXHAUSTED if there is not as much
+  // memory.
+  virtual absl::StatusOr<std::unique_ptr<WeightInbox>> MakeWeightInbox(int64_t buffer_bytes, int64_t tallies) = 0;
   // Put rows [first_row, first_row + from.rows) of a weight in the place of those in use: addresses stay as they are.
   // `from` is in the stage, in the dtype in which the weight is held.
   virtual void StoreLinear(const HostMatrix& from, int64_t first_row, LinearWeight& to) = 0;

@@ -26,21 +26,24 @@ class Backoff {
 
 absl::StatusOr<std::unique_ptr<NcclGroup>> NcclGroup::Create(std::shared_ptr<NcclLibrary> library,
                                                              const std::string& unique_id, int nranks, int rank,
-                                                             absl::Time deadline, const std::atomic<bool>* cancelled) {
+                                                             absl::Time deadline, int max_ctas,
+                                                             std::function<bool()> cancelled) {
   if (unique_id.size() != nccl::kUniqueIdBytes)
     return absl::InvalidArgumentError(
         absl::StrCat("unique_id: ", unique_id.size(), " bytes; want ", nccl::kUniqueIdBytes));
   if (nranks < 1) return absl::InvalidArgumentError(absl::StrCat("nranks: ", nranks, "; want 1 or more"));
   if (rank < 0 || rank >= nranks)
     return absl::InvalidArgumentError(absl::StrCat("rank: ", rank, "; want 0 to ", nranks - 1));
-  std::unique_ptr<NcclGroup> group(new NcclGroup(std::move(library), nranks, rank, cancelled));
+  std::unique_ptr<NcclGroup> group(new NcclGroup(std::move(library), nranks, rank, std::move(cancelled)));
   nccl::UniqueId id;
   std::memcpy(id.internal, unique_id.data(), sizeof(id.internal));
   nccl::Config config;
   config.blocking = 0;
+  if (max_ctas > 0) config.max_ctas = max_ctas;
   const nccl::Result result = group->library_->api().ncclCommInitRankConfig(&group->comm_, nranks, id, rank, &config);
   const absl::Status status = group->Finish(result, "the ranks to come together", deadline);
   if (!status.ok()) return status;
+  group->outer_cancelled_ = nullptr;
   return group;
 }
 
@@ -126,8 +129,7 @@ absl::Status NcclGroup::Finish(nccl::Result result, const std::string& what, abs
 }
 
 bool NcclGroup::IsCancelled() const {
-  return cancelled_.load(std::memory_order_relaxed) ||
-         (outer_cancelled_ != nullptr && outer_cancelled_->load(std::memory_order_relaxed));
+  return cancelled_.load(std::memory_order_relaxed) || (outer_cancelled_ != nullptr && outer_cancelled_());
 }
 
 absl::Status NcclGroup::Fail(absl::Status status) {

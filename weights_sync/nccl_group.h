@@ -33,12 +33,13 @@ class NcclGroup {
     int64_t bytes;  // 0: nothing is sent; the ranks must agree in that as well
   };
 
-  // Waits until all ranks have come. unique_id: NcclLibrary::UniqueId() of one of them. cancelled: null, or a flag
-  // that has the effect of Cancel(); it must outlive the group.
+  // Waits until all ranks have come. unique_id: NcclLibrary::UniqueId() of one of them. max_ctas: thread blocks that a
+  // broadcast may take, the least of the ranks' counts; 0: NCCL's choice. cancelled: asked meanwhile; true ends
+  // the wait.
   static absl::StatusOr<std::unique_ptr<NcclGroup>> Create(std::shared_ptr<NcclLibrary> library,
                                                            const std::string& unique_id, int nranks, int rank,
-                                                           absl::Time deadline,
-                                                           const std::atomic<bool>* cancelled = nullptr);
+                                                           absl::Time deadline, int max_ctas = 0,
+                                                           std::function<bool()> cancelled = nullptr);
   // A healthy communicator is finalised, for at most kFinalizeWait, and destroyed; any other is aborted.
   ~NcclGroup();
   NcclGroup(const NcclGroup&) = delete;
@@ -61,8 +62,8 @@ class NcclGroup {
   int rank() const { return rank_; }
 
  private:
-  NcclGroup(std::shared_ptr<NcclLibrary> library, int nranks, int rank, const std::atomic<bool>* cancelled)
-      : library_(std::move(library)), nranks_(nranks), rank_(rank), outer_cancelled_(cancelled) {}
+  NcclGroup(std::shared_ptr<NcclLibrary> library, int nranks, int rank, std::function<bool()> cancelled)
+      : library_(std::move(library)), nranks_(nranks), rank_(rank), outer_cancelled_(std::move(cancelled)) {}
 
   absl::Status Usable() const;
   // Until `done`, of the communicator's state, is true. Aborts if it does not come to that.
@@ -77,7 +78,7 @@ class NcclGroup {
   const std::shared_ptr<NcclLibrary> library_;
   const int nranks_;
   const int rank_;
-  const std::atomic<bool>* const outer_cancelled_;
+  std::function<bool()> outer_cancelled_;  // of Create(), while it runs
   std::atomic<bool> cancelled_ = false;
   nccl::Comm comm_ = nullptr;  // null: aborted
   std::string cause_;          // why

@@ -36,6 +36,50 @@ struct ArrivedRows {
   DType dtype = DType::kF32;
 };
 
+// A run of one tensor's values in a buffer of an inbox.
+struct ArrivedPiece {
+  size_t tensor = 0;  // of those that the inbox was opened for
+  int64_t index = 0;  // of the first value in the tensor as sent
+  int64_t count = 0;
+  int64_t offset = 0;  // bytes, in the buffer
+};
+
+// What has arrived of a tensor.
+struct ArrivedTensor {
+  uint64_t digest = 0;  // of its bytes as sent
+  int64_t non_finite = 0;
+};
+
+// A tensor that will arrive.
+struct ExpectedTensor {
+  size_t slot = 0;
+  int64_t first_row = 0;
+  int64_t rows = 0;
+  DType dtype = DType::kF32;
+};
+
+// Buffers that a transport fills by itself (NCCL), beside the steps. For buffers 0 and 1 in turn: Acquire, the
+// transport's work on stream(), Stage. Used by one thread at a time; nothing waits.
+class TensorInbox {
+ public:
+  virtual ~TensorInbox() = default;
+  virtual int64_t buffer_bytes() const = 0;
+  virtual std::byte* buffer(int which) = 0;
+  // A cudaStream_t; null: host memory, where the transport's work is done when its call is.
+  virtual void* stream() = 0;
+  // Makes the device the calling thread's.
+  virtual absl::Status UseOnThisThread() = 0;
+
+  // Of which these will arrive. Drops what is there. INVALID_ARGUMENT: a tensor cannot come this way.
+  virtual absl::Status Open(std::vector<ExpectedTensor> tensors) = 0;
+  virtual absl::Status Acquire(int which) = 0;
+  virtual absl::Status Stage(int which, std::span<const ArrivedPiece> pieces) = 0;
+  // Whether all that was asked for has happened.
+  virtual absl::StatusOr<bool> Idle() = 0;
+  // Once all values have come and it is idle: they are the table's staged values. By tensor.
+  virtual absl::StatusOr<std::vector<ArrivedTensor>> Close() = 0;
+};
+
 // BeginUpdate, Stage and Finish are called one at a time, from any thread; the rest at any time.
 class TensorTable {
  public:
@@ -45,6 +89,8 @@ class TensorTable {
   virtual void BeginUpdate() = 0;
   // Converts the rows to the slot's held dtype and puts them into the second place. `data` is free on return.
   virtual absl::Status Stage(const ArrivedRows& rows) = 0;
+  // For transports that fill memory themselves; null: there is none. Between BeginUpdate and Finish.
+  virtual TensorInbox* inbox() = 0;
   // All that was staged is in place.
   virtual absl::Status Finish() = 0;
   // Digests of the slots' values that serve, in the held dtype.

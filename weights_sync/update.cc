@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <numeric>
 #include <utility>
 
 #include "absl/status/status.h"
@@ -15,6 +16,8 @@ namespace lockstep {
 namespace {
 
 constexpr size_t kShown = 10;
+// A receive ends soon after its update was dropped.
+constexpr absl::Duration kDroppedReceiveWait = absl::Seconds(10);
 
 }  // namespace
 
@@ -33,7 +36,12 @@ const char* UpdateStateName(UpdateState state) {
 }
 
 void WeightUpdate::DropExpired() {
-  if (open_ != nullptr && open_->state != UpdateState::kCommitting && absl::Now() >= open_->expires) open_.reset();
+  if (open_ != nullptr && open_->state != UpdateState::kCommitting && absl::Now() >= open_->expires) Drop();
+}
+
+void WeightUpdate::Drop() {
+  *open_->dropped = true;
+  open_.reset();
 }
 
 void WeightUpdate::ExpireLease() {
@@ -90,6 +98,9 @@ absl::StatusOr<std::vector<int64_t>> WeightUpdate::Begin(const WeightVersion& ve
     return absl::FailedPreconditionError(absl::StrCat("manifest.base_version: ", VersionText(*manifest.base_version),
                                                       "; version ", VersionText(serving_), " serves"));
   }
+  // Of an update that was dropped.
+  LOCKSTEP_RETURN_IF_ERROR(AwaitInbox(absl::Now() + kDroppedReceiveWait, "Begin"));
+  if (open_ != nullptr) return absl::FailedPreconditionError("another update was begun meanwhile");
   auto open = std::make_unique<Open>();
   LOCKSTEP_ASSIGN_OR_RETURN(open->places, PlaceTensors(manifest, table_.slots()));
   table_.BeginUpdate();
@@ -110,6 +121,7 @@ absl::Status WeightUpdate::Push(const WeightVersion& version, int64_t tensor, in
     return absl::InvalidArgumentError(
         absl::StrCat("tensor: ", tensor, "; want 0 to ", open->places.size() - 1, ", an index into the manifest"));
   }
+  if (receiving_) return absl::FailedPreconditionError("a Receive is under way; Push after it");
   const std::string& name = open->manifest.tensors[tensor].name;
   const DType dtype = open->manifest.tensors[tensor].dtype;
   const int64_t total = open->places[tensor].bytes, size = static_cast<int64_t>(data.size());
@@ -141,8 +153,79 @@ absl::Status WeightUpdate::Push(const WeightVersion& version, int64_t tensor, in
   arriving.received += static_cast<int64_t>(data.size());
   if (arriving.received < total) return absl::OkStatus();
   const absl::Status staged = StageWhole(*open, tensor);
-  if (!staged.ok()) open_.reset();
+  if (!staged.ok()) Drop();
   return staged;
+}
+
+absl::Status WeightUpdate::AwaitInbox(absl::Time deadline, const char* what) {
+  if (mutex_.AwaitWithDeadline(absl::Condition(+[](bool* receiving) { return !*receiving; }, &receiving_),
+                               deadline)) {
+    return absl::OkStatus();
+  }
+  return absl::UnavailableError(absl::StrCat(what, ": another receive is still under way; try again"));
+}
+
+absl::StatusOr<Receive> WeightUpdate::BeginReceive(const WeightVersion& version, std::vector<int64_t> tensors,
+                                                   absl::Time deadline) {
+  if (table_.inbox() == nullptr) return absl::UnimplementedError("this worker takes weights over the stream only");
+  absl::MutexLock lock(&mutex_);
+  LOCKSTEP_RETURN_IF_ERROR(Get(version, UpdateState::kReceiving).status());
+  LOCKSTEP_RETURN_IF_ERROR(AwaitInbox(deadline, "Receive"));
+  LOCKSTEP_ASSIGN_OR_RETURN(Open * open, Get(version, UpdateState::kReceiving));
+  const int64_t count = static_cast<int64_t>(open->places.size());
+  if (tensors.empty()) {
+    tensors.resize(count);
+    std::iota(tensors.begin(), tensors.end(), 0);
+  }
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    if (tensors[i] < 0 || tensors[i] >= count || (i > 0 && tensors[i] <= tensors[i - 1])) {
+      return absl::InvalidArgumentError(absl::StrCat("tensors[", i, "]: ", tensors[i],
+                                                     "; want ascending indices into the manifest, 0 to ", count - 1));
+    }
+  }
+  std::vector<ExpectedTensor> expected;
+  for (const int64_t t : tensors) {
+    const TensorPlace& place = open->places[t];
+    expected.push_back({.slot = place.slot,
+                        .first_row = place.first_row,
+                        .rows = place.rows,
+                        .dtype = open->manifest.tensors[t].dtype});
+  }
+  LOCKSTEP_RETURN_IF_ERROR(table_.inbox()->Open(std::move(expected)));
+  Receive receive = {.tensors = tensors, .bytes = {}, .dtypes = {}, .dropped = open->dropped};
+  for (int64_t t = 0; t < count; ++t) {
+    receive.bytes.push_back(open->places[t].bytes);
+    receive.dtypes.push_back(open->manifest.tensors[t].dtype);
+  }
+  for (const int64_t t : tensors) open->arriving[t] = Arriving();
+  open->arriving_bytes = 0;
+  inbox_tensors_ = std::move(tensors);
+  receiving_ = true;
+  return receive;
+}
+
+absl::Status WeightUpdate::NoteProgress(const WeightVersion& version, int64_t bytes) {
+  absl::MutexLock lock(&mutex_);
+  LOCKSTEP_ASSIGN_OR_RETURN(Open * open, Get(version, UpdateState::kReceiving));
+  open->arriving_bytes = bytes;
+  return absl::OkStatus();
+}
+
+absl::Status WeightUpdate::EndReceive(const WeightVersion& version, const absl::Status& arrived) {
+  absl::MutexLock lock(&mutex_);
+  receiving_ = false;
+  const absl::StatusOr<Open*> open = Get(version, UpdateState::kReceiving);
+  if (open.ok()) (*open)->arriving_bytes = 0;
+  LOCKSTEP_RETURN_IF_ERROR(arrived);
+  LOCKSTEP_RETURN_IF_ERROR(open.status());
+  LOCKSTEP_ASSIGN_OR_RETURN(const std::vector<ArrivedTensor> tensors, table_.inbox()->Close());
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const int64_t t = inbox_tensors_[i];
+    (*open)->arriving[t].received = (*open)->places[t].bytes;
+    (*open)->arriving[t].digest = tensors[i].digest;
+    (*open)->arriving[t].non_finite = tensors[i].non_finite;
+  }
+  return absl::OkStatus();
 }
 
 absl::Status WeightUpdate::StageWhole(Open& open, size_t tensor) {
@@ -207,7 +290,7 @@ absl::Status WeightUpdate::Verify(const WeightVersion& version, std::span<const 
     }
   }
   if (!wrong.empty()) {
-    open_.reset();
+    Drop();
     return absl::DataLossError(absl::StrCat("the update to ", VersionText(version), " was rolled back: ", list(wrong)));
   }
   LOCKSTEP_RETURN_IF_ERROR(table_.Finish());
@@ -241,7 +324,7 @@ absl::StatusOr<bool> WeightUpdate::Rollback(const WeightVersion& version) {
   if (open_->state == UpdateState::kCommitting) {
     return absl::FailedPreconditionError(absl::StrCat("the update to ", VersionText(version), " is COMMITTING"));
   }
-  open_.reset();
+  Drop();
   return true;
 }
 
@@ -257,6 +340,7 @@ UpdateStatus WeightUpdate::status() {
     status.received_bytes += open_->arriving[i].received;
     status.total_bytes += open_->places[i].bytes;
   }
+  status.received_bytes += open_->arriving_bytes;
   return status;
 }
 

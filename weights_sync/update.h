@@ -5,6 +5,7 @@
 // Bytes go to the table's second place; only Commit touches what serves, and only through `install`.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -36,6 +37,15 @@ struct UpdateStatus {
   int64_t total_bytes = 0;
 };
 
+// What a transport that fills memory itself will bring; see WeightUpdate::BeginReceive.
+struct Receive {
+  std::vector<int64_t> tensors;  // indices into the manifest, ascending
+  std::vector<int64_t> bytes;    // of every tensor of the manifest, as sent
+  std::vector<DType> dtypes;     // likewise
+  // Set when the update is dropped: the receive must end.
+  std::shared_ptr<const std::atomic<bool>> dropped;
+};
+
 // Tensors of which a part has arrived wait in host memory; more than this many at once are refused.
 inline constexpr size_t kMaxPartialTensors = 16;
 
@@ -51,6 +61,16 @@ class WeightUpdate {
   // (a stream that was sent again) are skipped.
   absl::Status Push(const WeightVersion& version, int64_t tensor, int64_t offset, std::span<const std::byte> data);
   absl::StatusOr<std::vector<int64_t>> Received(const WeightVersion& version);
+  // For a transport that fills the table's inbox itself: `tensors` of the manifest (empty: all) will arrive, what has
+  // arrived of them before does not count. Waits while another receive is under way, at most until `deadline`. The
+  // caller alone may use the inbox until its EndReceive, which it owes. UNIMPLEMENTED: the table has no inbox.
+  absl::StatusOr<Receive> BeginReceive(const WeightVersion& version, std::vector<int64_t> tensors, absl::Time deadline);
+  // Bytes are arriving. Renews the lease.
+  absl::Status NoteProgress(const WeightVersion& version, int64_t bytes);
+  // `arrived`: OK once the inbox is idle and has all values: they count as received. Its error otherwise.
+  absl::Status EndReceive(const WeightVersion& version, const absl::Status& arrived);
+  TensorInbox* inbox() { return table_.inbox(); }
+
   // digests: by tensor, of the bytes as sent.
   absl::Status Verify(const WeightVersion& version, std::span<const uint64_t> digests);
   // `install` makes the second place serve, as `version`, and may take its time; while it runs nothing else is
@@ -78,6 +98,8 @@ class WeightUpdate {
     std::vector<TensorPlace> places;  // by tensor, as is the next
     std::vector<Arriving> arriving;
     UpdateState state = UpdateState::kReceiving;
+    std::shared_ptr<std::atomic<bool>> dropped = std::make_shared<std::atomic<bool>>(false);
+    int64_t arriving_bytes = 0;  // of the receive under way
     absl::Duration lease;
     absl::Time expires;
   };
@@ -85,6 +107,9 @@ class WeightUpdate {
   // The open update if it is `version`'s and its state is `want`; renews its lease.
   absl::StatusOr<Open*> Get(const WeightVersion& version, UpdateState want) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void DropExpired() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Forgets the open update; a receive under way is told.
+  void Drop() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  absl::Status AwaitInbox(absl::Time deadline, const char* what) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::Status StageWhole(Open& open, size_t tensor) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   static std::vector<int64_t> ReceivedOf(const Open& open);
 
@@ -92,6 +117,8 @@ class WeightUpdate {
   absl::Mutex mutex_;
   WeightVersion serving_ ABSL_GUARDED_BY(mutex_);
   std::unique_ptr<Open> open_ ABSL_GUARDED_BY(mutex_);
+  bool receiving_ ABSL_GUARDED_BY(mutex_) = false;  // somebody owes an EndReceive
+  std::vector<int64_t> inbox_tensors_ ABSL_GUARDED_BY(mutex_);
 };
 
 }  // namespace lockstep

@@ -26,6 +26,7 @@ class FakeTable final : public TensorTable {
     std::memcpy(to.data(), rows.data, to.size() * sizeof(float));
     return absl::OkStatus();
   }
+  TensorInbox* inbox() override { return nullptr; }
   absl::Status Finish() override { return absl::OkStatus(); }
   absl::StatusOr<std::vector<uint64_t>> ServingDigests() override { return std::vector<uint64_t>(); }
   void Install() { serving = second; }

@@ -17,6 +17,7 @@
 #include "kernels/cpu/rms_norm.h"
 #include "kernels/cpu/rope.h"
 #include "kernels/cpu/swiglu.h"
+#include "kernels/cpu/weight_stage.h"
 #include "rollout/base/check.h"
 #include "rollout/base/memory.h"
 #include "rollout/base/status.h"
@@ -44,21 +45,6 @@ class CpuVector final : public VectorWeight {
 
  private:
   std::vector<float> values_;
-};
-
-class CpuWeightStage final : public WeightStage {
- public:
-  explicit CpuWeightStage(Arena arena) : arena_(std::move(arena)) {}
-  int64_t bytes() const override { return arena_.bytes(); }
-  absl::Status Write(int64_t offset, std::span<const std::byte> data) override {
-    std::memcpy(arena_.data() + offset, data.data(), data.size());
-    return absl::OkStatus();
-  }
-  absl::Status Finish() override { return absl::OkStatus(); }
-  const std::byte* data() const override { return arena_.data(); }
-
- private:
-  Arena arena_;
 };
 
 }  // namespace
@@ -112,6 +98,9 @@ absl::StatusOr<std::unique_ptr<VectorWeight>> CpuOps::PackVector(std::span<const
 absl::StatusOr<std::unique_ptr<WeightStage>> CpuOps::MakeWeightStage(int64_t bytes) {
   LOCKSTEP_ASSIGN_OR_RETURN(Arena arena, Arena::Map(bytes));
   return std::make_unique<CpuWeightStage>(std::move(arena));
+}
+absl::StatusOr<std::unique_ptr<WeightInbox>> CpuOps::MakeWeightInbox(int64_t buffer_bytes, int64_t tallies) {
+  return CpuWeightInbox::Create(buffer_bytes, tallies);
 }
 void CpuOps::StoreLinear(const HostMatrix& from, int64_t first_row, LinearWeight& to) {
   CpuStoreLinear(context_, from, first_row, static_cast<CpuLinearWeight&>(to));

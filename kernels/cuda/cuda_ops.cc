@@ -23,6 +23,7 @@
 #include "kernels/cuda/rope.h"
 #include "kernels/cuda/round_rows.h"
 #include "kernels/cuda/swiglu.h"
+#include "kernels/cuda/weight_inbox.h"
 #include "kernels/cuda/weight_stage.h"
 #include "kernels/float_bits.h"
 #include "kernels/host_values.h"
@@ -166,8 +167,12 @@ absl::StatusOr<std::unique_ptr<CudaOps>> CudaOps::Create(const NumericsProfile& 
 
 absl::Status CudaOps::Init() {
   LOCKSTEP_RETURN_IF_ERROR(CudaStatus(cudaSetDevice(options_.device), "cudaSetDevice"));
+  // Steps go before what weights arriving for an update run.
+  int lowest = 0, highest = 0;
   LOCKSTEP_RETURN_IF_ERROR(
-      CudaStatus(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "cudaStreamCreateWithFlags"));
+      CudaStatus(cudaDeviceGetStreamPriorityRange(&lowest, &highest), "cudaDeviceGetStreamPriorityRange"));
+  LOCKSTEP_RETURN_IF_ERROR(
+      CudaStatus(cudaStreamCreateWithPriority(&stream_, cudaStreamNonBlocking, highest), "cudaStreamCreate"));
   for (Image& image : images_) {
     LOCKSTEP_RETURN_IF_ERROR(
         CudaStatus(cudaEventCreateWithFlags(&image.copied, cudaEventDisableTiming), "cudaEventCreateWithFlags"));
@@ -338,6 +343,9 @@ absl::StatusOr<std::unique_ptr<VectorWeight>> CudaOps::PackVector(std::span<cons
 
 absl::StatusOr<std::unique_ptr<WeightStage>> CudaOps::MakeWeightStage(int64_t bytes) {
   return CudaWeightStage::Create(bytes);
+}
+absl::StatusOr<std::unique_ptr<WeightInbox>> CudaOps::MakeWeightInbox(int64_t buffer_bytes, int64_t tallies) {
+  return CudaWeightInbox::Create(buffer_bytes, tallies);
 }
 
 void CudaOps::StoreLinear(const HostMatrix& from, int64_t first_row, LinearWeight& to) {

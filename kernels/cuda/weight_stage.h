@@ -22,6 +22,7 @@ class CudaWeightStage final : public WeightStage {
   absl::Status Write(int64_t offset, std::span<const std::byte> data) override;
   absl::Status Finish() override;
   const std::byte* data() const override { return memory_->data(); }
+  std::byte* data() override { return memory_->data(); }
 
  private:
   CudaWeightStage() = default;

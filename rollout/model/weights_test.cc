@@ -106,6 +106,9 @@ class RecordingOps : public Ops {
   DType logit_dtype() const override { return DType::kF32; }
   int64_t max_logit_rows() const override { return 1; }
   int64_t kv_page_multiple() const override { return 16; }
+  absl::StatusOr<std::unique_ptr<WeightInbox>> MakeWeightInbox(int64_t, int64_t) override {
+    return absl::UnimplementedError("");
+  }
   absl::StatusOr<std::unique_ptr<WeightStage>> MakeWeightStage(int64_t) override {
     return absl::UnimplementedError("no stage");
   }

@@ -38,6 +38,9 @@ ABSL_FLAG(std::string, control_listen, "127.0.0.1:50052",
 ABSL_FLAG(std::string, weights_receive, "staged",
           "How new weights arrive. staged: beside those that serve, in memory of the same size; generation goes on. "
           "off: not at all, and without that memory.");
+ABSL_FLAG(std::string, nccl_library, "",
+          "NCCL's library, for weights by broadcast; loaded when a learner first asks for it. Empty: libnccl.so.2 from "
+          "the loader's path.");
 ABSL_FLAG(int32_t, threads, 0, "Threads that compute. 0: all cores this process may use.");
 ABSL_FLAG(double, memory_gb, 0,
           "Memory for KV pages and recurrent states, in GB (1e9 bytes). 0: by --memory_fraction.");
@@ -83,7 +86,7 @@ const std::vector<FlagGroup>& Groups() {
       {"What to serve", {"model", "backend", "numerics"}},
       {"Where", {"listen", "control_listen"}},
       {"Engine",
-       {"threads", "cuda_device", "cuda_graphs", "weights_receive", "memory_fraction", "memory_gb", "page_size",
+       {"threads", "cuda_device", "cuda_graphs", "weights_receive", "nccl_library", "memory_fraction", "memory_gb", "page_size",
         "max_batch_tokens", "max_sequences"}},
       {"Limits",
        {"max_waiting_sequences", "max_prompt_tokens", "max_n", "max_request_bytes", "max_buffered_mb",
@@ -205,6 +208,7 @@ absl::StatusOr<ServerOptions> ReadServerOptions() {
   options.listen = absl::GetFlag(FLAGS_listen);
   options.control_listen = absl::GetFlag(FLAGS_control_listen);
   options.backend = absl::GetFlag(FLAGS_backend);
+  options.nccl_library = absl::GetFlag(FLAGS_nccl_library);
   LOCKSTEP_RETURN_IF_ERROR(CheckAddress("listen", options.listen));
   LOCKSTEP_RETURN_IF_ERROR(CheckAddress("control_listen", options.control_listen));
   ServiceLimits& limits = options.limits;

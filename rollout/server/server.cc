@@ -67,7 +67,7 @@ RolloutServer::RolloutServer(ServingModel model, const ServerOptions& options)
     control_ = std::make_unique<ControlService>(model_.control, [this](absl::Time deadline) { StopServing(deadline); });
   }
   if (model_.control != nullptr && model_.tensors != nullptr) {
-    weights_ = std::make_unique<WeightsService>(&model_);
+    weights_ = std::make_unique<WeightsService>(&model_, options.nccl_library);
     ExpireLeases();
   }
 }

@@ -23,6 +23,7 @@ struct ServerOptions {
   std::string listen;          // HOST:PORT of the data plane; port 0 picks one
   std::string control_listen;  // of the control plane
   std::string backend;         // for GetInfo
+  std::string nccl_library;    // see WeightsService
   ServiceLimits limits;
 };
 

@@ -12,7 +12,9 @@
 #include "rollout/server/check_range.h"
 #include "rollout/server/respond.h"
 #include "rollout/server/stream_reactor.h"
+#include "rollout/server/receive_call.h"
 #include "rollout/server/unknown_fields.h"
+#include "rollout/server/weight_fields.h"
 
 namespace lockstep {
 namespace {
@@ -20,14 +22,14 @@ namespace {
 constexpr int64_t kDefaultLeaseMs = 60'000, kMinLeaseMs = 1'000, kMaxLeaseMs = 3'600'000;
 constexpr int64_t kMaxFinishMs = 3'600'000;
 constexpr int64_t kMaxChunkBytes = 1 << 20;
+constexpr int64_t kDefaultJoinMs = 60'000, kMinJoinMs = 1'000, kMaxJoinMs = 600'000;
+constexpr int64_t kMaxGeneration = int64_t{1} << 53;
+constexpr size_t kMaxGroupName = 64;
 
-absl::StatusOr<WeightVersion> Version(bool has, const v1::WeightVersion& version) {
-  if (!has) return absl::InvalidArgumentError("version: unset; want the epoch and step of the update");
-  if (version.epoch() < 0 || version.step() < 0) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("version: (", version.epoch(), ", ", version.step(), "); want an epoch and a step of 0 or more"));
-  }
-  return WeightVersion{version.epoch(), version.step()};
+absl::Status CheckGroup(const std::string& group) {
+  if (!group.empty() && group.size() <= kMaxGroupName) return absl::OkStatus();
+  return absl::InvalidArgumentError(
+      absl::StrCat("group: a name of ", group.size(), " bytes; want 1 to ", kMaxGroupName));
 }
 
 absl::StatusOr<DType> DTypeOf(v1::TensorDType dtype, const std::string& field) {
@@ -104,7 +106,7 @@ absl::StatusOr<InFlightPolicy> PolicyOf(v1::InFlightPolicy policy, const char* f
 
 absl::StatusOr<WeightSwitch> SwitchOf(const v1::CommitRequest& request) {
   WeightSwitch change;
-  LOCKSTEP_ASSIGN_OR_RETURN(change.version, Version(request.has_version(), request.version()));
+  LOCKSTEP_ASSIGN_OR_RETURN(change.version, VersionOf(request.has_version(), request.version()));
   LOCKSTEP_ASSIGN_OR_RETURN(change.policy, PolicyOf(request.policy(), "policy"));
   LOCKSTEP_RETURN_IF_ERROR(CheckRange("finish_timeout_ms", request.finish_timeout_ms(), 0, kMaxFinishMs));
   change.finish_timeout = absl::Milliseconds(request.finish_timeout_ms());
@@ -123,13 +125,15 @@ absl::StatusOr<WeightSwitch> SwitchOf(const v1::CommitRequest& request) {
 
 }  // namespace
 
-WeightsService::WeightsService(ServingModel* model)
-    : model_(*model), update_(model->tensors, model->worker->weight_version()) {}
+WeightsService::WeightsService(ServingModel* model, const std::string& nccl_library)
+    : model_(*model), update_(model->tensors, model->worker->weight_version()), groups_(nccl_library, [this] {
+        return model_.tensors->inbox()->UseOnThisThread();
+      }) {}
 
 grpc::Status WeightsService::Begin(grpc::ServerContext*, const v1::BeginRequest* request, v1::BeginResponse* response) {
   const auto run = [&]() -> absl::Status {
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
-    LOCKSTEP_ASSIGN_OR_RETURN(const WeightVersion version, Version(request->has_version(), request->version()));
+    LOCKSTEP_ASSIGN_OR_RETURN(const WeightVersion version, VersionOf(request->has_version(), request->version()));
     LOCKSTEP_ASSIGN_OR_RETURN(Manifest manifest, ManifestOf(request->manifest()));
     const int64_t lease = request->lease_ms() == 0 ? kDefaultLeaseMs : request->lease_ms();
     LOCKSTEP_RETURN_IF_ERROR(CheckRange("lease_ms", lease, kMinLeaseMs, kMaxLeaseMs));
@@ -152,7 +156,7 @@ grpc::Status WeightsService::Push(grpc::ServerContext*, grpc::ServerReader<v1::P
     while (reader->Read(&chunk)) {
       LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(chunk));
       if (!version) {
-        LOCKSTEP_ASSIGN_OR_RETURN(version, Version(chunk.has_version(), chunk.version()));
+        LOCKSTEP_ASSIGN_OR_RETURN(version, VersionOf(chunk.has_version(), chunk.version()));
       } else if (chunk.has_version()) {
         return absl::InvalidArgumentError("version: set again; want it in the stream's first message only");
       }
@@ -170,10 +174,59 @@ grpc::Status WeightsService::Push(grpc::ServerContext*, grpc::ServerReader<v1::P
   return ToGrpc(run());
 }
 
+grpc::Status WeightsService::Join(grpc::ServerContext* context, const v1::JoinRequest* request,
+                                  v1::JoinResponse* response) {
+  const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
+    LOCKSTEP_RETURN_IF_ERROR(CheckGroup(request->group()));
+    LOCKSTEP_RETURN_IF_ERROR(CheckRange("generation", request->generation(), 0, kMaxGeneration));
+    LOCKSTEP_RETURN_IF_ERROR(CheckRange("nranks", request->nranks(), 2, 65'536));
+    LOCKSTEP_RETURN_IF_ERROR(CheckRange("rank", request->rank(), 0, request->nranks() - 1));
+    LOCKSTEP_RETURN_IF_ERROR(CheckRange("root", request->root(), 0, request->nranks() - 1));
+    if (request->root() == request->rank()) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("root: ", request->root(), ", which is this worker's rank; want the sender's"));
+    }
+    const int64_t timeout = request->timeout_ms() == 0 ? kDefaultJoinMs : request->timeout_ms();
+    LOCKSTEP_RETURN_IF_ERROR(CheckRange("timeout_ms", timeout, kMinJoinMs, kMaxJoinMs));
+    LOCKSTEP_RETURN_IF_ERROR(CheckRange("max_ctas", request->max_ctas(), 0, 64));
+    TensorInbox* inbox = model_.tensors->inbox();
+    if (inbox == nullptr) return absl::UnimplementedError("this worker takes weights over the stream only");
+    const GroupJoin join = {.group = request->group(),
+                            .generation = request->generation(),
+                            .nranks = request->nranks(),
+                            .rank = request->rank(),
+                            .root = request->root(),
+                            .unique_id = request->unique_id(),
+                            .max_ctas = request->max_ctas()};
+    LOCKSTEP_RETURN_IF_ERROR(groups_.Join(join, absl::Now() + absl::Milliseconds(timeout),
+                                          [context] { return context->IsCancelled(); }));
+    response->set_bucket_bytes(inbox->buffer_bytes());
+    response->set_nccl_version(groups_.nccl_version());
+    return absl::OkStatus();
+  };
+  return ToGrpc(run());
+}
+
+grpc::ServerBidiReactor<v1::ReceiveRequest, v1::ReceiveResponse>* WeightsService::Receive(
+    grpc::CallbackServerContext* context) {
+  return new ReceiveCall(&update_, &groups_, absl::FromChrono(context->deadline()));
+}
+
+grpc::Status WeightsService::Leave(grpc::ServerContext*, const v1::LeaveRequest* request, v1::LeaveResponse* response) {
+  const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
+    LOCKSTEP_RETURN_IF_ERROR(CheckGroup(request->group()));
+    response->set_left(groups_.Leave(request->group()));
+    return absl::OkStatus();
+  };
+  return ToGrpc(run());
+}
+
 grpc::Status WeightsService::Verify(grpc::ServerContext*, const v1::VerifyRequest* request, v1::VerifyResponse*) {
   const auto run = [&]() -> absl::Status {
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
-    LOCKSTEP_ASSIGN_OR_RETURN(const WeightVersion version, Version(request->has_version(), request->version()));
+    LOCKSTEP_ASSIGN_OR_RETURN(const WeightVersion version, VersionOf(request->has_version(), request->version()));
     return update_.Verify(version, std::vector<uint64_t>(request->digests().begin(), request->digests().end()));
   };
   return ToGrpc(run());
@@ -202,7 +255,7 @@ grpc::Status WeightsService::Rollback(grpc::ServerContext*, const v1::RollbackRe
                                       v1::RollbackResponse* response) {
   const auto run = [&]() -> absl::Status {
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
-    LOCKSTEP_ASSIGN_OR_RETURN(const WeightVersion version, Version(request->has_version(), request->version()));
+    LOCKSTEP_ASSIGN_OR_RETURN(const WeightVersion version, VersionOf(request->has_version(), request->version()));
     LOCKSTEP_ASSIGN_OR_RETURN(const bool dropped, update_.Rollback(version));
     response->set_dropped(dropped);
     return absl::OkStatus();

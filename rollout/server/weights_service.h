@@ -3,17 +3,21 @@
 
 #include <grpcpp/grpcpp.h>
 
+#include <string>
+
 #include "lockstep/v1/weights.grpc.pb.h"
 #include "rollout/worker/make_worker.h"
+#include "weights_sync/nccl_groups.h"
 #include "weights_sync/update.h"
 
 namespace lockstep {
 
-// Calls wait on the worker's step boundaries and on each other: a synchronous service, on a port of few calls.
-class WeightsService final : public v1::Weights::Service {
+// Calls wait on the worker's step boundaries and on each other: a synchronous service, on a port of few calls. But
+// Receive, which reads and works at once.
+class WeightsService final : public v1::Weights::WithCallbackMethod_Receive<v1::Weights::Service> {
  public:
-  // `model` must outlive it, and have tensors and a control.
-  explicit WeightsService(ServingModel* model);
+  // `model` must outlive it, and have tensors and a control. nccl_library: empty for the loader's libnccl.so.2.
+  WeightsService(ServingModel* model, const std::string& nccl_library);
 
   // Frees what an abandoned update holds. Call it now and then.
   void ExpireLease() { update_.ExpireLease(); }
@@ -22,6 +26,11 @@ class WeightsService final : public v1::Weights::Service {
                      v1::BeginResponse* response) override;
   grpc::Status Push(grpc::ServerContext* context, grpc::ServerReader<v1::PushRequest>* reader,
                     v1::PushResponse* response) override;
+  grpc::Status Join(grpc::ServerContext* context, const v1::JoinRequest* request, v1::JoinResponse* response) override;
+  grpc::ServerBidiReactor<v1::ReceiveRequest, v1::ReceiveResponse>* Receive(
+      grpc::CallbackServerContext* context) override;
+  grpc::Status Leave(grpc::ServerContext* context, const v1::LeaveRequest* request,
+                     v1::LeaveResponse* response) override;
   grpc::Status Verify(grpc::ServerContext* context, const v1::VerifyRequest* request,
                       v1::VerifyResponse* response) override;
   grpc::Status Commit(grpc::ServerContext* context, const v1::CommitRequest* request,
@@ -36,6 +45,7 @@ class WeightsService final : public v1::Weights::Service {
  private:
   ServingModel& model_;
   WeightUpdate update_;
+  NcclGroups groups_;
 };
 
 }  // namespace lockstep

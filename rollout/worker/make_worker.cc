@@ -61,17 +61,30 @@ absl::Status Validate(const WorkerOptions& options) {
   return absl::OkStatus();
 }
 
-void LogMemory(const MemoryPlan& plan, int64_t staging, int64_t page_size, bool on_cpu) {
+// Of each of the two buffers into which broadcasts go: enough for NCCL's full rate.
+constexpr int64_t kCudaInboxBytes = int64_t{128} << 20;
+constexpr int64_t kCpuInboxBytes = int64_t{4} << 20;
+// What a communicator or two take of the device, left free for them.
+constexpr int64_t kNcclBytes = int64_t{512} << 20;
+
+struct UpdateMemory {
+  int64_t staging = 0, inbox = 0, nccl = 0;
+  int64_t total() const { return staging + inbox + nccl; }
+};
+
+void LogMemory(const MemoryPlan& plan, const UpdateMemory& update, int64_t page_size, bool on_cpu) {
   const auto mb = [](int64_t bytes) { return absl::StrFormat("%10.1f MB", static_cast<double>(bytes) * 1e-6); };
   spdlog::info("memory: weights      {}", mb(plan.weights));
-  if (staging > 0) spdlog::info("memory: staging      {}  for weight updates", mb(staging));
+  if (update.staging > 0) spdlog::info("memory: staging      {}  for weight updates", mb(update.staging));
+  if (update.inbox > 0) spdlog::info("memory: inbox        {}  for weights by broadcast", mb(update.inbox));
+  if (update.nccl > 0) spdlog::info("memory: NCCL         {}  left free for its communicators", mb(update.nccl));
   spdlog::info("memory: activations  {}", mb(plan.activations));
   if (plan.workspace > 0) spdlog::info("memory: workspace    {}", mb(plan.workspace));
   spdlog::info("memory: KV cache     {}  {} pages of {} tokens, {} bytes each", mb(plan.kv_page * plan.kv_pages),
                plan.kv_pages, page_size, plan.kv_page);
   spdlog::info("memory: states       {}  {} slots of {} bytes", mb(plan.state_slot * plan.state_slots),
                plan.state_slots, plan.state_slot);
-  spdlog::info("memory: total        {}{}", mb(plan.total() + staging),
+  spdlog::info("memory: total        {}{}", mb(plan.total() + update.total()),
                on_cpu ? "  (cache, states and staging become resident as they are used)" : "");
 }
 
@@ -109,14 +122,18 @@ absl::StatusOr<ServingModel> MakeWorker(const WorkerOptions& options) {
   }
   if (options.weight_updates) {
     LOCKSTEP_ASSIGN_OR_RETURN(owned->tensors,
-                              ModelTensors::Create(options.model_dir, model.spec, model.weights, model.ops()));
+                              ModelTensors::Create(options.model_dir, model.spec, model.weights, model.ops(),
+                                                   cuda ? kCudaInboxBytes : kCpuInboxBytes));
   }
   const int64_t staging = owned->tensors == nullptr ? 0 : owned->tensors->staging_bytes();
+  const int64_t inbox = owned->tensors == nullptr ? 0 : owned->tensors->inbox_bytes();
+  // NCCL allocates when a learner has workers join.
+  const int64_t nccl = cuda && options.weight_updates ? kNcclBytes : 0;
   const double fraction = options.memory_fraction > 0 ? options.memory_fraction : cuda ? 0.9 : 0.5;
   const int64_t budget = options.memory_gb > 0
                              ? static_cast<int64_t>(options.memory_gb * 1e9)
                              : static_cast<int64_t>(fraction * static_cast<double>(model.ops().AvailableMemory())) -
-                                   (cuda ? ForwardPass::BufferBytes(model.spec, model.ops(), max_batch_tokens)
+                                   (cuda ? ForwardPass::BufferBytes(model.spec, model.ops(), max_batch_tokens) + nccl
                                          : staging);  // of which nothing is resident yet
   LOCKSTEP_ASSIGN_OR_RETURN(
       const LoopConfig config,
@@ -124,7 +141,7 @@ absl::StatusOr<ServingModel> MakeWorker(const WorkerOptions& options) {
                 {.page_size = options.page_size, .max_batch_tokens = max_batch_tokens, .max_sequences = max_sequences},
                 budget, /*min_tokens=*/options.page_size));
   LOCKSTEP_ASSIGN_OR_RETURN(LocalLoop local, MakeLocalLoop(model, config));
-  LogMemory(local.engine->memory(), staging, config.page_size, !cuda);
+  LogMemory(local.engine->memory(), {.staging = staging, .inbox = inbox, .nccl = nccl}, config.page_size, !cuda);
 
   ServingModel serving;
   serving.name = std::filesystem::weakly_canonical(options.model_dir).filename().string();

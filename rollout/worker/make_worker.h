@@ -31,7 +31,7 @@ struct WorkerOptions {
   int64_t max_batch_tokens = 0;  // decode rows and prefill tokens of one step; 0: 512 on cpu, 4096 on cuda
   int64_t max_sequences = 0;     // running at once; 0: 64 on cpu, 256 on cuda
   int64_t max_waiting_sequences = 4096;
-  bool weight_updates = true;  // keeps memory for a second set of weights
+  bool weight_updates = true;  // keeps memory for a second set of weights, and for the buffers of broadcasts
 };
 
 struct ServingModel {

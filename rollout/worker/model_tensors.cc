@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "kernels/digest_math.h"
 #include "kernels/host_values.h"
 #include "rollout/base/check.h"
 #include "rollout/base/status.h"
@@ -115,9 +116,105 @@ class ModelTensors::Builder {
   int64_t bytes_ = 0;
 };
 
+// Pieces go straight to their place in the stage, by the device's own conversion.
+class ModelTensors::Inbox final : public TensorInbox {
+ public:
+  // Whole, or in parts.
+  static int64_t MostTensors(std::span<const TensorSlot> slots) {
+    int64_t count = 0;
+    for (const TensorSlot& slot : slots) count += std::max<int64_t>(1, static_cast<int64_t>(slot.parts.size()));
+    return count;
+  }
+
+  Inbox(ModelTensors& table, std::unique_ptr<WeightInbox> inbox) : table_(table), inbox_(std::move(inbox)) {}
+
+  int64_t buffer_bytes() const override { return inbox_->buffer_bytes(); }
+  std::byte* buffer(int which) override { return inbox_->buffer(which); }
+  void* stream() override { return inbox_->stream(); }
+  absl::Status UseOnThisThread() override { return inbox_->UseOnThisThread(); }
+
+  absl::Status Open(std::vector<ExpectedTensor> tensors) override {
+    tensors_ = std::move(tensors);
+    for (const ExpectedTensor& tensor : tensors_) {
+      const TensorSlot& slot = table_.slots_[tensor.slot];
+      const bool last = tensor.first_row + tensor.rows == slot.shape[0];
+      // What the device reads and counts at once: see InboxValues.
+      if (First(tensor) % 4 != 0 || (!last && tensor.rows * Row(tensor) % 4 != 0)) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("manifest: rows ", tensor.first_row, " to ", tensor.first_row + tensor.rows, " of ", slot.name,
+                         " begin or end within a group of 4 values; want the tensor whole, or over the stream"));
+      }
+      table_.staged_[tensor.slot] = Staged();
+    }
+    return inbox_->Reset();
+  }
+
+  absl::Status Acquire(int which) override { return inbox_->Acquire(which); }
+
+  absl::Status Stage(int which, std::span<const ArrivedPiece> pieces) override {
+    LOCKSTEP_RETURN_IF_ERROR(inbox_->Arrived());
+    for (const ArrivedPiece& piece : pieces) {
+      const ExpectedTensor& tensor = tensors_[piece.tensor];
+      const TensorSlot& slot = table_.slots_[tensor.slot];
+      InboxValues values = {.from = inbox_->buffer(which) + piece.offset,
+                            .sent = tensor.dtype,
+                            .count = piece.count,
+                            .sent_index = piece.index,
+                            .held_index = First(tensor) + piece.index,
+                            .held = slot.held,
+                            .tally = static_cast<int64_t>(piece.tensor)};
+      // A tied head brings the values of what it is tied to: Verify compares the two.
+      size_t to = slot.tied_to >= 0 ? static_cast<size_t>(slot.tied_to) : tensor.slot;
+      while (true) {
+        const Target& target = table_.targets_[to];
+        values.stored = target.dtype;
+        values.to = target.offset + values.held_index * DTypeBytes(target.dtype);
+        LOCKSTEP_RETURN_IF_ERROR(inbox_->Store(values, *table_.stage_));
+        if (target.also < 0) break;
+        to = static_cast<size_t>(target.also);
+        values.tally = -1;
+      }
+    }
+    return inbox_->Release(which);
+  }
+
+  absl::StatusOr<bool> Idle() override { return inbox_->Idle(); }
+
+  absl::StatusOr<std::vector<ArrivedTensor>> Close() override {
+    LOCKSTEP_ASSIGN_OR_RETURN(const std::vector<ValueTally> tallies, inbox_->Tallies());
+    std::vector<ArrivedTensor> arrived;
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      const ExpectedTensor& tensor = tensors_[i];
+      const TensorSlot& slot = table_.slots_[tensor.slot];
+      const int64_t values = tensor.rows * Row(tensor);
+      arrived.push_back(
+          {.digest = DigestOfSum(tallies[i].sent_sum, static_cast<uint64_t>(values * DTypeBytes(tensor.dtype))),
+           .non_finite = static_cast<int64_t>(tallies[i].non_finite)});
+      if (slot.tied_to >= 0) continue;
+      Staged& staged = table_.staged_[tensor.slot];
+      staged.rows += tensor.rows;
+      staged.sum += tallies[i].held_sum;
+      if (staged.rows < slot.shape[0]) continue;
+      staged.digest = DigestOfSum(staged.sum, static_cast<uint64_t>(Elements(slot) * DTypeBytes(slot.held)));
+    }
+    return arrived;
+  }
+
+ private:
+  int64_t Row(const ExpectedTensor& tensor) const {
+    const TensorSlot& slot = table_.slots_[tensor.slot];
+    return Elements(slot) / slot.shape[0];
+  }
+  int64_t First(const ExpectedTensor& tensor) const { return tensor.first_row * Row(tensor); }
+
+  ModelTensors& table_;
+  const std::unique_ptr<WeightInbox> inbox_;
+  std::vector<ExpectedTensor> tensors_;
+};
+
 absl::StatusOr<std::unique_ptr<ModelTensors>> ModelTensors::Create(const std::filesystem::path& dir,
                                                                    const ModelSpec& spec, ModelWeights& weights,
-                                                                   Ops& ops) {
+                                                                   Ops& ops, int64_t inbox_bytes) {
   std::unique_ptr<ModelTensors> table(new ModelTensors(dir, spec, ops));
   const Builder builder(*table, spec, weights, ops.profile());
   table->staged_.resize(table->slots_.size());
@@ -126,7 +223,18 @@ absl::StatusOr<std::unique_ptr<ModelTensors>> ModelTensors::Create(const std::fi
     table->digests_.resize(table->slots_.size());
   }
   LOCKSTEP_ASSIGN_OR_RETURN(table->stage_, ops.MakeWeightStage(builder.bytes()));
+  if (inbox_bytes > 0) {
+    LOCKSTEP_ASSIGN_OR_RETURN(std::unique_ptr<WeightInbox> inbox,
+                              ops.MakeWeightInbox(inbox_bytes, Inbox::MostTensors(table->slots_)));
+    table->inbox_ = std::make_unique<Inbox>(*table, std::move(inbox));
+  }
   return table;
+}
+
+ModelTensors::~ModelTensors() = default;
+
+int64_t ModelTensors::inbox_bytes() const {
+  return inbox_ == nullptr ? 0 : 2 * inbox_->buffer_bytes();
 }
 
 void ModelTensors::BeginUpdate() {
@@ -157,6 +265,15 @@ absl::Status ModelTensors::Stage(const ArrivedRows& rows) {
   const absl::Status written = WriteValues(rows.slot, held.data(), slot.held, Elements(slot));
   std::vector<std::byte>().swap(held);
   return written;
+}
+
+absl::Status ModelTensors::Finish() {
+  for (size_t s = 0; s < slots_.size(); ++s) {
+    if (staged_[s].rows == 0 || staged_[s].digest) continue;
+    return absl::FailedPreconditionError(absl::StrCat(slots_[s].name, ": the parts it comes in arrived in different ",
+                                                      "receives; want them in one"));
+  }
+  return stage_->Finish();
 }
 
 absl::Status ModelTensors::Install() {

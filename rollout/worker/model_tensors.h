@@ -23,14 +23,17 @@ namespace lockstep {
 class ModelTensors final : public TensorTable {
  public:
   // `dir`: the checkpoint that `weights` were loaded from. All but `dir` must outlive it. RESOURCE_EXHAUSTED if there
-  // is no memory for a second set of weights.
+  // is no memory for a second set of weights and for the inbox: two buffers of `inbox_bytes`, a multiple of 256; 0:
+  // none.
   static absl::StatusOr<std::unique_ptr<ModelTensors>> Create(const std::filesystem::path& dir, const ModelSpec& spec,
-                                                              ModelWeights& weights, Ops& ops);
+                                                              ModelWeights& weights, Ops& ops, int64_t inbox_bytes);
+  ~ModelTensors() override;
 
   std::span<const TensorSlot> slots() const override { return slots_; }
   void BeginUpdate() override;
   absl::Status Stage(const ArrivedRows& rows) override;
-  absl::Status Finish() override { return stage_->Finish(); }
+  TensorInbox* inbox() override { return inbox_.get(); }
+  absl::Status Finish() override;
   // Those of slots that no update has changed are computed from the checkpoint's files, which takes a while the first
   // time; FAILED_PRECONDITION if they are gone.
   absl::StatusOr<std::vector<uint64_t>> ServingDigests() override;
@@ -39,6 +42,7 @@ class ModelTensors final : public TensorTable {
   absl::Status Install();
 
   int64_t staging_bytes() const { return stage_->bytes(); }
+  int64_t inbox_bytes() const;
 
  private:
   // Where a slot's values go. `dtype`: in the stage.
@@ -55,9 +59,11 @@ class ModelTensors final : public TensorTable {
   struct Staged {
     int64_t rows = 0;
     std::vector<std::byte> parts;    // in the held dtype, where the slot comes in parts
+    uint64_t sum = 0;                // of the digest, where it comes through the inbox
     std::optional<uint64_t> digest;  // once it is whole
   };
   class Builder;
+  class Inbox;
 
   ModelTensors(std::filesystem::path dir, const ModelSpec& spec, Ops& ops)
       : dir_(std::move(dir)), spec_(spec), ops_(ops) {}
@@ -71,6 +77,7 @@ class ModelTensors final : public TensorTable {
   std::vector<Target> targets_;  // by slot, as is the next
   std::vector<Staged> staged_;
   std::unique_ptr<WeightStage> stage_;
+  std::unique_ptr<TensorInbox> inbox_;
   absl::Mutex mutex_;
   std::vector<std::optional<uint64_t>> digests_ ABSL_GUARDED_BY(mutex_);  // by slot; nullopt: still the checkpoint's
 };
