@@ -39,7 +39,8 @@ class NcclGroup {
                                                            const std::string& unique_id, int nranks, int rank,
                                                            absl::Time deadline,
                                                            const std::atomic<bool>* cancelled = nullptr);
-  // A healthy communicator is finalised, for at most kFinalizeWait, and destroyed; any other is aborted.
+  // A healthy communicator is finalised, for at most kFinalizeWait, and destroyed; any other has been aborted. Nothing
+  // of it may be left on a stream: Wait() first.
   ~NcclGroup();
   NcclGroup(const NcclGroup&) = delete;
   NcclGroup& operator=(const NcclGroup&) = delete;
