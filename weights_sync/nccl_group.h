@@ -21,7 +21,7 @@ namespace lockstep {
 // The communicator is non-blocking. ncclCommInitRankConfig, ncclGroupEnd, ncclCommFinalize, and outside of a group
 // ncclBroadcast, may return ncclInProgress; until ncclCommGetAsyncError has left that value, the communicator takes
 // no call but that one and ncclCommAbort. Here each is polled to its end by the call that began it, on the same thread:
-// up to 2.22 NCCL keeps an open group's state in thread-local variables. ncclCommDestroy and ncclCommAbort wait for
+// up to 2.26 NCCL keeps an open group's state in thread-local variables. ncclCommDestroy and ncclCommAbort wait for
 // themselves and take the communicator with them, so it cannot be polled after either.
 //
 // The first error, deadline or cancellation aborts the communicator; from then on all is FAILED_PRECONDITION. Abort
@@ -40,7 +40,8 @@ class NcclGroup {
                                                            const std::string& unique_id, int nranks, int rank,
                                                            absl::Time deadline, int max_ctas = 0,
                                                            std::function<bool()> cancelled = nullptr);
-  // A healthy communicator is finalised, for at most kFinalizeWait, and destroyed; any other is aborted.
+  // A healthy communicator is finalised, for at most kFinalizeWait, and destroyed; any other has been aborted. Nothing
+  // of it may be left on a stream: Wait() first.
   ~NcclGroup();
   NcclGroup(const NcclGroup&) = delete;
   NcclGroup& operator=(const NcclGroup&) = delete;

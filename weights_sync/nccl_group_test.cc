@@ -147,10 +147,11 @@ TEST(NcclGroup, NineRanksManySizesEveryRoot) {
     for (int root = 0; root < kRanks; root += 4) {
       for (size_t b = 0; b < buckets.size(); ++b) {
         Bucket bucket(buckets[b]);
-        if (rank == root) bucket.Fill(root * 100 + b);
+        const size_t seed = root * size_t{100} + b;
+        if (rank == root) bucket.Fill(seed);
         const absl::Status status = groups[rank]->Broadcast(bucket.pieces, root, nullptr, Ample());
         ASSERT_TRUE(status.ok()) << status;
-        ASSERT_TRUE(bucket.Holds(root * 100 + b)) << "rank " << rank << " root " << root << " bucket " << b;
+        ASSERT_TRUE(bucket.Holds(seed)) << "rank " << rank << " root " << root << " bucket " << b;
       }
     }
   });
@@ -179,7 +180,8 @@ TEST(NcclGroup, TwoGroupsAtOnce) {
   InThreads(6, [&](int i) {
     for (int round = 0; round < 20; ++round) {
       Bucket bucket({1 << 20, 17});
-      const int root = round % 3, seed = i / 3 * 1000 + round;
+      const int root = round % 3;
+      const size_t seed = i / 3 * size_t{1000} + round;
       if (i % 3 == root) bucket.Fill(seed);
       const absl::Status status = groups[i / 3][i % 3]->Broadcast(bucket.pieces, root, nullptr, Ample());
       ASSERT_TRUE(status.ok()) << status;

@@ -42,6 +42,12 @@ class UpdateFailed(LockstepError):
     report = None
 
 
+class NcclError(LockstepError, RuntimeError):
+    """NCCL is not there or too old, or a call of it failed: mostly, a peer is gone. `result`: its ncclResult_t, if any."""
+
+    result: int | None = None
+
+
 class NotSupported(LockstepError, NotImplementedError):
     """Not in this version."""
 

@@ -12,7 +12,6 @@
 #include <cstdio>
 #include <cstring>
 #include <mutex>
-#include <string>
 
 namespace fake_nccl {
 namespace {
@@ -40,8 +39,9 @@ sockaddr_in Loopback(uint16_t port) {
   return address;
 }
 
+constexpr size_t kLastErrorBytes = 256;
 std::mutex last_error_mutex;
-std::string last_error;
+char last_error[kLastErrorBytes];
 
 }  // namespace
 
@@ -158,20 +158,18 @@ Result Accept(int listener, const Stop& stop, Fd* from) {
 }
 
 void SetLastError(const char* format, ...) {
-  char text[256];
+  const std::lock_guard lock(last_error_mutex);
   va_list arguments;
   va_start(arguments, format);
-  std::vsnprintf(text, sizeof(text), format, arguments);
+  std::vsnprintf(last_error, sizeof(last_error), format, arguments);
   va_end(arguments);
-  const std::lock_guard lock(last_error_mutex);
-  last_error = text;
 }
 
 const char* LastError() {
-  thread_local std::string copy;  // the caller reads it without the lock
+  thread_local char copy[kLastErrorBytes];  // the caller reads it without the lock
   const std::lock_guard lock(last_error_mutex);
-  copy = last_error;
-  return copy.c_str();
+  std::memcpy(copy, last_error, sizeof(copy));
+  return copy;
 }
 
 }  // namespace fake_nccl
