@@ -241,8 +241,7 @@ def make_printer():
 
     def show(row):
         out(
-            f"step {row['step']:3d}  reward {row['reward']:.3f}  {'#' * round(40 * row['reward']):40s}  "
-            f"|dlogp| mean {row['mismatch_mean']:.1e} max {row['mismatch_max']:.1e}  staleness {row['staleness']}  "
+            f"step {row['step']:3d}  reward {row['reward']:.3f}  |dlogp| mean {row['mismatch_mean']:.1e} max {row['mismatch_max']:.1e}  staleness {row['staleness']}  "
             f"generate {row['generate_s']:.2f} s  train {row['train_s']:.2f} s  publish {row['publish_s']:.3f} s"
         )
 
@@ -326,8 +325,12 @@ def parity_table(report):
     metrics = report.layouts[0].metrics
     lines = [f"parity of the trained weights {tuple(report.weight_version)}, profile {report.profile}:"]
     lines += [f"  {name:34s} {value:.4g}" for name, value in metrics.items()]
-    want = f"  want: mean at most {MISMATCH.mean:g}, largest at most {MISMATCH.max:g}"
-    return "\n".join([*lines, want + "; every tensor at the worker has the trainer's digest" * (not report.findings)])
+    lines.append(
+        f"  want: mean at most {MISMATCH.mean:g}, largest at most {MISMATCH.max:g} (on a CPU a tolerance, not bits)"
+    )
+    if not report.findings:
+        lines.append("  the tensors at the worker have the digests of the trainer's")
+    return "\n".join(lines)
 
 
 def device_text():
