@@ -125,7 +125,7 @@ def test_grpo_cleans_up_on_signals(repo_root, build_dir, tiny_model, tmp_path, n
         process.wait()
     assert process.returncode == 128 + number, error
     assert f"ended by {number.name}" in error and "Traceback" not in error and "killed" not in error, error
-    assert board.read_text().splitlines()[-1] == "closed" and "reward 1" in board.read_text()
+    assert board.read_text().splitlines()[-1] == "closed" and "reward 0" in board.read_text()
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
 
