@@ -10,8 +10,8 @@ import grpc
 import lockstep_stubs
 import tokenizers
 
-TEXT_PROMPTS = ("In the beginning", "And the king said unto", "Blessed are they that")
-SUMS = (("37+45=", "82"), ("Q: 932-484 A: ", "448"), ("6*38=", "228"), ("Which is more, 755 or 666? ", "755"), ("There are 90 stones here and 79 there. How many stones are there? ", "169"))
+TEXT_PROMPTS = ("In the beginning", "Blessed are they that")
+SUMS = (("37+45=", "82"), ("6*38=", "228"), ("What is 25+58? ", "83"))
 
 
 def complete(stub, pb, tokenizer, prompt, **sampling):

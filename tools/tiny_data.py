@@ -155,7 +155,7 @@ def _read_chapters(root):
     """
     command = [str(root / "usr/bin/bible"), "-l100000", "-p", str(root / "usr/lib"), "gen1:1-rev22:21"]
     lines = subprocess.run(command, check=True, capture_output=True, text=True, encoding="ascii").stdout.splitlines()
-    chapters = {}
+    chapters, verses = {}, []
     for line in filter(None, lines):
         if match := _VERSE.match(line):
             verses.append(match[1])

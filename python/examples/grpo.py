@@ -1,28 +1,35 @@
 #!/usr/bin/env python3
 """GRPO on the tiny checkpoint, a worker beside the learner: generate, loss, step, publish, every step.
 
-    python/examples/grpo.py                                  # starts build/cpu/bin/lockstep-worker; about a minute
+    python/examples/grpo.py --check                          # starts build/cpu/bin/lockstep-worker; about a minute
     python/examples/grpo.py --worker HOST:PORT --control HOST:PORT
-    python/examples/grpo.py --noise 0.5                      # what mismatch costs: perturbs the behaviour logprobs
+    python/examples/grpo.py --noise 1                        # a control: perturbs the behaviour logprobs
 
 The task: "What is 25+58? " wants "83" and the end of the text. The checkpoint knows sums in other words and answers this
 question wrongly most of the time. Reward 1 or 0. Problems with (7 a + b) mod 5 = 0 are held out: never trained on.
 
 Loss: REINFORCE with advantages within each group, weighted by min(trainer / behaviour, --truncate) per token (truncated
 importance sampling), the behaviour's log-probabilities as the worker returned them.
+
+Exit status: 0; 1: --check found something wrong; 130, 143: ended by Ctrl-C or SIGTERM, with the worker it had started.
 """
 
 import argparse
 import contextlib
 import dataclasses
 import datetime
+import importlib.util
 import json
+import os
 import pathlib
 import platform
 import random
 import re
+import signal
 import subprocess
 import sys
+import tempfile
+import threading
 import time
 
 import numpy as np
@@ -30,13 +37,18 @@ import torch
 import transformers
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
-with contextlib.suppress(ImportError):
-    pass  # installed
-if "lockstep" not in sys.modules:
+if importlib.util.find_spec("lockstep") is None:
     sys.path.insert(0, str(ROOT / "python"))
 
-from lockstep import RolloutClient, SamplingParams, WeightPublisher, text  # noqa: E402
+from lockstep import RolloutClient, SamplingParams, WeightPublisher, parity, text  # noqa: E402
+from lockstep.hf import TransformersTrainer  # noqa: E402
 from lockstep.trainer import logprobs  # noqa: E402
+
+# What --check wants: the rise of the mean reward and of held-out accuracy, and |trainer - rollout| with fp32 on both
+# sides of a CPU (docs/learners.md).
+RISE, HELDOUT_RISE = 0.3, 0.2
+MISMATCH = parity.Thresholds(mean=1e-5, max=1e-3)
+READY_S, STOP_S = 120, 10
 
 
 def parse_arguments(argv=None):
@@ -55,7 +67,11 @@ def parse_arguments(argv=None):
     parser.add_argument("--heldout", type=int, default=200, help="unseen problems, answered greedily before and after")
     parser.add_argument("--noise", type=float, default=0.0, help="standard deviation added to behaviour logprobs")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--json", help="append the run to this file (docs/measurements/grpo.json)")
+    parser.add_argument(
+        "--check", action="store_true", help="end with a parity check of the trained weights and a verdict"
+    )
+    parser.add_argument("--measurements", metavar="FILE", help="add the run to FILE (docs/measurements/grpo.json)")
+    parser.add_argument("--tensorboard", metavar="DIR", help="log every step there; needs the package tensorboard")
     arguments = parser.parse_args(argv)
     if bool(arguments.worker) != bool(arguments.control):
         parser.error("--worker and --control go together")
@@ -64,21 +80,61 @@ def parse_arguments(argv=None):
 
 @contextlib.contextmanager
 def running_worker(arguments):
-    """(data, control) addresses; a worker that was started here ends with the block."""
+    """(data, control) addresses; a worker that was started here ends with the block, however that ends."""
     if arguments.worker:
         yield arguments.worker, arguments.control
         return
     command = [arguments.binary, "--model", arguments.model, "--numerics", "fp32"]
     command += ["--listen", "127.0.0.1:0", "--control_listen", "127.0.0.1:0"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True)
+        try:
+            timer = threading.Timer(READY_S, process.kill)
+            timer.start()
+            ready = re.match(r"lockstep-worker ready data=(\S+) control=(\S+)", process.stdout.readline())
+            timer.cancel()
+            if ready is None:
+                status = process.wait(STOP_S)
+                log.seek(0)
+                raise RuntimeError(f"{' '.join(command)}\nnot ready, exit status {status}:\n{log.read()[-2000:]}")
+            yield ready.groups()
+        finally:
+            process.terminate()
+            try:
+                process.wait(STOP_S)
+            except subprocess.TimeoutExpired:
+                print("the worker did not stop when told to: killed", file=sys.stderr)
+            finally:
+                process.kill()
+                process.wait()
+                process.stdout.close()
+
+
+@contextlib.contextmanager
+def ending_on_signals():
+    """SIGTERM and Ctrl-C raise SystemExit in the block, so that everything it opened is closed."""
+
+    def end(number, frame):
+        os.write(2, f"grpo.py: ended by {signal.Signals(number).name}\n".encode())
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, end) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        ready = re.match(r"lockstep-worker ready data=(\S+) control=(\S+)", process.stdout.readline())
-        if ready is None:
-            raise RuntimeError(f"{' '.join(command)}\n{process.communicate()[1][-2000:]}")
-        yield ready.groups()
+        yield
     finally:
-        process.kill()
-        process.communicate()
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def open_tensorboard(directory):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        sys.exit("grpo.py: --tensorboard needs the package tensorboard: pip install tensorboard")
+    return contextlib.closing(SummaryWriter(directory))
 
 
 class Sums:
@@ -101,6 +157,7 @@ class Learner:
         self.arguments, self.client = arguments, client
         self.tokenizer = text.load_tokenizer(arguments.model)
         transformers.logging.set_verbosity_error()
+        transformers.logging.disable_progress_bar()
         self.model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
         self.model.train()
         self.optimizer = torch.optim.AdamW(
@@ -184,20 +241,32 @@ def make_printer():
 
     def show(row):
         out(
-            f"step {row['step']:3d}  reward {row['reward']:.3f}  {'#' * round(40 * row['reward']):40s}  "
-            f"|dlogp| mean {row['mismatch_mean']:.1e} max {row['mismatch_max']:.1e}  staleness {row['staleness']}  "
+            f"step {row['step']:3d}  reward {row['reward']:.3f}  |dlogp| mean {row['mismatch_mean']:.1e} max {row['mismatch_max']:.1e}  staleness {row['staleness']}  "
             f"generate {row['generate_s']:.2f} s  train {row['train_s']:.2f} s  publish {row['publish_s']:.3f} s"
         )
 
     return show
 
 
+def curve(rewards, height=8):
+    """The rewards as a bar for each step."""
+    lines = [
+        f"{level / height:6.2f} |" + "".join("##" if r > (level - 0.5) / height else "  " for r in rewards).rstrip()
+        for level in range(height, 0, -1)
+    ]
+    return "\n".join(["reward", *lines, "       +" + "--" * len(rewards), f"        step 0 to {len(rewards) - 1}"])
+
+
 def train(arguments):
-    """One run; the record that --json writes. reward_first, reward_last: means over the first 3 and the last 5 steps."""
+    """One run: the record that --measurements writes, and with --check the parity of the trained weights.
+
+    reward_first, reward_last: means over the first 3 and the last 5 steps.
+    """
     torch.manual_seed(arguments.seed)
     begin = time.perf_counter()
-    show, sums = make_printer(), Sums(arguments.seed)
+    show, sums, report = make_printer(), Sums(arguments.seed), None
     with running_worker(arguments) as (data, control), RolloutClient(data) as client, contextlib.ExitStack() as stack:
+        board = stack.enter_context(open_tensorboard(arguments.tensorboard)) if arguments.tensorboard else None
         learner = Learner(
             arguments, client, lambda model: stack.enter_context(WeightPublisher(control, manifest_from=model))
         )
@@ -209,57 +278,138 @@ def train(arguments):
         for number in range(arguments.steps):
             rows.append(learner.step(number, sums.draw(arguments.prompts, heldout=False)))
             show(rows[-1])
+            sys.stdout.flush()
+            if board is not None:
+                for name in ("reward", "mismatch_mean", "mismatch_max", "generate_s", "train_s", "publish_s"):
+                    board.add_scalar(name, rows[-1][name], number)
         last = learner.accuracy(heldout)
         print(f"held-out accuracy after: {last:.3f}", flush=True)
+        seconds = time.perf_counter() - begin
+        if arguments.check:
+            trainer = TransformersTrainer(learner.model.eval())
+            report = parity.check(client, trainer, control=control, thresholds=MISMATCH, seed=arguments.seed)
     rewards = [row["reward"] for row in rows]
     return {
-        "device": platform.processor() or platform.machine(),
+        "device": device_text(),
         "seed": arguments.seed,
         "steps": arguments.steps,
         "noise": arguments.noise,
+        "truncate": arguments.truncate,
         "reward_first": float(np.mean(rewards[:3])),
         "reward_last": float(np.mean(rewards[-5:])),
         "heldout_first": first,
         "heldout_last": last,
         "mismatch_mean": float(np.mean([row["mismatch_mean"] for row in rows])),
         "mismatch_max": max(row["mismatch_max"] for row in rows),
-        "seconds": time.perf_counter() - begin,
+        "seconds": seconds,
         "rewards": [round(reward, 4) for reward in rewards],
-    }
+    }, report
 
 
-def write_json(path, run, command):
-    """Adds the run to the file; the header is that of the last run."""
-    path = pathlib.Path(path)
-    runs = json.loads(path.read_text())["runs"] if path.exists() else []
-    git = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True)
-    record = {
-        "commit": git.stdout.strip(),
-        "command": command,
-        "device": run["device"],
+def faults(run, report):
+    """What --check finds wrong with a run and the parity of its weights; empty: nothing."""
+    found = []
+    for what, least in (("reward", RISE), ("heldout", HELDOUT_RISE)):
+        first, last = run[f"{what}_first"], run[f"{what}_last"]
+        if not last >= first + least:
+            found.append(f"{what}: {first:.3f} to {last:.3f}, want a rise of {least}")
+    for what, most in (("mean", MISMATCH.mean), ("max", MISMATCH.max)):
+        value = run[f"mismatch_{what}"]
+        if not value <= most:
+            found.append(f"rollout against trainer in training: {what} {value:.3g}, want at most {most:g}")
+    found += [f"parity of the trained weights: {broken}" for layout in report.layouts for broken in layout.broken]
+    return found + [f"parity of the trained weights: {finding}" for finding in report.findings]
+
+
+def parity_table(report):
+    metrics = report.layouts[0].metrics
+    lines = [f"parity of the trained weights {tuple(report.weight_version)}, profile {report.profile}:"]
+    lines += [f"  {name:34s} {value:.4g}" for name, value in metrics.items()]
+    lines.append(
+        f"  want: mean at most {MISMATCH.mean:g}, largest at most {MISMATCH.max:g} (on a CPU a tolerance, not bits)"
+    )
+    if not report.findings:
+        lines.append("  the tensors at the worker have the digests of the trainer's")
+    return "\n".join(lines)
+
+
+def device_text():
+    info = pathlib.Path("/proc/cpuinfo").read_text() if pathlib.Path("/proc/cpuinfo").exists() else ""
+    model = re.search(r"^model name\s*:\s*(.+)$", info, re.MULTILINE)
+    return f"{model[1].strip() if model else platform.machine()}, {os.cpu_count()} cores"
+
+
+def git(*arguments):
+    return subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True)
+
+
+def header(path):
+    """What all runs of a file have in common. commit: with "+changes" where tracked files but the file itself differ."""
+    status = git("status", "--porcelain", "--untracked-files=no").stdout.splitlines()
+    changes = [line for line in status if line[3:] != os.path.relpath(path, ROOT)]
+    return {
+        "commit": git("rev-parse", "HEAD").stdout.strip() + "+changes" * bool(changes),
+        "device": device_text(),
         "versions": {
             "python": platform.python_version(),
             "torch": torch.__version__,
             "transformers": transformers.__version__,
         },
-        "date": datetime.date.today().isoformat(),
-        "runs": [*runs, run],
     }
-    path.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def read_measurements(path):
+    """The file's record, begun if there is none. Exits where its runs are of another commit, device or versions."""
+    common = header(path)
+    if not os.path.exists(path):
+        return common | {"runs": []}
+    record = json.loads(pathlib.Path(path).read_text())
+    for name, value in common.items():
+        if record[name] != value:
+            sys.exit(f"grpo.py: {path} has runs of {name} {record[name]}, this is {value}: remove it to begin anew")
+    return record
+
+
+def write_measurements(path, run, command):
+    """Adds the run to the file, in place of one with the same settings."""
+    record = read_measurements(path)
+    same = ("seed", "steps", "noise", "truncate")
+    runs = [old for old in record["runs"] if any(old[name] != run[name] for name in same)]
+    runs.append(run | {"command": command})
+    about = {"command": "; ".join(r["command"] for r in runs), "date": datetime.date.today().isoformat()}
+    common = {name: record[name] for name in ("commit", "device", "versions")}
+    path = pathlib.Path(path)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(common | about | {"runs": runs}, indent=1) + "\n")
+    partial.replace(path)
 
 
 def main(argv=None):
     arguments = parse_arguments(argv)
-    run = train(arguments)
+    if arguments.measurements:
+        read_measurements(arguments.measurements)
+    with ending_on_signals():
+        run, report = train(arguments)
+    print("\n" + curve(run["rewards"]))
     print(
-        f"reward {run['reward_first']:.3f} -> {run['reward_last']:.3f}, held-out {run['heldout_first']:.3f} -> {run['heldout_last']:.3f}, "
-        f"mismatch mean {run['mismatch_mean']:.1e} max {run['mismatch_max']:.1e}, {run['seconds']:.0f} s"
+        f"\nreward {run['reward_first']:.3f} -> {run['reward_last']:.3f}, held-out accuracy {run['heldout_first']:.3f} -> {run['heldout_last']:.3f}; "
+        f"|trainer - rollout| in training: mean {run['mismatch_mean']:.1e}, largest {run['mismatch_max']:.1e}; {run['seconds']:.0f} s"
     )
-    if arguments.json:
-        write_json(
-            arguments.json, run, " ".join(["python/examples/grpo.py", *(sys.argv[1:] if argv is None else argv)])
-        )
-    return 0
+    if arguments.measurements:
+        threads = "".join(f"{name}={os.environ[name]} " for name in ("OMP_NUM_THREADS",) if name in os.environ)
+        words = sys.argv[1:] if argv is None else argv
+        write_measurements(arguments.measurements, run, " ".join([f"{threads}python/examples/grpo.py", *words]))
+    if not arguments.check:
+        return 0
+    print("\n" + parity_table(report))
+    found = faults(run, report)
+    for fault in found:
+        print(f"FAILED: {fault}", file=sys.stderr)
+    print(
+        "\ncheck "
+        + ("failed" if found else "passed: the reward rose, and the worker computes what the trainer computes")
+    )
+    return 1 if found else 0
 
 
 if __name__ == "__main__":

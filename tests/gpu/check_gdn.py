@@ -349,7 +349,6 @@ def check_intermediates(key_heads, value_heads):
         if way == "prefill":
             record = layer.workspace.numel() // 2 // value_heads
             first = layer.workspace.reshape(2, value_heads, record)[0]
-            lane = torch.arange(32)
             got_u = first[:, : 2 * CHUNK * DV].contiguous().view(torch.bfloat16).reshape(value_heads, 12, 4, 8, 4, 2, 2, 2)  # tile, block, g, c, half, below, e
             got_u = got_u.permute(0, 2, 5, 4, 7, 1, 6, 3).reshape(value_heads, CHUNK, DV)
             compare("intermediates, prefill: u", got_u, u[0, :CHUNK].transpose(0, 1))
