@@ -9,6 +9,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/time/clock.h"
 #include "kernels/host_values.h"
+#include "rollout/base/failpoint.h"
 #include "rollout/base/status.h"
 
 namespace lockstep {
@@ -33,7 +34,10 @@ const char* UpdateStateName(UpdateState state) {
 }
 
 void WeightUpdate::DropExpired() {
-  if (open_ != nullptr && open_->state != UpdateState::kCommitting && absl::Now() >= open_->expires) open_.reset();
+  if (open_ != nullptr && open_->state != UpdateState::kCommitting && absl::Now() >= open_->expires) {
+    Failpoint("weights.lease.expired");
+    open_.reset();
+  }
 }
 
 void WeightUpdate::ExpireLease() {
@@ -92,6 +96,7 @@ absl::StatusOr<std::vector<int64_t>> WeightUpdate::Begin(const WeightVersion& ve
   }
   auto open = std::make_unique<Open>();
   LOCKSTEP_ASSIGN_OR_RETURN(open->places, PlaceTensors(manifest, table_.slots()));
+  LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.begin.checked"));
   table_.BeginUpdate();
   open->version = version;
   open->manifest = std::move(manifest);
@@ -139,8 +144,10 @@ absl::Status WeightUpdate::Push(const WeightVersion& version, int64_t tensor, in
   arriving.digester.Add(data);
   arriving.non_finite += CountNonFinite(data.data(), dtype, static_cast<int64_t>(data.size()) / DTypeBytes(dtype));
   arriving.received += static_cast<int64_t>(data.size());
+  Failpoint("weights.push.received");
   if (arriving.received < total) return absl::OkStatus();
   const absl::Status staged = StageWhole(*open, tensor);
+  Failpoint("weights.push.staged");
   if (!staged.ok()) open_.reset();
   return staged;
 }
@@ -210,6 +217,7 @@ absl::Status WeightUpdate::Verify(const WeightVersion& version, std::span<const 
     open_.reset();
     return absl::DataLossError(absl::StrCat("the update to ", VersionText(version), " was rolled back: ", list(wrong)));
   }
+  LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.verify.compared"));
   LOCKSTEP_RETURN_IF_ERROR(table_.Finish());
   open->state = UpdateState::kVerified;
   return absl::OkStatus();
@@ -223,6 +231,7 @@ absl::Status WeightUpdate::Commit(const WeightVersion& version, const std::funct
     open->state = UpdateState::kCommitting;
   }
   const absl::Status installed = install();
+  Failpoint("weights.commit.serving");
   absl::MutexLock lock(&mutex_);
   if (!installed.ok()) {
     open_->state = UpdateState::kVerified;
