@@ -130,7 +130,8 @@ class WeightPublisher:
     transport: "stream" (over gRPC). "nccl" raises NotSupported: it is not in this version.
     base_version: the manifest holds a part of the tensors; the others must have this version at the workers.
     batch_bytes: sent and acknowledged at once. Host memory: up to three batches (or three tensors, where larger).
-    timeout_s: for one publish(), all stages together.
+    timeout_s: for one publish(), all stages together; rolling back and asking who serves what take half of it again at
+      most.
     retry_s: how long to try to reach a worker again when its connection fails.
     lease_s: how long a worker keeps a half-received update if this process dies; 1 to 3,600.
 
@@ -306,6 +307,7 @@ class _Update:
         self.began = time.monotonic()
         finish = commit_request.finish_timeout_ms / 1000
         self.deadline = self.began + publisher._timeout_s + finish
+        self.afterwards_s = min(10.0, publisher._timeout_s / 4)  # for Rollback, and for the report: past the deadline
         self.reports = {worker: WorkerReport(worker) for worker in publisher.workers}
         self.chunk_bytes: dict[str, int] = {}
         self.begin_request = publisher._begin_request(version)
@@ -371,7 +373,7 @@ class _Update:
 
         def one(worker: str) -> None:
             try:
-                self.publisher._stub(worker).Rollback(request, timeout=10)
+                self.publisher._stub(worker).Rollback(request, timeout=self.afterwards_s)
             except grpc.RpcError:
                 pass  # the lease ends it there
 
@@ -381,7 +383,8 @@ class _Update:
     def report(self) -> PublishReport:
         def ask(worker: str) -> None:
             try:
-                status = self.publisher._stub(worker).GetStatus(weights_pb2.GetStatusRequest(), timeout=10)
+                stub = self.publisher._stub(worker)
+                status = stub.GetStatus(weights_pb2.GetStatusRequest(), timeout=self.afterwards_s)
                 self.reports[worker].version = Version(status.weight_version.epoch, status.weight_version.step)
             except grpc.RpcError:
                 self.reports[worker].version = None

@@ -1,5 +1,6 @@
 """The publisher against a real worker: its digests, its versions, and what generation then computes."""
 
+import signal
 import threading
 import time
 
@@ -106,3 +107,13 @@ def test_a_broken_connection_goes_on(workers, trainer):
     assert report.workers[0].version == (0, 1) and report.workers[0].resumed >= 1
     assert parity.stale_weights(trainer, workers[0].control) == []
     proxy.close()
+
+
+def test_a_worker_that_stands_still_does_not_hold_publish_past_its_limit(workers, trainer):
+    with WeightPublisher([w.control for w in workers], manifest_from=trainer.model, timeout_s=2, retry_s=1) as publisher:
+        workers[1].process.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        with pytest.raises(UpdateFailed):
+            publisher.publish((0, 1), trainer.tensors().items())
+        assert time.monotonic() - began < 4
+        workers[1].process.send_signal(signal.SIGCONT)
