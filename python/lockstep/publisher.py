@@ -24,7 +24,15 @@ import numpy as np
 from lockstep.v1 import rollout_pb2, weights_pb2, weights_pb2_grpc
 
 from ._digest import digest
-from .errors import DeadlineExceeded, InvalidRequest, LockstepError, NotSupported, UpdateFailed, from_rpc
+from .errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    LockstepError,
+    NotSupported,
+    UpdateFailed,
+    WorkerUnavailable,
+    from_rpc,
+)
 from .rollouts import Version
 
 Code = grpc.StatusCode
@@ -409,6 +417,13 @@ class _Update:
             report.kept, report.recomputed, report.aborted = answer.kept, answer.recomputed, answer.aborted
 
         self.stage("commit", one)
+        # A worker may have died after its answer, and come back with its checkpoint's weights.
+        for report in self.report().workers:
+            if report.error is None and report.version != self.version:
+                serves = f"serves {tuple(report.version)}" if report.version else "gives no version"
+                report.error = WorkerUnavailable(f"it {serves} after its Commit was answered", worker=report.worker)
+                report.failed_in = "commit"
+        self.check(roll_back=False)
 
     # Sending
 

@@ -117,3 +117,32 @@ def test_a_worker_that_stands_still_does_not_hold_publish_past_its_limit(workers
             publisher.publish((0, 1), trainer.tensors().items())
         assert time.monotonic() - began < 4
         workers[1].process.send_signal(signal.SIGCONT)
+
+
+def test_success_means_that_all_serve_the_version(start_worker, tiny_model, trainer, monkeypatch):
+    """A worker that died after its Commit, while another's went on, came back with the checkpoint's weights."""
+    flags = ("--numerics", "fp32", "--threads", "1")
+    first = start_worker(tiny_model, *flags)
+    monkeypatch.setenv("LOCKSTEP_FAILPOINTS", "weights.commit.before=sleep(4000)@1")
+    second = start_worker(tiny_model, *flags)
+    monkeypatch.delenv("LOCKSTEP_FAILPOINTS")
+    with (
+        WeightPublisher(first.control, manifest_from=trainer.model) as only_first,
+        WeightPublisher([first.control, second.control], manifest_from=trainer.model) as publisher,
+    ):
+
+        def restart_once_committed():
+            while only_first.status()[first.control].weight_version.step != 1:
+                time.sleep(0.02)
+            first.process.kill()
+            first.process.wait()
+            start_worker(tiny_model, *flags, "--listen", first.data, "--control_listen", first.control)
+
+        thread = threading.Thread(target=restart_once_committed)
+        thread.start()
+        with pytest.raises(UpdateFailed) as error:
+            publisher.publish((0, 1), trainer.tensors().items())
+        thread.join()
+        assert [(w.version, w.failed_in) for w in error.value.report.workers] == [((0, 0), "commit"), ((0, 1), None)]
+        report = publisher.publish((0, 2), trainer.tensors().items())
+        assert [w.version for w in report.workers] == [(0, 2)] * 2
