@@ -1,5 +1,5 @@
-"""tools/chaos's corruptions: bytes that change on their way, after the sender took their digests. One worker, updates of a
-few tensors over the version that serves; every one must end as DATA_LOSS that names what was hit and nothing else.
+"""tools/chaos's corruptions: bytes that change on their way, after the sender took their digests. One worker, updates of
+a few tensors over the version that serves; every one must end as DATA_LOSS that names what was hit and nothing else.
 """
 
 import random
@@ -57,7 +57,13 @@ class Corruptions:
         others = [name for name in self.new if name not in hit]
         names = hit + (others if complete else rng.sample(others, 2))
         # A convolution in parts comes with all of them.
-        parts = {n.replace(f".{a}_conv1d.", f".{b}_conv1d.") for n in names for a in "qkv" for b in "qkv" if f".{a}_conv1d." in n}
+        parts = {
+            n.replace(f".{a}_conv1d.", f".{b}_conv1d.")
+            for n in names
+            for a in "qkv"
+            for b in "qkv"
+            if f".{a}_conv1d." in n
+        }
         names += sorted(parts - set(names))
         rng.shuffle(names)
         if kind == "last tensor truncated":
@@ -113,7 +119,10 @@ class Corruptions:
             for index, name in enumerate(names):
                 for at in range(0, len(sent[name]), CHUNK):
                     yield self.wpb.PushRequest(
-                        version=None if index or at else self.version, tensor=index, offset=at, data=sent[name][at : at + CHUNK]
+                        version=None if index or at else self.version,
+                        tensor=index,
+                        offset=at,
+                        data=sent[name][at : at + CHUNK],
                     )
 
         self.stub.Push(chunks(), timeout=20)

@@ -78,16 +78,16 @@ class Coverage:
                 self.pending[name] -= 1
 
     def plan(self):
-        """The faults of one process's life: one to three in successive updates, the last of them mostly its death."""
+        """The faults of one process's life: one to three in successive updates, the last of them its death."""
         with self.lock:
             order = sorted(self.names, key=lambda n: (self.count(n) + self.pending[n], self.rng.random()))
             common = [name for name in order if name not in RARE]
             entries, chosen = [], []
-            first = self.rng.choice((0, 1, 1, 2))  # updates that pass before the first fault
+            first = self.rng.choice((0, 0, 1))  # updates that pass before the first fault
             life = self.rng.choice((1, 2, 2, 3))
             for update in range(life):
                 name = common[update]
-                action = "kill" if update == life - 1 and self.rng.random() < 0.7 else "stop"
+                action = "kill" if update == life - 1 else "stop"
                 if self.rng.random() < 0.15:
                     action = f"sleep({self.rng.randrange(50, 600)})"
                     if self.names[name]:
@@ -196,9 +196,13 @@ class Worker:
         if status is not None:
             self.ready.clear()
             self.scan_log()
-            injected = self.external or (self.last_fired is not None and (
-                self.last_fired[1].startswith("kill") or
-                (self.last_fired[0] in DEVICE and self.last_fired[1].startswith("error"))))
+            injected = self.external or (
+                self.last_fired is not None
+                and (
+                    self.last_fired[1].startswith("kill")
+                    or (self.last_fired[0] in DEVICE and self.last_fired[1].startswith("error"))
+                )
+            )
             if not injected:
                 tail = self.log_path.read_text()[-2000:]
                 self.campaign.violation("death", f"worker {self.index} ended by itself, status {status}:\n{tail}")
@@ -209,7 +213,12 @@ class Worker:
                 return
             self.start()
             self.campaign.event("restarted", worker=self.index, generation=self.generation)
-        elif self.last_fired and self.last_fired[0] in DEVICE and self.last_fired[1].startswith("error") and now > self.fired_at + 10:
+        elif (
+            self.last_fired
+            and self.last_fired[0] in DEVICE
+            and self.last_fired[1].startswith("error")
+            and now > self.fired_at + 10
+        ):
             self.campaign.violation("death", f"worker {self.index} goes on 10 s after its device failed")
             self.process.kill()
         elif process_state(self.process.pid) == "T":
@@ -224,7 +233,11 @@ class Worker:
                 time.sleep(0.02)
 
     def serving(self):
-        return self.ready.is_set() and self.process.poll() is None and process_state(self.process.pid) not in ("T", "Z", "")
+        return (
+            self.ready.is_set()
+            and self.process.poll() is None
+            and process_state(self.process.pid) not in ("T", "Z", "")
+        )
 
     def end(self):
         if self.process is not None:
@@ -248,7 +261,10 @@ class Learner:
         with open(self.campaign.scratch / "learner.log", "a") as log:
             self.process = subprocess.Popen(
                 [sys.executable, str(script), str(self.campaign.seed), self.campaign.transport],
-                stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
             )
         self.campaign.pids.append(self.process.pid)
         self.lines = queue.Queue()

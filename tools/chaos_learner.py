@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""tools/chaos's learner: a process that publishes versions with lockstep.WeightPublisher as it is told on standard input,
-one JSON object a line, and says on standard output what became of it. It dies, stops or raises at a stage of the publisher
-or of its iterator if the command says so.
+"""tools/chaos's learner: a process that publishes versions with lockstep.WeightPublisher as it is told on standard
+input, one JSON object a line, and says on standard output what became of it. It dies, stops or raises at a stage of the
+publisher or of its iterator if the command says so.
 """
 
 import json
@@ -21,7 +21,16 @@ from chaos_weights import Versions  # noqa: E402
 from lockstep import LockstepError, WeightPublisher  # noqa: E402
 
 # In the order of an update. A call's places are passed once for each worker, "tensor" before each one.
-PLACES = ("Begin.before", "Begin.after", "tensor", "iterator.end", "Verify.before", "Verify.after", "Commit.before", "Commit.after")
+PLACES = (
+    "Begin.before",
+    "Begin.after",
+    "tensor",
+    "iterator.end",
+    "Verify.before",
+    "Verify.after",
+    "Commit.before",
+    "Commit.after",
+)
 
 
 def say(**event):

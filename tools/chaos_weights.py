@@ -1,5 +1,5 @@
-"""The versions of a chaos campaign: the tiny checkpoint's bf16 values with noise drawn from (seed, version) alone, so that
-the learner, whoever restarts it, and the reference all have the same.
+"""The versions of a chaos campaign: the tiny checkpoint's bf16 values with noise drawn from (seed, version) alone, so
+that the learner, however often it is restarted, and the reference all have the same.
 """
 
 import json

@@ -110,7 +110,9 @@ def test_a_broken_connection_goes_on(workers, trainer):
 
 
 def test_a_worker_that_stands_still_does_not_hold_publish_past_its_limit(workers, trainer):
-    with WeightPublisher([w.control for w in workers], manifest_from=trainer.model, timeout_s=2, retry_s=1) as publisher:
+    with WeightPublisher(
+        [w.control for w in workers], manifest_from=trainer.model, timeout_s=2, retry_s=1
+    ) as publisher:
         workers[1].process.send_signal(signal.SIGSTOP)
         began = time.monotonic()
         with pytest.raises(UpdateFailed):
