@@ -226,6 +226,10 @@ absl::Status WeightUpdate::Verify(const WeightVersion& version, std::span<const 
 absl::Status WeightUpdate::Commit(const WeightVersion& version, const std::function<absl::Status()>& install) {
   {
     absl::MutexLock lock(&mutex_);
+    const auto settled = [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+      return open_ == nullptr || open_->version != version || open_->state != UpdateState::kCommitting;
+    };
+    mutex_.Await(absl::Condition(&settled));
     if (version == serving_) return absl::OkStatus();
     LOCKSTEP_ASSIGN_OR_RETURN(Open * open, Get(version, UpdateState::kVerified));
     open->state = UpdateState::kCommitting;

@@ -148,3 +148,22 @@ def test_success_means_that_all_serve_the_version(start_worker, tiny_model, trai
         assert [(w.version, w.failed_in) for w in error.value.report.workers] == [((0, 0), "commit"), ((0, 1), None)]
         report = publisher.publish((0, 2), trainer.tensors().items())
         assert [w.version for w in report.workers] == [(0, 2)] * 2
+
+
+def test_a_connection_that_breaks_during_commit(start_worker, tiny_model, trainer, monkeypatch):
+    monkeypatch.setenv("LOCKSTEP_FAILPOINTS", "weights.install.before=sleep(1500)@1")
+    worker = start_worker(tiny_model, "--numerics", "fp32", "--threads", "1")
+    proxy = DroppingProxy(worker.control)
+    with WeightPublisher(proxy.address, manifest_from=trainer.model) as publisher:
+
+        def drop_while_it_installs():
+            while "failpoint weights.install.before" not in worker.log():
+                time.sleep(0.02)
+            assert proxy.drop()
+
+        thread = threading.Thread(target=drop_while_it_installs)
+        thread.start()
+        report = publisher.publish((0, 1), trainer.tensors().items())
+        thread.join()
+    assert report.workers[0].version == (0, 1)
+    proxy.close()
