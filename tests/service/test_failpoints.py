@@ -7,7 +7,8 @@ import subprocess
 import grpc
 import pytest
 from checkpoints import perturb, read
-from test_weights import Sender, control_stubs, refused
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from test_weights import Reader, Sender, control_stubs, refused, request, spans
 
 
 @pytest.fixture(scope="module")
@@ -65,5 +66,12 @@ def test_a_device_error_while_it_installs_ends_the_worker(armed, tiny_model, pb,
     sender = Sender(pb, wpb, control_stubs(process)[0])
     new = perturb(read(tiny_model), 1)
     sender.stage(1, new)
+    watch = health_pb2_grpc.HealthStub(process.channel).Watch(health_pb2.HealthCheckRequest())
+    assert next(watch).status == health_pb2.HealthCheckResponse.SERVING
+    reader = Reader(process.stub, request(pb)).read(until=10)
     refused(grpc.StatusCode.INTERNAL, sender.commit, 1)
+    reader.read()
+    assert reader.done.abort_reason == pb.ABORT_REASON_INTERNAL
+    assert spans(reader.done) == [(0, 0, 0, len(reader.tokens))], "no token of weights that may be mixed"
+    assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
     assert process.wait() == 1
