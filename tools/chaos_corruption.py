@@ -1,5 +1,5 @@
-"""tools/chaos's corruptions: bytes that change on their way, after the sender took their digests. One worker, updates of
-a few tensors over the version that serves; every one must end as DATA_LOSS that names what was hit and nothing else.
+"""tools/chaos's corruptions: bytes that change on their way, after the sender took their digests. One worker, updates
+of a few tensors over the version that serves; every one must end as DATA_LOSS that names what was hit and nothing else.
 """
 
 import random

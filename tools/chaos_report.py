@@ -56,8 +56,9 @@ def result_of(campaign, corruptions):
     fired = campaign.coverage.fired
     counts = {name: fired[name]["kill"] + fired[name]["stop"] for name in fired}
     return {
-        "covers": f"{len(campaign.attempts)} updates of {campaign.arguments.workers} workers, transport {campaign.transport}; of "
-        f"{len(counts)} failpoints {sum(c >= 20 for c in counts.values())} fired at least 20 times with kill or stop, "
+        "covers": f"{len(campaign.attempts)} updates of {campaign.arguments.workers} workers, "
+        f"transport {campaign.transport}; of {len(counts)} failpoints {sum(c >= 20 for c in counts.values())} fired at "
+        f"least 20 times with kill or stop, "
         f"{sum(c > 0 for c in counts.values())} at least once, the fewest {min(counts.values())} times",
         "seconds": {"campaign": round(campaign.campaign_s, 1), "replay": round(campaign.replay_s, 1)},
         "updates": {

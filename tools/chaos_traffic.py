@@ -322,7 +322,8 @@ class Replay:
             )
             if found is None:
                 rest = len(sample.tokens) - i
-                if any(keep for _, keep in history[at + 1 :]) or at and history[at][1]:
+                # A kept sample has a first token, of its state's own version.
+                if i and (any(keep for _, keep in history[at + 1 :]) or at and history[at][1]):
                     self.counts["kept_possible"] += rest
                 else:
                     self.counts["differing"] += rest

@@ -1,4 +1,4 @@
-"""tools/chaos: that its checks see what they are for. A short campaign without faults, whose records are tampered with."""
+"""tools/chaos: that its checks see what they are for. A short campaign, whose records are tampered with."""
 
 import importlib.machinery
 import importlib.util
