@@ -123,7 +123,7 @@ class Worker:
         self.last_fired = None
         self.faults = 0  # fired or inflicted, all generations; sleeps are none
         self.held = []  # seconds for which it stopped, all generations
-        self.may_serve = {(0, 0)}
+        self.last_seen = (0, (0, 0))  # generation, and the version it served after the last update
         self.thread = threading.Thread(target=self.watch, daemon=True)
 
     def start(self, armed=True):

@@ -97,7 +97,13 @@ def test_old_or_new_and_two_versions_are_found(chaos, campaign):
     assert {v["check"] for v in campaign.violations} == {"two versions"}
     campaign.violations.clear()
     for worker in campaign.workers:
-        worker.may_serve = {(0, 5)}
+        worker.last_seen = worker.generation, (0, 5)
     campaign.inspect(record | {"ok": False, "outcome": "failed"})
     assert {v["check"] for v in campaign.violations} == {"old or new"}
+    campaign.violations.clear()
+    for worker in campaign.workers:
+        worker.last_seen = worker.generation - 1, (0, 5)  # it was restarted since
+    status.weight_version.step = 0
+    campaign.inspect(record | {"ok": False, "outcome": "failed"})
+    assert not campaign.violations
     campaign.violations.clear()
