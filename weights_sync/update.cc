@@ -10,6 +10,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/time/clock.h"
 #include "kernels/host_values.h"
+#include "rollout/base/failpoint.h"
 #include "rollout/base/status.h"
 
 namespace lockstep {
@@ -36,7 +37,10 @@ const char* UpdateStateName(UpdateState state) {
 }
 
 void WeightUpdate::DropExpired() {
-  if (open_ != nullptr && open_->state != UpdateState::kCommitting && absl::Now() >= open_->expires) Drop();
+  if (open_ != nullptr && open_->state != UpdateState::kCommitting && absl::Now() >= open_->expires) {
+    Failpoint("weights.lease.expired");
+    Drop();
+  }
 }
 
 void WeightUpdate::Drop() {
@@ -103,6 +107,7 @@ absl::StatusOr<std::vector<int64_t>> WeightUpdate::Begin(const WeightVersion& ve
   if (open_ != nullptr) return absl::FailedPreconditionError("another update was begun meanwhile");
   auto open = std::make_unique<Open>();
   LOCKSTEP_ASSIGN_OR_RETURN(open->places, PlaceTensors(manifest, table_.slots()));
+  LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.begin.checked"));
   table_.BeginUpdate();
   open->version = version;
   open->manifest = std::move(manifest);
@@ -151,8 +156,10 @@ absl::Status WeightUpdate::Push(const WeightVersion& version, int64_t tensor, in
   arriving.digester.Add(data);
   arriving.non_finite += CountNonFinite(data.data(), dtype, static_cast<int64_t>(data.size()) / DTypeBytes(dtype));
   arriving.received += static_cast<int64_t>(data.size());
+  Failpoint("weights.push.received");
   if (arriving.received < total) return absl::OkStatus();
   const absl::Status staged = StageWhole(*open, tensor);
+  Failpoint("weights.push.staged");
   if (!staged.ok()) Drop();
   return staged;
 }
@@ -293,6 +300,7 @@ absl::Status WeightUpdate::Verify(const WeightVersion& version, std::span<const 
     Drop();
     return absl::DataLossError(absl::StrCat("the update to ", VersionText(version), " was rolled back: ", list(wrong)));
   }
+  LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.verify.compared"));
   LOCKSTEP_RETURN_IF_ERROR(table_.Finish());
   open->state = UpdateState::kVerified;
   return absl::OkStatus();
@@ -301,11 +309,16 @@ absl::Status WeightUpdate::Verify(const WeightVersion& version, std::span<const 
 absl::Status WeightUpdate::Commit(const WeightVersion& version, const std::function<absl::Status()>& install) {
   {
     absl::MutexLock lock(&mutex_);
+    const auto settled = [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+      return open_ == nullptr || open_->version != version || open_->state != UpdateState::kCommitting;
+    };
+    mutex_.Await(absl::Condition(&settled));
     if (version == serving_) return absl::OkStatus();
     LOCKSTEP_ASSIGN_OR_RETURN(Open * open, Get(version, UpdateState::kVerified));
     open->state = UpdateState::kCommitting;
   }
   const absl::Status installed = install();
+  Failpoint("weights.commit.serving");
   absl::MutexLock lock(&mutex_);
   if (!installed.ok()) {
     open_->state = UpdateState::kVerified;

@@ -74,7 +74,8 @@ class WeightUpdate {
   // digests: by tensor, of the bytes as sent.
   absl::Status Verify(const WeightVersion& version, std::span<const uint64_t> digests);
   // `install` makes the second place serve, as `version`, and may take its time; while it runs nothing else is
-  // possible. Its error leaves the update VERIFIED. A version that already serves is OK without it.
+  // possible. Its error leaves the update VERIFIED. A version that already serves is OK without it; one that another
+  // call is committing waits for that call.
   absl::Status Commit(const WeightVersion& version, const std::function<absl::Status()>& install);
   // Whether there was one to drop. FAILED_PRECONDITION while it is being committed.
   absl::StatusOr<bool> Rollback(const WeightVersion& version);

@@ -7,8 +7,10 @@
 #include <limits>
 #include <map>
 #include <random>
+#include <thread>
 
 #include "absl/strings/match.h"
+#include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
 
 namespace lockstep {
@@ -176,6 +178,40 @@ TEST_F(UpdateTest, AFailedInstallLeavesItVerified) {
   EXPECT_TRUE(absl::IsDeadlineExceeded(update.Commit({0, 1}, [] { return absl::DeadlineExceededError("busy"); })));
   EXPECT_EQ(update.status().state, UpdateState::kVerified);
   ASSERT_TRUE(Commit(1).ok());
+}
+
+// Its connection broke while the first went on: a learner must not take the update for failed.
+TEST_F(UpdateTest, CommitSentAgainEndsAsTheFirstDoes) {
+  Receive(1);
+  ASSERT_TRUE(update.Verify({0, 1}, Digests(1)).ok());
+  absl::Notification installing, go_on;
+  int installs = 0;
+  absl::Status first, second;
+  std::thread one([&] {
+    first = update.Commit({0, 1}, [&] {
+      ++installs;
+      installing.Notify();
+      go_on.WaitForNotification();
+      return absl::OkStatus();
+    });
+  });
+  installing.WaitForNotification();
+  absl::Notification answered;
+  std::thread two([&] {
+    second = update.Commit({0, 1}, [&] {
+      ++installs;
+      return absl::OkStatus();
+    });
+    answered.Notify();
+  });
+  EXPECT_FALSE(answered.WaitForNotificationWithTimeout(absl::Milliseconds(100)));
+  go_on.Notify();
+  one.join();
+  two.join();
+  EXPECT_TRUE(first.ok()) << first;
+  EXPECT_TRUE(second.ok()) << second;
+  EXPECT_EQ(installs, 1);
+  EXPECT_EQ(update.serving(), (WeightVersion{0, 1}));
 }
 
 // Random calls against the state machine written down a second time, as plainly as it can be.

@@ -24,7 +24,15 @@ import numpy as np
 from lockstep.v1 import rollout_pb2, weights_pb2, weights_pb2_grpc
 
 from ._digest import digest
-from .errors import DeadlineExceeded, InvalidRequest, LockstepError, NotSupported, UpdateFailed, from_rpc
+from .errors import (
+    DeadlineExceeded,
+    InvalidRequest,
+    LockstepError,
+    NotSupported,
+    UpdateFailed,
+    WorkerUnavailable,
+    from_rpc,
+)
 from .rollouts import Version
 
 Code = grpc.StatusCode
@@ -130,7 +138,8 @@ class WeightPublisher:
     transport: "stream" (over gRPC). "nccl" raises NotSupported: it is not in this version.
     base_version: the manifest holds a part of the tensors; the others must have this version at the workers.
     batch_bytes: sent and acknowledged at once. Host memory: up to three batches (or three tensors, where larger).
-    timeout_s: for one publish(), all stages together.
+    timeout_s: for one publish(), all stages together; rolling back and asking who serves what take half of it again at
+      most.
     retry_s: how long to try to reach a worker again when its connection fails.
     lease_s: how long a worker keeps a half-received update if this process dies; 1 to 3,600.
 
@@ -306,6 +315,7 @@ class _Update:
         self.began = time.monotonic()
         finish = commit_request.finish_timeout_ms / 1000
         self.deadline = self.began + publisher._timeout_s + finish
+        self.afterwards_s = min(10.0, publisher._timeout_s / 4)  # for Rollback, and for the report: past the deadline
         self.reports = {worker: WorkerReport(worker) for worker in publisher.workers}
         self.chunk_bytes: dict[str, int] = {}
         self.begin_request = publisher._begin_request(version)
@@ -371,7 +381,7 @@ class _Update:
 
         def one(worker: str) -> None:
             try:
-                self.publisher._stub(worker).Rollback(request, timeout=10)
+                self.publisher._stub(worker).Rollback(request, timeout=self.afterwards_s)
             except grpc.RpcError:
                 pass  # the lease ends it there
 
@@ -381,7 +391,8 @@ class _Update:
     def report(self) -> PublishReport:
         def ask(worker: str) -> None:
             try:
-                status = self.publisher._stub(worker).GetStatus(weights_pb2.GetStatusRequest(), timeout=10)
+                stub = self.publisher._stub(worker)
+                status = stub.GetStatus(weights_pb2.GetStatusRequest(), timeout=self.afterwards_s)
                 self.reports[worker].version = Version(status.weight_version.epoch, status.weight_version.step)
             except grpc.RpcError:
                 self.reports[worker].version = None
@@ -406,6 +417,13 @@ class _Update:
             report.kept, report.recomputed, report.aborted = answer.kept, answer.recomputed, answer.aborted
 
         self.stage("commit", one)
+        # A worker may have died after its answer, and come back with its checkpoint's weights.
+        for report in self.report().workers:
+            if report.error is None and report.version != self.version:
+                serves = f"serves {tuple(report.version)}" if report.version else "gives no version"
+                report.error = WorkerUnavailable(f"it {serves} after its Commit was answered", worker=report.worker)
+                report.failed_in = "commit"
+        self.check(roll_back=False)
 
     # Sending
 

@@ -5,6 +5,7 @@
 #include <utility>
 
 #include "rollout/base/check.h"
+#include "rollout/base/failpoint.h"
 #include "rollout/base/status.h"
 
 namespace lockstep {
@@ -85,6 +86,7 @@ void Engine::ForEachPart(const StateSwap& swap, absl::FunctionRef<void(std::byte
 }
 
 void Engine::Save(const StateSwap& swap) {
+  Failpoint("keep.swap_out.before");
   int64_t total = 0;
   ForEachPart(swap, [&](std::byte*, int64_t bytes) { total += bytes; });
   swap.host->resize(total);
@@ -93,9 +95,11 @@ void Engine::Save(const StateSwap& swap) {
     ops_.CopyToHost(to, part, bytes);
     to += bytes;
   });
+  Failpoint("keep.swap_out.after");
 }
 
 void Engine::Restore(const StateSwap& swap) {
+  Failpoint("keep.swap_in.before");
   const std::byte* from = swap.host->data();
   ForEachPart(swap, [&](std::byte* part, int64_t bytes) {
     ops_.CopyFromHost(part, from, bytes);
@@ -103,6 +107,7 @@ void Engine::Restore(const StateSwap& swap) {
   });
   LOCKSTEP_CHECK(from == swap.host->data() + swap.host->size(), "a saved state of {} bytes", swap.host->size());
   std::vector<std::byte>().swap(*swap.host);
+  Failpoint("keep.swap_in.after");
 }
 
 absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Engine::Step(const StepInput& input) {

@@ -2,6 +2,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "rollout/base/failpoint.h"
 #include "rollout/base/status.h"
 #include "rollout/server/check_range.h"
 #include "rollout/server/stream_reactor.h"
@@ -34,16 +35,21 @@ grpc::Status ControlService::Pause(grpc::ServerContext*, const v1::PauseRequest*
     LOCKSTEP_ASSIGN_OR_RETURN(const PauseMode mode, ModeOf(request->mode()));
     LOCKSTEP_RETURN_IF_ERROR(
         CheckRange("timeout_ms", request->timeout_ms(), 0, mode == PauseMode::kFinish ? kMaxTimeoutMs : 0));
+    LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("control.pause.before"));
     response->set_in_flight(control_.Pause(mode, absl::Now() + absl::Milliseconds(request->timeout_ms())));
-    return absl::OkStatus();
+    return FailpointStatus("control.pause.answer");
   };
   return ToGrpc(run());
 }
 
 grpc::Status ControlService::Resume(grpc::ServerContext*, const v1::ResumeRequest* request, v1::ResumeResponse*) {
-  if (const absl::Status status = CheckNoUnknownFields(*request); !status.ok()) return ToGrpc(status);
-  control_.Resume();
-  return grpc::Status::OK;
+  const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
+    LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("control.resume.before"));
+    control_.Resume();
+    return FailpointStatus("control.resume.answer");
+  };
+  return ToGrpc(run());
 }
 
 grpc::Status ControlService::Drain(grpc::ServerContext*, const v1::DrainRequest* request, v1::DrainResponse*) {

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "absl/strings/str_cat.h"
+#include "rollout/base/failpoint.h"
 #include "rollout/base/status.h"
 #include "rollout/server/check_range.h"
 #include "rollout/server/respond.h"
@@ -133,12 +134,14 @@ WeightsService::WeightsService(ServingModel* model, const std::string& nccl_libr
 grpc::Status WeightsService::Begin(grpc::ServerContext*, const v1::BeginRequest* request, v1::BeginResponse* response) {
   const auto run = [&]() -> absl::Status {
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
+    LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.begin.before"));
     LOCKSTEP_ASSIGN_OR_RETURN(const WeightVersion version, VersionOf(request->has_version(), request->version()));
     LOCKSTEP_ASSIGN_OR_RETURN(Manifest manifest, ManifestOf(request->manifest()));
     const int64_t lease = request->lease_ms() == 0 ? kDefaultLeaseMs : request->lease_ms();
     LOCKSTEP_RETURN_IF_ERROR(CheckRange("lease_ms", lease, kMinLeaseMs, kMaxLeaseMs));
     LOCKSTEP_ASSIGN_OR_RETURN(const std::vector<int64_t> received,
                               update_.Begin(version, std::move(manifest), absl::Milliseconds(lease)));
+    LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.begin.answer"));
     response->mutable_received_bytes()->Add(received.begin(), received.end());
     response->set_lease_ms(lease);
     response->set_max_chunk_bytes(kMaxChunkBytes);
@@ -150,11 +153,13 @@ grpc::Status WeightsService::Begin(grpc::ServerContext*, const v1::BeginRequest*
 grpc::Status WeightsService::Push(grpc::ServerContext*, grpc::ServerReader<v1::PushRequest>* reader,
                                   v1::PushResponse* response) {
   const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.push.before"));
     v1::PushRequest chunk;
     std::optional<WeightVersion> version;
     int64_t bytes = 0;
     while (reader->Read(&chunk)) {
       LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(chunk));
+      LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.push.chunk"));
       if (!version) {
         LOCKSTEP_ASSIGN_OR_RETURN(version, VersionOf(chunk.has_version(), chunk.version()));
       } else if (chunk.has_version()) {
@@ -167,6 +172,7 @@ grpc::Status WeightsService::Push(grpc::ServerContext*, grpc::ServerReader<v1::P
     }
     if (!version) return absl::InvalidArgumentError("version: the stream ended before its first message");
     LOCKSTEP_ASSIGN_OR_RETURN(const std::vector<int64_t> received, update_.Received(*version));
+    LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.push.answer"));
     response->set_bytes(bytes);
     response->mutable_received_bytes()->Add(received.begin(), received.end());
     return absl::OkStatus();
@@ -227,7 +233,10 @@ grpc::Status WeightsService::Verify(grpc::ServerContext*, const v1::VerifyReques
   const auto run = [&]() -> absl::Status {
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
     LOCKSTEP_ASSIGN_OR_RETURN(const WeightVersion version, VersionOf(request->has_version(), request->version()));
-    return update_.Verify(version, std::vector<uint64_t>(request->digests().begin(), request->digests().end()));
+    LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.verify.before"));
+    LOCKSTEP_RETURN_IF_ERROR(
+        update_.Verify(version, std::vector<uint64_t>(request->digests().begin(), request->digests().end())));
+    return FailpointStatus("weights.verify.answer");
   };
   return ToGrpc(run());
 }
@@ -237,7 +246,8 @@ grpc::Status WeightsService::Commit(grpc::ServerContext*, const v1::CommitReques
   const auto run = [&]() -> absl::Status {
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
     LOCKSTEP_ASSIGN_OR_RETURN(const WeightSwitch change, SwitchOf(*request));
-    return update_.Commit(change.version, [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.commit.before"));
+    LOCKSTEP_RETURN_IF_ERROR(update_.Commit(change.version, [&]() -> absl::Status {
       LOCKSTEP_ASSIGN_OR_RETURN(const WeightSwitchResult result,
                                 model_.control->SwitchWeights(change, model_.install_weights));
       response->set_wait_ms(absl::ToDoubleMilliseconds(result.wait));
@@ -246,7 +256,8 @@ grpc::Status WeightsService::Commit(grpc::ServerContext*, const v1::CommitReques
       response->set_recomputed(result.recomputed);
       response->set_aborted(result.aborted);
       return absl::OkStatus();
-    });
+    }));
+    return FailpointStatus("weights.commit.answer");
   };
   return ToGrpc(run());
 }
@@ -256,7 +267,9 @@ grpc::Status WeightsService::Rollback(grpc::ServerContext*, const v1::RollbackRe
   const auto run = [&]() -> absl::Status {
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
     LOCKSTEP_ASSIGN_OR_RETURN(const WeightVersion version, VersionOf(request->has_version(), request->version()));
+    LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.rollback.before"));
     LOCKSTEP_ASSIGN_OR_RETURN(const bool dropped, update_.Rollback(version));
+    LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.rollback.answer"));
     response->set_dropped(dropped);
     return absl::OkStatus();
   };

@@ -14,6 +14,7 @@
 #include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
 #include "rollout/base/check.h"
+#include "rollout/base/failpoint.h"
 #include "rollout/server/flags.h"
 #include "rollout/server/server.h"
 #include "spdlog/sinks/stdout_color_sinks.h"
@@ -78,6 +79,8 @@ int WorkerMain(int argc, char** argv,
   spdlog::set_default_logger(spdlog::stderr_color_mt("lockstep-worker"));
   const auto flags = ParseWorkerFlags(argc, argv);
   if (!flags.ok()) return Fail(flags.status());
+
+  if (const absl::Status armed = ArmFailpointsFromEnvironment(); !armed.ok()) return Fail(armed);
 
   TerminationSignals signals;
   auto model = make_worker(flags->worker);

@@ -8,6 +8,7 @@
 #include "kernels/digest_math.h"
 #include "kernels/host_values.h"
 #include "rollout/base/check.h"
+#include "rollout/base/failpoint.h"
 #include "rollout/base/status.h"
 #include "rollout/model/checkpoint.h"
 #include "rollout/model/name_map.h"
@@ -277,9 +278,11 @@ absl::Status ModelTensors::Finish() {
 }
 
 absl::Status ModelTensors::Install() {
+  LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.install.before"));
   for (size_t s = 0; s < slots_.size(); ++s) {
     const size_t source = slots_[s].tied_to >= 0 ? static_cast<size_t>(slots_[s].tied_to) : s;
     if (!staged_[source].digest) continue;
+    LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.install.slot"));
     const Target& target = targets_[s];
     const std::byte* from = stage_->data() + target.offset;
     if (target.vector != nullptr) {
@@ -292,6 +295,7 @@ absl::Status ModelTensors::Install() {
   }
   ops_.Synchronize();
   LOCKSTEP_RETURN_IF_ERROR(ops_.status());
+  LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.install.after"));
   absl::MutexLock lock(&mutex_);
   for (size_t s = 0; s < slots_.size(); ++s) {
     if (staged_[s].digest) digests_[s] = staged_[s].digest;

@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "rollout/base/check.h"
+#include "rollout/base/failpoint.h"
 
 namespace lockstep {
 
@@ -125,6 +126,7 @@ WeightSwitchResult StepLoop::SwitchWeights(const WeightVersion& version, InFligh
     if (scheduler_.has_started(id)) ids.push_back(id);
   }
   for (const SequenceId id : ids) {
+    Failpoint("weights.commit.sample");
     Sequence& sequence = Get(id);
     const Request& request = *sequence.request;
     const PromptLogprobRange& range = request.spec.prompt_logprobs;

@@ -6,6 +6,7 @@
 #include "absl/strings/str_cat.h"
 #include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
+#include "rollout/base/failpoint.h"
 #include "rollout/base/status.h"
 
 namespace lockstep {
@@ -108,6 +109,7 @@ absl::StatusOr<WeightSwitchResult> Worker::SwitchWeights(const WeightSwitch& cha
   const auto hold = [this](bool on) { return AtBoundary([this, on](absl::Time) { loop_->HoldNew(on); }); };
   if (finish) {
     LOCKSTEP_RETURN_IF_ERROR(hold(true));
+    Failpoint("weights.commit.policy");
     if (!AwaitNoneInFlight(begin + change.finish_timeout) && !change.fallback) {
       LOCKSTEP_RETURN_IF_ERROR(hold(false));
       LOCKSTEP_RETURN_IF_ERROR(Health());
@@ -119,13 +121,16 @@ absl::StatusOr<WeightSwitchResult> Worker::SwitchWeights(const WeightSwitch& cha
   }
   WeightSwitchResult result;
   absl::Status status;
+  Failpoint("weights.commit.boundary");
   LOCKSTEP_RETURN_IF_ERROR(AtBoundary([&](absl::Time now) {
     if (finish) loop_->HoldNew(false);
     status = loop_->failure();
     if (!status.ok()) return;
     status = install();
     if (!status.ok()) return loop_->Fail(status);
+    Failpoint("weights.commit.installed");
     result = loop_->SwitchWeights(change.version, policy, now);
+    Failpoint("weights.commit.switched");
     const absl::Time end = absl::Now();
     result.wait = now - begin;
     result.pause = end - now;

@@ -1,5 +1,6 @@
 """The publisher against a real worker: its digests, its versions, and what generation then computes."""
 
+import signal
 import threading
 import time
 
@@ -105,4 +106,64 @@ def test_a_broken_connection_goes_on(workers, trainer):
         report = publisher.publish((0, 1), trainer.tensors().items())
     assert report.workers[0].version == (0, 1) and report.workers[0].resumed >= 1
     assert parity.stale_weights(trainer, workers[0].control) == []
+    proxy.close()
+
+
+def test_a_worker_that_stands_still_does_not_hold_publish_past_its_limit(workers, trainer):
+    with WeightPublisher(
+        [w.control for w in workers], manifest_from=trainer.model, timeout_s=2, retry_s=1
+    ) as publisher:
+        workers[1].process.send_signal(signal.SIGSTOP)
+        began = time.monotonic()
+        with pytest.raises(UpdateFailed):
+            publisher.publish((0, 1), trainer.tensors().items())
+        assert time.monotonic() - began < 4
+        workers[1].process.send_signal(signal.SIGCONT)
+
+
+def test_success_means_that_all_serve_the_version(start_worker, tiny_model, trainer, monkeypatch):
+    """A worker that died after its Commit, while another's went on, came back with the checkpoint's weights."""
+    flags = ("--numerics", "fp32", "--threads", "1")
+    first = start_worker(tiny_model, *flags)
+    monkeypatch.setenv("LOCKSTEP_FAILPOINTS", "weights.commit.before=sleep(4000)@1")
+    second = start_worker(tiny_model, *flags)
+    monkeypatch.delenv("LOCKSTEP_FAILPOINTS")
+    with (
+        WeightPublisher(first.control, manifest_from=trainer.model) as only_first,
+        WeightPublisher([first.control, second.control], manifest_from=trainer.model) as publisher,
+    ):
+
+        def restart_once_committed():
+            while only_first.status()[first.control].weight_version.step != 1:
+                time.sleep(0.02)
+            first.process.kill()
+            first.process.wait()
+            start_worker(tiny_model, *flags, "--listen", first.data, "--control_listen", first.control)
+
+        thread = threading.Thread(target=restart_once_committed)
+        thread.start()
+        with pytest.raises(UpdateFailed) as error:
+            publisher.publish((0, 1), trainer.tensors().items())
+        thread.join()
+        assert [(w.version, w.failed_in) for w in error.value.report.workers] == [((0, 0), "commit"), ((0, 1), None)]
+        report = publisher.publish((0, 2), trainer.tensors().items())
+        assert [w.version for w in report.workers] == [(0, 2)] * 2
+
+
+def test_a_connection_that_breaks_during_commit(start_worker, tiny_model, trainer, monkeypatch):
+    monkeypatch.setenv("LOCKSTEP_FAILPOINTS", "weights.install.before=sleep(1500)@1")
+    worker = start_worker(tiny_model, "--numerics", "fp32", "--threads", "1")
+    proxy = DroppingProxy(worker.control)
+    with WeightPublisher(proxy.address, manifest_from=trainer.model) as publisher:
+
+        def drop_while_it_installs():
+            while "failpoint weights.install.before" not in worker.log():
+                time.sleep(0.02)
+            assert proxy.drop()
+
+        thread = threading.Thread(target=drop_while_it_installs)
+        thread.start()
+        report = publisher.publish((0, 1), trainer.tensors().items())
+        thread.join()
+    assert report.workers[0].version == (0, 1)
     proxy.close()

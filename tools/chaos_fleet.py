@@ -1,0 +1,322 @@
+"""tools/chaos's processes: workers that a supervisor restarts and continues, armed with failpoints, and the learner."""
+
+import json
+import os
+import pathlib
+import queue
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+
+READY = re.compile(r"^lockstep-worker ready data=(\S+) control=(\S+)$")
+FIRED = re.compile(r"failpoint (\S+?)=(\S+) at hit (\d+)")
+# Passed many times in an update: by what the version's tensors give. The others once, or as traffic has it.
+PER_CHUNK = ("weights.push.chunk", "weights.push.received")
+PER_STREAM = ("weights.push.before", "weights.push.answer")
+PER_TENSOR = ("weights.push.staged", "weights.install.slot")
+# Not in every update: armed from the start of every process, so that whatever comes first fires.
+RARE = (
+    "weights.commit.policy",
+    "weights.commit.sample",
+    "weights.rollback.before",
+    "weights.rollback.answer",
+    "weights.lease.expired",
+    "control.pause.before",
+    "control.pause.answer",
+    "control.resume.before",
+    "control.resume.answer",
+    "keep.swap_out.before",
+    "keep.swap_out.after",
+    "keep.swap_in.before",
+    "keep.swap_in.after",
+)
+DEVICE = ("weights.install.before", "weights.install.slot", "weights.install.after")  # an error there ends the worker
+
+
+def failpoints(binary):
+    """{name: whether it can return an error}: the worker's own list, which it gives when asked for one that is none."""
+    result = subprocess.run(
+        [binary, "--model", "none"], env={**os.environ, "LOCKSTEP_FAILPOINTS": "?=kill"}, capture_output=True, text=True
+    )
+    names = {m[1]: not m[2] for m in re.finditer(r"^  (\S+)( \(no error\))?$", result.stderr, re.M)}
+    if result.returncode != 1 or not names:
+        raise RuntimeError(f"{binary} gave no list of failpoints, exit status {result.returncode}:\n{result.stderr}")
+    return names
+
+
+def process_state(pid):
+    """The letter in /proc/PID/stat, "" if there is no such process."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return ""
+
+
+class Coverage:
+    """Which failpoints fired how often, and which to arm next: those with the fewest."""
+
+    def __init__(self, names, rng, per_update):
+        self.names, self.rng, self.per_update = names, rng, per_update
+        self.lock = threading.Lock()
+        self.fired = {name: {"kill": 0, "stop": 0, "sleep": 0, "error": 0} for name in names}
+        self.pending = dict.fromkeys(names, 0)
+
+    def count(self, name):
+        return self.fired[name]["kill"] + self.fired[name]["stop"]
+
+    def note(self, name, action):
+        with self.lock:
+            self.fired[name][action.split("(")[0].split("@")[0]] += 1
+
+    def release(self, plan):
+        with self.lock:
+            for name in {entry.split("=")[0] for entry in plan}:
+                self.pending[name] -= 1
+
+    def plan(self):
+        """The faults of one process's life: one to three in successive updates, the last of them its death."""
+        with self.lock:
+            order = sorted(self.names, key=lambda n: (self.count(n) + self.pending[n], self.rng.random()))
+            common = [name for name in order if name not in RARE]
+            entries, chosen = [], []
+            first = self.rng.choice((0, 0, 1))  # updates that pass before the first fault
+            life = self.rng.choice((1, 2, 2, 3))
+            for update in range(life):
+                name = common[update]
+                action = "kill" if update == life - 1 else "stop"
+                if self.rng.random() < 0.15:
+                    action = f"sleep({self.rng.randrange(50, 600)})"
+                    if self.names[name]:
+                        action = self.rng.choice((action, "error(UNAVAILABLE)", "error(INTERNAL)"))
+                chosen.append(name)
+                entries.append(f"{name}={action}@{self.hit(name, first + update)}")
+            for name in [n for n in order if n in RARE][:5]:
+                chosen.append(name)
+                entries.append(f"{name}={self.rng.choice(('kill', 'stop', 'stop'))}@{self.rng.choice((1, 1, 2))}")
+            for name in chosen:
+                self.pending[name] += 1
+            return entries
+
+    def hit(self, name, update):
+        each = self.per_update.get(name, 1)
+        return update * each + self.rng.randrange(each) + 1
+
+
+class Worker:
+    """One place in the fleet: a process, its restarts and their addresses. A thread of its own watches over it."""
+
+    def __init__(self, index, campaign):
+        self.index, self.campaign = index, campaign
+        self.rng = random.Random(f"{campaign.seed}/worker/{index}")
+        self.lock = threading.Lock()
+        self.generation = 0  # of the process: counts restarts
+        self.process, self.log_path, self.plan = None, None, []
+        self.data = self.control = None
+        self.ready = threading.Event()
+        self.read = 0  # of the log
+        self.stopped_at = self.resume_at = None
+        self.external = False  # killed or stopped by the campaign, not by a failpoint
+        self.last_fired = None
+        self.faults = 0  # fired or inflicted, all generations; sleeps are none
+        self.held = []  # seconds for which it stopped, all generations
+        self.last_seen = (0, (0, 0))  # generation, and the version it served after the last update
+        self.thread = threading.Thread(target=self.watch, daemon=True)
+
+    def start(self, armed=True):
+        self.read, self.last_fired, self.external, self.stopped_at = 0, None, False, None
+        self.plan = self.campaign.coverage.plan() if armed and self.campaign.faults else []
+        ports = ("127.0.0.1:0", "127.0.0.1:0")
+        if self.generation and self.rng.random() < 0.7:  # else the fleet's list changes
+            ports = (self.data, self.control)
+        for _ in range(2):
+            self.log_path = self.campaign.scratch / f"worker{self.index}.{self.generation}.log"
+            command = [str(self.campaign.binary), "--model", str(self.campaign.versions.model), "--threads", "1"]
+            command += ["--listen", ports[0], "--control_listen", ports[1], *self.campaign.worker_flags]
+            environment = {**os.environ, "LOCKSTEP_FAILPOINTS": ";".join(self.plan)}
+            with open(self.log_path, "w") as log:
+                process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
+            self.campaign.pids.append(process.pid)
+            match = READY.match(process.stdout.readline().rstrip("\n"))
+            if match:
+                break
+            process.wait()
+            text = self.log_path.read_text()
+            if "cannot listen" not in text:
+                raise RuntimeError(f"a worker did not start:\n{text}")
+            ports = ("127.0.0.1:0", "127.0.0.1:0")  # somebody took the port
+        else:
+            raise RuntimeError(f"no port for a worker:\n{text}")
+        with self.lock:
+            self.process = process
+            self.data, self.control = match.groups()
+            self.generation += 1
+        self.ready.set()
+
+    def snapshot(self):
+        """(generation, data, control) of the process that runs, None while there is none."""
+        with self.lock:
+            return (self.generation, self.data, self.control) if self.ready.is_set() else None
+
+    def scan_log(self):
+        with open(self.log_path) as log:
+            log.seek(self.read)
+            text = log.read()
+            whole = text.rpartition("\n")[0]
+            self.read += len(whole) + (1 if whole else 0)
+        for name, action, _ in FIRED.findall(whole):
+            self.last_fired, self.fired_at = (name, action), time.monotonic()
+            self.faults += not action.startswith("sleep")
+            self.campaign.coverage.note(name, action)
+            self.campaign.event("failpoint", worker=self.index, name=name, action=action, generation=self.generation)
+
+    def inflict(self, sig):
+        """A fault from outside, at no failpoint."""
+        with self.lock:
+            if self.ready.is_set() and self.process.poll() is None:
+                self.external, self.faults = True, self.faults + 1
+                self.campaign.event("external", worker=self.index, action=sig.name, generation=self.generation)
+                self.process.send_signal(sig)
+
+    def watch(self):
+        try:
+            while not self.campaign.over.is_set():
+                self.look()
+                time.sleep(0.02)
+        except Exception as error:
+            self.campaign.violation("supervision", f"worker {self.index}: {type(error).__name__}: {error}")
+
+    def look(self):
+        status = self.process.poll()
+        self.scan_log()
+        now = time.monotonic()
+        if status is not None:
+            self.ready.clear()
+            self.scan_log()
+            injected = self.external or (
+                self.last_fired is not None
+                and (
+                    self.last_fired[1].startswith("kill")
+                    or (self.last_fired[0] in DEVICE and self.last_fired[1].startswith("error"))
+                )
+            )
+            if not injected:
+                tail = self.log_path.read_text()[-2000:]
+                self.campaign.violation("death", f"worker {self.index} ended by itself, status {status}:\n{tail}")
+            self.campaign.coverage.release(self.plan)
+            self.process.stdout.close()
+            time.sleep(self.rng.choice((0.0, 0.05, 0.3)))
+            if self.campaign.over.is_set():
+                return
+            self.start()
+            self.campaign.event("restarted", worker=self.index, generation=self.generation)
+        elif (
+            self.last_fired
+            and self.last_fired[0] in DEVICE
+            and self.last_fired[1].startswith("error")
+            and now > self.fired_at + 10
+        ):
+            self.campaign.violation("death", f"worker {self.index} goes on 10 s after its device failed")
+            self.process.kill()
+        elif process_state(self.process.pid) == "T":
+            if self.stopped_at is None:
+                self.stopped_at = now
+                self.held.append(self.campaign.hold(self.rng))
+                self.resume_at = now + self.held[-1]
+            elif now >= self.resume_at:
+                self.stopped_at = None
+                self.process.send_signal(signal.SIGCONT)
+                self.campaign.event("continued", worker=self.index, generation=self.generation)
+                time.sleep(0.02)
+
+    def serving(self):
+        return (
+            self.ready.is_set()
+            and self.process.poll() is None
+            and process_state(self.process.pid) not in ("T", "Z", "")
+        )
+
+    def end(self):
+        if self.process is not None:
+            if self.process.poll() is None:
+                self.process.send_signal(signal.SIGCONT)
+                self.process.kill()
+            self.process.wait()
+            self.process.stdout.close()
+
+
+class Learner:
+    """The learner process: restarted when it dies, continued when it stops."""
+
+    def __init__(self, campaign):
+        self.campaign = campaign
+        self.rng = random.Random(f"{campaign.seed}/learner")
+        self.process, self.lines = None, None
+
+    def start(self):
+        script = pathlib.Path(__file__).with_name("chaos_learner.py")
+        with open(self.campaign.scratch / "learner.log", "a") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, str(script), str(self.campaign.seed), self.campaign.transport],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+            )
+        self.campaign.pids.append(self.process.pid)
+        self.lines = queue.Queue()
+        threading.Thread(target=self.read, args=(self.process, self.lines), daemon=True).start()
+        self.wait_for("ready", 60)
+
+    @staticmethod
+    def read(process, lines):
+        for line in process.stdout:
+            lines.put(json.loads(line))
+        lines.put(None)
+
+    def send(self, **command):
+        self.process.stdin.write(json.dumps(command) + "\n")
+        self.process.stdin.flush()
+
+    def wait_for(self, name, limit):
+        """The event of that name; None if the learner died. Also returns how long it stood still, seconds."""
+        deadline, stopped, resume_at = time.monotonic() + limit, None, 0.0
+        while True:
+            try:
+                event = self.lines.get(timeout=0.05)
+            except queue.Empty:
+                now = time.monotonic()
+                if process_state(self.process.pid) == "T":
+                    if stopped is None:
+                        stopped, resume_at = now, now + self.campaign.hold(self.rng)
+                        deadline = max(deadline, resume_at + limit)
+                    elif now >= resume_at:
+                        stopped = None
+                        self.process.send_signal(signal.SIGCONT)
+                if now > deadline:
+                    self.campaign.violation("deadline", f"the learner did not say {name!r} within {limit:.1f} s")
+                    self.kill()
+                    return None
+                continue
+            if event is None:
+                self.process.wait()
+                return None
+            if event["event"] == "fault":
+                self.campaign.learner_fault(event)
+            elif event["event"] == name:
+                return event
+
+    def kill(self):
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGCONT)
+            self.process.kill()
+        self.process.wait()
+
+    def end(self):
+        if self.process is not None:
+            self.kill()
+            self.process.stdin.close()
+            self.process.stdout.close()
