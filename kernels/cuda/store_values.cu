@@ -149,7 +149,7 @@ absl::Status StoreValuesParams::Validate() const {
     return BadField("StoreValuesParams.held_index", held_index, "a multiple of 4");
   }
   absl::Status status = CheckPointer("StoreValuesParams.from", from, kAlignment);
-  status.Update(CheckPointer("StoreValuesParams.to", to, kAlignment));
+  status.Update(CheckPointer("StoreValuesParams.to", to, sizeof(uint64_t)));
   status.Update(CheckBf16OrF32("StoreValuesParams.held", held));
   status.Update(CheckBf16OrF32("StoreValuesParams.stored", stored));
   if (held == DType::kF32 && stored != DType::kF32) {

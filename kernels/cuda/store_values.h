@@ -20,7 +20,7 @@ struct StoreValuesParams {
   int64_t sent_index = 0;
   int64_t held_index = 0;
   DType held = DType::kF32;
-  std::byte* to = nullptr;  // device, 16-byte aligned
+  std::byte* to = nullptr;  // device, 8-byte aligned
   DType stored = DType::kF32;
   ValueTally* tally = nullptr;  // device; null: none
 

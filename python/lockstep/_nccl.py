@@ -167,8 +167,21 @@ class Communicator:
     a timeout or an interrupt (KeyboardInterrupt, say) the communicator is aborted, and all its calls are NcclErrors.
     """
 
-    def __init__(self, library: NcclLibrary, unique_id: bytes, nranks: int, rank: int, timeout_s: float):
-        """Waits until all ranks have come."""
+    def __init__(
+        self,
+        library: NcclLibrary,
+        unique_id: bytes,
+        nranks: int,
+        rank: int,
+        timeout_s: float,
+        *,
+        max_ctas: int = 0,
+        cancelled: Callable[[], bool] | None = None,
+    ):
+        """Waits until all ranks have come, or until `cancelled`, asked meanwhile, is true.
+
+        max_ctas: thread blocks that a broadcast may take; 0: NCCL's choice.
+        """
         if len(unique_id) != UNIQUE_ID_BYTES:
             raise InvalidRequest(f"unique_id: {len(unique_id)} bytes, want {UNIQUE_ID_BYTES}")
         if nranks < 1 or not 0 <= rank < nranks:
@@ -177,6 +190,7 @@ class Communicator:
         self._functions = library.functions
         self._comm = _COMM()
         self._cancelled = False
+        self._asked = cancelled
         self._cause = ""
         config = _Config(
             size=ctypes.sizeof(_Config),
@@ -185,7 +199,7 @@ class Communicator:
             blocking=0,
             cga_cluster_size=_UNDEFINED,
             min_ctas=_UNDEFINED,
-            max_ctas=_UNDEFINED,
+            max_ctas=max_ctas or _UNDEFINED,
             net_name=None,
             split_share=_UNDEFINED,
         )
@@ -194,6 +208,7 @@ class Communicator:
             ctypes.byref(self._comm), nranks, _UniqueId.from_buffer_copy(unique_id), rank, ctypes.byref(config)
         )
         self._finish(result, "the ranks to come together", deadline)
+        self._asked = None
 
     @property
     def healthy(self) -> bool:
@@ -297,7 +312,7 @@ class Communicator:
                     return
                 if now not in (_SUCCESS, _IN_PROGRESS):
                     raise self.library.error(now, self._name(what))
-                if self._cancelled:
+                if self._cancelled or (self._asked and self._asked()):
                     raise NcclError(self._name(f"cancelled while waiting for {what}"))
                 left = deadline - time.monotonic()
                 if left <= 0:

@@ -23,7 +23,9 @@ import numpy as np
 
 from lockstep.v1 import rollout_pb2, weights_pb2, weights_pb2_grpc
 
+from ._broadcast import Broadcast, Groups
 from ._digest import digest
+from ._memory import CudaMemory, HostMemory
 from .errors import (
     DeadlineExceeded,
     InvalidRequest,
@@ -135,13 +137,18 @@ class WeightPublisher:
     workers: HOST:PORT of the workers' control planes.
     manifest_from: a torch module, or (name, dtype, shape) of every tensor as it will be sent. Under ZeRO-3, whose
       parameters are empty until gathered, give the list.
-    transport: "stream" (over gRPC). "nccl" raises NotSupported: it is not in this version.
+    transport: "stream" (over gRPC), or "nccl": broadcasts in a communicator of this process and the workers, which is
+      made by the first publish() and made anew when the workers that are well are no longer the same.
     base_version: the manifest holds a part of the tensors; the others must have this version at the workers.
     batch_bytes: sent and acknowledged at once. Host memory: up to three batches (or three tensors, where larger).
     timeout_s: for one publish(), all stages together; rolling back and asking who serves what take half of it again at
       most.
     retry_s: how long to try to reach a worker again when its connection fails.
     lease_s: how long a worker keeps a half-received update if this process dies; 1 to 3,600.
+    nccl_library: its path; by default LOCKSTEP_NCCL_LIBRARY, the loader's libnccl.so.2, or that of torch's wheel.
+    device: from which NCCL sends, as torch names it; by default the current CUDA device. Tensors elsewhere are copied
+      there first. "cpu" is for libraries that take host memory.
+    max_ctas: thread blocks that a broadcast may take on each GPU: fewer leave more of it to decoding. 0: NCCL's choice.
 
     Not for use from several threads at once.
     """
@@ -157,11 +164,15 @@ class WeightPublisher:
         timeout_s: float = 600.0,
         retry_s: float = 10.0,
         lease_s: float = 60.0,
+        nccl_library: str | None = None,
+        device: str | None = None,
+        max_ctas: int = 0,
     ):
-        if transport == "nccl":
-            raise NotSupported("transport: 'nccl' is not in this version, want 'stream'")
-        if transport != "stream":
-            raise InvalidRequest(f"transport: {transport!r}, want 'stream'")
+        if transport not in ("stream", "nccl"):
+            raise InvalidRequest(f"transport: {transport!r}, want 'stream' or 'nccl'")
+        if not 0 <= max_ctas <= 64:
+            raise InvalidRequest(f"max_ctas: {max_ctas}, want 0 to 64")
+        self._groups = Groups(nccl_library, device, max_ctas) if transport == "nccl" else None
         self.workers = [workers] if isinstance(workers, str) else list(workers)
         if not self.workers or len(set(self.workers)) != len(self.workers):
             raise InvalidRequest(f"workers: {self.workers}, want one or more different HOST:PORT")
@@ -178,6 +189,8 @@ class WeightPublisher:
         self.close()
 
     def close(self) -> None:
+        if self._groups is not None:
+            self._groups.close({worker: self._stub(worker) for worker in self.workers})
         for channel in self._channels.values():
             channel.close()
         self._channels.clear()
@@ -187,7 +200,7 @@ class WeightPublisher:
     def publish(
         self,
         version: tuple[int, int],
-        tensors: Iterable[tuple[str, Any]],
+        tensors: Iterable[tuple[str, Any]] | Callable[[], Iterable[tuple[str, Any]]],
         *,
         policy: str = "recompute",
         finish_timeout_s: float = 0.0,
@@ -198,25 +211,31 @@ class WeightPublisher:
         """Brings `version` = (epoch, step) to every worker; returns when all of them serve it.
 
         tensors: (name, torch tensor or numpy array) of every entry of the manifest, in any order; whole tensors
-          (an FSDP2 DTensor's full_tensor()). Each is copied before the next is asked for. The iterator is walked to
-          its end even if the update has failed before, as it may gather over ranks that would hang otherwise.
+          (an FSDP2 DTensor's full_tensor()). The iterator is walked to its end even if the update has failed before,
+          as it may gather over ranks that would hang otherwise.
+          stream: each is copied before the next is asked for. nccl: in the manifest's order; none may be written to
+          before publish() returns.
+          A callable that gives such an iterator: over nccl, with allow_partial, an update that broke because a worker
+          died is sent again to the others. Not for iterators that other ranks walk too.
         policy: what becomes of samples in flight: "finish" (for finish_timeout_s, then `fallback`), "keep",
           "recompute", "abort".
         allow_partial: go on with the workers that are well; the report tells of the others. Otherwise any failure
           raises UpdateFailed, whose `report` is the same, and before Commit rolls back everywhere.
         send: False on all ranks but one: the iterator is walked, nothing is sent, None is returned.
         """
+        again = tensors if callable(tensors) else None
+        iterator = iter(tensors() if callable(tensors) else tensors)
         if not send:
-            for _ in tensors:
+            for _ in iterator:
                 pass
             return None
         try:
             commit_request = self._commit_request(version, policy, finish_timeout_s, fallback)
         except LockstepError:
-            for _ in tensors:
+            for _ in iterator:
                 pass
             raise
-        return _Update(self, Version(*version), commit_request, allow_partial).run(iter(tensors))
+        return _Update(self, Version(*version), commit_request, allow_partial).run(iterator, again)
 
     def commit(
         self,
@@ -321,10 +340,12 @@ class _Update:
         self.begin_request = publisher._begin_request(version)
         self.all_pushed = threading.Event()
 
-    def run(self, tensors: Iterator[tuple[str, Any]]) -> PublishReport:
+    def run(
+        self, tensors: Iterator[tuple[str, Any]], again: Callable[[], Iterable[tuple[str, Any]]] | None
+    ) -> PublishReport:
         try:
             self.stage("begin", self.begin)
-            digests = self.push(tensors)
+            digests = self.push(tensors) if self.publisher._groups is None else self.broadcast(tensors, again)
             request = weights_pb2.VerifyRequest(version=_version(self.version), digests=digests)
             self.stage("verify", lambda worker: self.call(worker, "Verify", request))
             self.commit()
@@ -426,6 +447,100 @@ class _Update:
         self.check(roll_back=False)
 
     # Sending
+
+    def broadcast(
+        self, tensors: Iterator[tuple[str, Any]], again: Callable[[], Iterable[tuple[str, Any]]] | None
+    ) -> list[int]:
+        """Sends every tensor to every well worker over NCCL; digests by index."""
+        groups, began = self.publisher._groups, time.monotonic()
+        assert groups is not None
+        memory = groups.memory(len(self.publisher.manifest))
+        while True:
+            broadcast = self.begin_broadcast(groups, memory)
+            try:
+                digests = broadcast.send(self.in_order(tensors))
+                break
+            except InvalidRequest:
+                raise
+            except LockstepError as error:
+                groups.drop()
+                self.mark_dead(broadcast.errors(), error)
+                self.check(roll_back=True)
+                for _ in tensors:
+                    pass
+                if again is None:  # what is left of the update can go to nobody
+                    self.mark(dict.fromkeys(self.well(), error))
+                    self.check(roll_back=True)
+                    raise
+                tensors, memory = iter(again()), groups.memory(len(self.publisher.manifest))
+        for worker in self.well():
+            self.reports[worker].push_s = time.monotonic() - began
+        return digests
+
+    def begin_broadcast(self, groups: Groups, memory: HostMemory | CudaMemory) -> Broadcast:
+        """In which every well worker is ready."""
+        sizes = [spec.bytes for spec in self.publisher.manifest]
+        fresh = False
+        while True:
+            workers = self.well()
+            stubs = {worker: self.publisher._stub(worker) for worker in workers}
+            group = groups.current(workers)
+            if group is None:
+                with memory.use():
+                    group, errors = groups.make(stubs, self.deadline)
+                fresh = True
+                if group is None:
+                    self.mark(errors)
+                    self.check(roll_back=True)
+                    continue
+            broadcast = Broadcast(
+                group, stubs, _version(self.version), sizes, memory, self.deadline, self.publisher._lease_s / 3
+            )
+            errors = broadcast.begin()
+            if not errors:
+                return broadcast
+            groups.drop()
+            if fresh:  # an old one may be one that a worker has lost, by a restart
+                self.mark(errors)
+                self.check(roll_back=True)
+
+    def mark(self, errors: dict[str, LockstepError]) -> None:
+        for worker, error in errors.items():
+            self.reports[worker].error, self.reports[worker].failed_in = error, "push"
+
+    def mark_dead(self, errors: dict[str, LockstepError], error: LockstepError) -> None:
+        """Of a broken broadcast: the workers that have lost the update. If none has, all fail with `error`."""
+
+        def lost(worker: str) -> bool:
+            try:
+                stub = self.publisher._stub(worker)
+                status = stub.GetStatus(weights_pb2.GetStatusRequest(), timeout=self.afterwards_s)
+            except grpc.RpcError:
+                return True
+            receiving = status.state == weights_pb2.UPDATE_STATE_RECEIVING
+            return not receiving or status.open_version != _version(self.version)
+
+        workers = self.well()
+        with concurrent.futures.ThreadPoolExecutor(len(workers)) as executor:
+            dead = [worker for worker, is_lost in zip(workers, executor.map(lost, workers), strict=True) if is_lost]
+        self.mark({worker: errors.get(worker, error) for worker in dead or workers})
+
+    def in_order(self, tensors: Iterator[tuple[str, Any]]) -> Iterator[tuple[int, Any]]:
+        """With their indices, which must be those of the manifest's order."""
+        manifest = self.publisher.manifest
+        seen: dict[int, int] = {}
+        for name, tensor in tensors:
+            index = self.check_tensor(name, tensor, seen)
+            if index != len(seen):
+                raise InvalidRequest(
+                    f"tensors: {name!r} came where the manifest has {manifest[len(seen)].name!r}; over nccl they come "
+                    "in the manifest's order"
+                )
+            seen[index] = 0
+            yield index, tensor
+        if len(seen) < len(manifest):
+            names = ", ".join(spec.name for spec in manifest[len(seen) : len(seen) + 10])
+            raise InvalidRequest(f"tensors: {len(manifest) - len(seen)} of the manifest never came: {names}")
 
     def push(self, tensors: Iterator[tuple[str, Any]]) -> list[int]:
         """Sends every tensor to every well worker; digests by index."""

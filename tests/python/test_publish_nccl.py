@@ -1,0 +1,214 @@
+"""The publisher over NCCL against real workers: the worker's own code path, with tests/fake_nccl in NCCL's place."""
+
+import json
+import pathlib
+import signal
+import time
+
+import pytest
+import torch
+
+from lockstep import InvalidRequest, UpdateFailed, WeightPublisher, parity
+from lockstep._buckets import Piece, plan_buckets
+from lockstep.hf import TransformersTrainer
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def library(build_dir):
+    path = build_dir / "lib" / "libfake_nccl.so"
+    if not path.exists():
+        pytest.skip(f"{path} was never built: cmake --build {build_dir} --target fake_nccl")
+    return str(path)
+
+
+@pytest.fixture
+def start(start_worker, tiny_model, library):
+    started = []
+
+    def one(*flags):
+        flags = ("--numerics", "fp32", "--threads", "1", "--nccl_library", library, *flags)
+        started.append(start_worker(tiny_model, *flags))
+        return started[-1]
+
+    yield one
+    for worker in started:
+        worker.process.send_signal(signal.SIGCONT)
+        worker.stop()
+
+
+@pytest.fixture
+def trainer(tiny_model):
+    return TransformersTrainer(tiny_model, device="cpu", dtype="float32")
+
+
+@pytest.fixture
+def make(library, trainer):
+    publishers = []
+
+    def one(workers, **options):
+        options = {"manifest_from": trainer.model, "retry_s": 0.5, "timeout_s": 60} | options
+        publishers.append(
+            WeightPublisher([w.control for w in workers], transport="nccl", nccl_library=library, device="cpu", **options)
+        )
+        return publishers[-1]
+
+    yield one
+    for publisher in publishers:
+        publisher.close()
+
+
+@torch.no_grad()
+def move(model, seed):
+    torch.manual_seed(seed)
+    for parameter in model.parameters():
+        parameter.add_(torch.randn_like(parameter) * 0.02)
+
+
+def serves(trainer, worker):
+    return parity.stale_weights(trainer, worker.control) == []
+
+
+def test_plans_are_the_workers(repo_root):
+    """The plans that weights_sync/bucket_plan_test.cc compares with as well."""
+    golden = json.loads((repo_root / "tests" / "data" / "bucket_plan_golden.json").read_text())
+    assert len(golden["plans"]) >= 5
+    for plan in golden["plans"]:
+        expected = [[Piece(*piece) for piece in bucket] for bucket in plan["buckets"]]
+        assert plan_buckets(plan["bytes"], plan["bucket_bytes"]) == expected
+
+
+def test_several_updates_in_one_group(start, make, trainer):
+    workers = [start(), start()]
+    publisher = make(workers)
+    for step in (1, 2, 3):
+        move(trainer.model, step)
+        report = publisher.publish((0, step), trainer.tensors().items())
+        assert [w.version for w in report.workers] == [(0, step)] * 2
+        assert all(serves(trainer, worker) for worker in workers)
+        assert all(w.push_s is not None for w in report.workers)
+
+
+def test_every_dtype_is_rounded_on_arrival(start, make, trainer):
+    """bfloat16 to a worker that holds float32, and back: digests say that nothing else came."""
+    worker = start()
+    half = {name: tensor.to(torch.bfloat16) for name, tensor in trainer.tensors().items()}
+    publisher = make([worker], manifest_from=[(n, t.dtype, t.shape) for n, t in half.items()])
+    publisher.publish((0, 1), half.items())
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.copy_(parameter.to(torch.bfloat16))
+    assert serves(trainer, worker)
+
+
+def test_order_and_completeness(start, make, trainer):
+    worker = start()
+    publisher = make([worker])
+    items = list(trainer.tensors().items())
+    with pytest.raises(InvalidRequest, match="manifest's order"):
+        publisher.publish((0, 1), items[1:] + items[:1])
+    with pytest.raises(InvalidRequest, match="1 of the manifest never came"):
+        publisher.publish((0, 1), items[:-1])
+    assert publisher.publish((0, 1), items).workers[0].version == (0, 1)  # nothing is left of the two
+
+
+def test_a_nan_is_found_by_the_worker(start, make, trainer):
+    worker = start()
+    publisher = make([worker])
+    tensors = {name: tensor.clone() for name, tensor in trainer.tensors().items()}
+    name = list(tensors)[5]
+    tensors[name].view(-1)[3] = float("nan")
+    with pytest.raises(UpdateFailed, match=f"{name} .1 values are NaN") as error:
+        publisher.publish((0, 1), tensors.items())
+    assert error.value.report.workers[0].failed_in == "verify"
+    assert publisher.publish((0, 1), trainer.tensors().items()).workers[0].version == (0, 1)
+
+
+def test_a_worker_that_dies_in_the_middle(start, make, trainer):
+    """Without leave to go on: all keep the old version. With it, and tensors to send again: the others get the new."""
+    workers = [start(), start(), start()]
+    publisher = make(workers)
+    publisher.publish((0, 1), trainer.tensors().items())
+
+    def dying(victim):
+        for i, item in enumerate(trainer.tensors().items()):
+            if i == 20:
+                victim.process.kill()
+            yield item
+
+    with pytest.raises(UpdateFailed) as error:
+        publisher.publish((0, 2), dying(workers[2]))
+    assert [w.version for w in error.value.report.workers] == [(0, 1), (0, 1), None]
+    move(trainer.model, 1)
+    sources = [lambda: dying(workers[1]), lambda: iter(trainer.tensors().items())]
+    report = publisher.publish((0, 3), lambda: sources.pop(0)(), allow_partial=True)
+    assert [w.version for w in report.workers] == [(0, 3), None, None] and not sources
+    assert serves(trainer, workers[0])
+
+
+def test_a_restarted_worker_is_taken_into_the_next_update(start, make, trainer):
+    first, second = start(), start()
+    publisher = make([first, second])
+    publisher.publish((0, 1), trainer.tensors().items())
+    second.process.kill()
+    second.process.wait()
+    again = start("--control_listen", second.control)
+    assert again.control == second.control
+    move(trainer.model, 1)
+    report = publisher.publish((0, 2), trainer.tensors().items())
+    assert [w.version for w in report.workers] == [(0, 2)] * 2
+    assert serves(trainer, again) and serves(trainer, first)
+
+
+def test_a_worker_that_stands_still_ends_at_the_deadline(start, make, trainer):
+    workers = [start(), start()]
+    publisher = make(workers, timeout_s=4)
+    publisher.publish((0, 1), trainer.tensors().items())
+    workers[1].process.send_signal(signal.SIGSTOP)
+    began = time.monotonic()
+    with pytest.raises(UpdateFailed):
+        publisher.publish((0, 2), trainer.tensors().items())
+    assert time.monotonic() - began < 8
+    workers[1].process.send_signal(signal.SIGCONT)
+    report = make(workers).publish((0, 3), trainer.tensors().items())
+    assert [w.version for w in report.workers] == [(0, 3)] * 2
+
+
+LEARNER = """
+import os, signal, sys
+sys.path.insert(0, {python!r})
+from lockstep import WeightPublisher
+from lockstep.hf import TransformersTrainer
+trainer = TransformersTrainer({model!r}, device="cpu", dtype="float32")
+publisher = WeightPublisher({workers!r}, manifest_from=trainer.model, transport="nccl", nccl_library={library!r}, device="cpu")
+def tensors():
+    for i, item in enumerate(trainer.tensors().items()):
+        if i == 20:
+            print("in the middle", flush=True)
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield item
+publisher.publish((0, 1), tensors())
+"""
+
+
+def test_a_learner_that_dies_in_the_middle(start, make, trainer, library, tiny_model, repo_root, tmp_path):
+    import subprocess
+    import sys
+
+    workers = [start(), start()]
+    script = LEARNER.format(
+        python=str(repo_root / "python"), model=str(tiny_model), workers=[w.control for w in workers], library=library
+    )
+    path = pathlib.Path(tmp_path) / "learner.py"
+    path.write_text(script)
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=120)
+    assert done.stdout == "in the middle\n" and done.returncode == -signal.SIGKILL, done.stderr
+    # Its connection has ended: no wait for the lease. Another learner opens a new epoch.
+    deadline = time.monotonic() + 5
+    move(trainer.model, 3)
+    publisher = make(workers)
+    publisher.rollback((0, 1))
+    report = publisher.publish((1, 0), trainer.tensors().items())
+    assert time.monotonic() < deadline
+    assert [w.version for w in report.workers] == [(1, 0)] * 2 and all(serves(trainer, worker) for worker in workers)
