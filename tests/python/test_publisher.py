@@ -228,8 +228,10 @@ def test_a_hanging_worker_meets_the_deadline(fleet):
 
 
 def test_wrong_arguments(fleet):
-    with pytest.raises(lockstep.NotSupported, match="nccl"):
-        make(fleet, transport="nccl")
+    with pytest.raises(lockstep.InvalidRequest, match="'rdma', want 'stream' or 'nccl'"):
+        make(fleet, transport="rdma")
+    with pytest.raises(lockstep.LockstepError, match="/no/such/libnccl.so"):
+        make(fleet, transport="nccl", nccl_library="/no/such/libnccl.so")
     with pytest.raises(lockstep.InvalidRequest, match="int64"):
         manifest_of([("a", torch.int64, (3,))])
     with pytest.raises(lockstep.InvalidRequest, match="named twice: .'a'"):

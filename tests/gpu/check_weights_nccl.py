@@ -1,0 +1,338 @@
+#!/usr/bin/env python3
+"""Weight updates over NCCL between two GPUs: the worker serves on the first while the learner sends from the second.
+
+    tests/gpu/check_weights_nccl.py --old DIR --new DIR --binary build/cuda/bin/lockstep-worker
+
+--old, --new: checkpoints of one shape. Under load: updates with several numbers of NCCL's thread blocks, then --updates
+of them with the chosen one, some by a sender that gathers shard by shard; then --kills learners killed with SIGKILL in
+mid-broadcast, through which the old version must serve; then one more update, after which the worker must compute what
+a worker started from the new weights computes, in bits. Needs the lockstep package, torch and two GPUs.
+
+Exit status: 0 every bit and digest is equal and every kill was survived; 1 not; 2 it could not run.
+"""
+
+import argparse
+import datetime
+import json
+import multiprocessing
+import os
+import pathlib
+import platform
+import shlex
+import signal
+import subprocess
+import sys
+import time
+import traceback
+
+import grpc
+import numpy
+import torch
+from check_weights import Load, Sender, answers, spread
+from lockstep_client import ROOT, Worker
+
+import lockstep
+
+sys.path.append(str(ROOT / "tools"))
+from build_tree import commit_text  # noqa: E402
+
+# Children begin with torch imported, no CUDA and no gRPC threads: a learner is there in a second.
+FORK = multiprocessing.get_context("forkserver")
+FORK.set_forkserver_preload(["torch", "lockstep", "check_weights"])
+WORKER_GPU, LEARNER_GPU = 0, 1
+SETTLE_S = 0.4
+PIECE_BYTES = 1 << 30
+
+
+def load_tensors(directory, device):
+    from safetensors import safe_open
+
+    tensors = {}
+    for path in sorted(pathlib.Path(directory).glob("*.safetensors")):
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    return tensors
+
+
+def nccl_rank(rank, port, out):
+    """NCCL's own rate: broadcasts of 1 GiB from the learner's GPU, the best of three times fifteen."""
+    torch.cuda.set_device(LEARNER_GPU if rank == 0 else WORKER_GPU)
+    torch.distributed.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    data = torch.zeros(PIECE_BYTES, dtype=torch.uint8, device="cuda")
+    torch.distributed.broadcast(data, 0)
+    best = float("inf")
+    for _ in range(3):
+        torch.cuda.synchronize()
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        for _ in range(15):
+            torch.distributed.broadcast(data, 0)
+        end.record()
+        torch.cuda.synchronize()
+        best = min(best, begin.elapsed_time(end))
+    if rank == 0:
+        out.put(15 * PIECE_BYTES / best * 1e-6)
+    torch.distributed.destroy_process_group()
+
+
+def nccl_rate():
+    out = FORK.Queue()
+    ranks = [FORK.Process(target=nccl_rank, args=(rank, 29531, out)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    rate = out.get(timeout=120)
+    for process in ranks:
+        process.join(30)
+    return rate
+
+
+def run_load(address, count, vocab_size, pipe):
+    """In a process of its own, so that its Python takes no time from the learner's. Answers each message with all
+    arrivals so far."""
+    load = Load(Worker(address), count, 200, vocab_size)
+    while pipe.recv():
+        pipe.send(list(load.arrivals))
+    os._exit(0)  # its streams end with it
+
+
+class Arrivals:
+    """The load's tokens: when they came."""
+
+    def __init__(self, worker, count, vocab_size):
+        self.pipe, other = FORK.Pipe()
+        self.process = FORK.Process(target=run_load, args=(worker.address, count, vocab_size, other), daemon=True)
+        self.process.start()
+
+    def between(self, begin, end):
+        self.pipe.send(True)
+        return sorted((t, n) for t, n in self.pipe.recv() if n and begin <= t < end)
+
+    def rate(self, begin, end):
+        return sum(n for _, n in self.between(begin, end)) / (end - begin)
+
+    def longest_gap_ms(self, begin, end):
+        times = [t for t, _ in self.between(begin, end)]
+        return 1000 * max((b - a for a, b in zip(times, times[1:])), default=1e9)
+
+    def end(self):
+        self.pipe.send(False)
+        self.process.join(30)
+
+
+def gathered(tensors):
+    """As a sharded learner's iterator: each tensor is put together from eight shards as it is asked for."""
+    for name, tensor in tensors.items():
+        yield name, torch.cat(tensor.chunk(8)) if tensor.dim() > 1 else tensor.clone()
+
+
+def learner(arguments, control, jobs, results):
+    """The learner's process: publishes what `jobs` says."""
+    torch.cuda.set_device(LEARNER_GPU)
+    sets = [load_tensors(directory, f"cuda:{LEARNER_GPU}") for directory in (arguments.old, arguments.new)]
+    manifest = [(name, tensor.dtype, tensor.shape) for name, tensor in sets[0].items()]
+    publishers = {}
+    while (job := jobs.get()) is not None:
+        which, step, ctas, gather = job
+        if ctas not in publishers:
+            for old in publishers.values():
+                old.close()
+            publishers = {ctas: lockstep.WeightPublisher(control, manifest_from=manifest, transport="nccl", max_ctas=ctas)}
+        tensors = sets[which]
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        report = publishers[ctas].publish(step, gathered(tensors) if gather else tensors.items(), policy="keep")
+        results.put((begin, time.perf_counter(), report.bytes, report.workers[0]))
+    for publisher in publishers.values():
+        publisher.close()
+    results.put(None)
+
+
+def victim(control, manifest, step, ready):
+    """A learner that dies in mid-broadcast. Its tensors are whatever the memory holds: they must never serve."""
+    torch.cuda.set_device(LEARNER_GPU)
+
+    def tensors():
+        for i, (name, dtype, shape) in enumerate(manifest):
+            yield name, torch.empty(shape, dtype=dtype, device="cuda")
+            if i == len(manifest) // 2:
+                ready.send(True)
+
+    lockstep.WeightPublisher(control, manifest_from=manifest, transport="nccl").publish(step, tensors())
+
+
+def memory_used():
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", str(WORKER_GPU)]
+    return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout)
+
+
+class Check:
+    def __init__(self, arguments, worker, nccl_gb_s):
+        self.arguments, self.worker, self.nccl_gb_s = arguments, worker, nccl_gb_s
+        self.vocab_size = worker.info().model.vocab_size
+        self.jobs, self.results = FORK.Queue(), FORK.Queue()
+        self.process = FORK.Process(target=learner, args=(arguments, worker.control, self.jobs, self.results))
+        self.process.start()
+        self.step = 0
+        self.which = 0
+        self.load = Arrivals(worker, arguments.load, self.vocab_size)
+
+    def update(self, ctas, gather):
+        self.step += 1
+        self.which ^= 1
+        time.sleep(SETTLE_S)
+        self.jobs.put((self.which, (0, self.step), ctas, gather))
+        begin, end, size, report = self.results.get(timeout=120)
+        time.sleep(0.15)
+        receiving = begin + report.begin_s, begin + report.begin_s + report.push_s
+        first = next((t for t, _ in self.load.between(end, end + 0.15)), float("inf"))
+        row = {f"{stage}_ms": 1000 * getattr(report, f"{stage}_s") for stage in ("begin", "push", "verify", "commit")}
+        row |= {"pause_ms": report.pause_ms, "wait_ms": report.wait_ms}
+        row["begin_to_first_token_ms"] = 1000 * (first - begin)
+        row["longest_gap_ms"] = self.load.longest_gap_ms(end - report.commit_s - 0.05, end + 0.1)
+        row["tok_s_before"] = self.load.rate(begin - 0.3, begin)
+        row["tok_s_while_receiving"] = self.load.rate(*receiving)
+        row["broadcast_gb_s"] = size / report.push_s * 1e-9
+        self.bytes = size
+        return row
+
+    def series(self, count, ctas, gather=False):
+        """Updates in one group; the first, which makes it, does not count."""
+        rows = [self.update(ctas, gather) for _ in range(count + 1)][1:]
+        result = {"transport": "nccl", "mode": "staged", "gpus": 2, "shape": self.arguments.shape, "bytes": self.bytes}
+        result |= {"updates": count, "max_ctas": ctas, "sender": "gathers shards" if gather else "has whole tensors"}
+        result |= {"load": self.arguments.load, "nccl_gb_s": self.nccl_gb_s}
+        result |= {key: spread([row[key] for row in rows]) for key in rows[0]}
+        before, during = (sum(row[key] for row in rows) for key in ("tok_s_before", "tok_s_while_receiving"))
+        result["slowdown_while_receiving"] = 1 - during / before
+        print(", ".join(f"{k} {v['median']:.4g}" if isinstance(v, dict) else f"{k} {v}" for k, v in result.items()), flush=True)
+        return result
+
+    def stop_learner(self):
+        self.jobs.put(None)
+        self.results.get(timeout=60)
+        self.process.join(60)
+
+    def kills(self, count):
+        """Learners killed in mid-broadcast; what the worker says and does meanwhile."""
+        sender = Sender(self.worker)
+        manifest = [
+            (t.name, {1: torch.float32, 2: torch.bfloat16, 3: torch.float16}[t.dtype], tuple(t.shape))
+            for t in sender.stubs[0].GetDigests(sender.m.GetDigestsRequest(), timeout=300).tensors
+        ]
+        before, memory = sender.digests(), memory_used()
+        survived, recovery_ms, gaps_ms = 0, [], []
+        for k in range(count):
+            ready, other = FORK.Pipe()
+            child = FORK.Process(target=victim, args=(self.worker.control, manifest, (1 + k, 0), other))
+            child.start()
+            began = time.perf_counter()
+            if not ready.poll(60):
+                raise RuntimeError("the learner that was to be killed never came to its broadcasts")
+            time.sleep(0.003 * (k % 5))
+            os.kill(child.pid, signal.SIGKILL)
+            killed = time.perf_counter()
+            child.join(30)
+            # It held the update; its connection's end must have ended the receive, so Rollback is prompt.
+            version = {"epoch": 1 + k, "step": 0}
+            sender.stubs[0].Rollback(sender.m.RollbackRequest(version=version), timeout=30)
+            status = sender.stubs[0].GetStatus(sender.m.GetStatusRequest(), timeout=30)
+            recovery_ms.append(1000 * (time.perf_counter() - killed))
+            time.sleep(0.3)
+            gaps_ms.append(self.load.longest_gap_ms(began, killed + 0.25))
+            serving = (status.weight_version.epoch, status.weight_version.step)
+            survived += serving == (0, self.step) and status.state == sender.m.UPDATE_STATE_SERVING
+        same = sender.digests() == before
+        return {
+            "kills": count,
+            "survived": survived,
+            "digests_as_before": same,
+            "recovery_ms": spread(recovery_ms),
+            "longest_gap_ms": spread(gaps_ms),
+            "device_memory_mib_before_and_after": [memory, memory_used()],
+        }
+
+
+def run(arguments):
+    rate = nccl_rate()
+    print(f"NCCL's own broadcasts: {rate:.1f} GB/s", flush=True)
+    flags = [*shlex.split(arguments.worker_flags), "--cuda_device", str(WORKER_GPU)]
+    rows = []
+    with Worker.start(arguments.binary, arguments.old, flags) as worker:
+        check = Check(arguments, worker, rate)
+        for ctas in arguments.ctas:
+            rows.append(check.series(5, ctas))
+        rows.append(check.series(arguments.updates, arguments.max_ctas))
+        rows.append(check.series(4, arguments.max_ctas, gather=True))
+        check.stop_learner()
+        kills = check.kills(arguments.kills)
+        print(kills, flush=True)
+        check.load.end()
+        # The next update succeeds, and is the new weights'.
+        last = Check(arguments, worker, rate)
+        last.load.end()
+        last.jobs.put((1, (100, 0), arguments.max_ctas, False))
+        last.results.get(timeout=120)
+        last.stop_learner()
+        tokens, logprobs = answers(worker, check.vocab_size)
+        digests = Sender(worker).digests()
+    with Worker.start(arguments.binary, arguments.new, flags) as fresh:
+        want_tokens, want_logprobs = answers(fresh, check.vocab_size)
+        want_digests = Sender(fresh).digests()
+        device = fresh.info().build.device
+    bits = {
+        "logprobs": len(logprobs),
+        "logprobs_differing": int((logprobs.view(numpy.uint32) != want_logprobs.view(numpy.uint32)).sum()),
+        "tokens_differ": tokens != want_tokens,
+        "digests_differing": sum(digests[name] != want_digests[name] for name in want_digests),
+    }
+    return device, rows, kills, bits
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--old", required=True)
+    parser.add_argument("--new", required=True)
+    parser.add_argument("--binary", required=True)
+    parser.add_argument("--worker_flags", default="--backend cuda")
+    parser.add_argument("--shape", required=True, help="its name in the table")
+    parser.add_argument("--updates", type=int, default=20)
+    parser.add_argument("--ctas", type=int, nargs="*", default=[0, 2, 4, 8, 16], help="numbers of thread blocks to try")
+    parser.add_argument("--max_ctas", type=int, default=0, help="for the --updates")
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--load", type=int, default=32, help="samples in flight (default: 32)")
+    parser.add_argument("--json", help="where the result goes")
+    arguments = parser.parse_args()
+    try:
+        device, rows, kills, bits = run(arguments)
+    except Exception:
+        traceback.print_exc()
+        return 2
+    print(json.dumps({"kills": kills, "bits": bits}, indent=1))
+    if arguments.json:
+        measurement = {
+            "commit": commit_text(),
+            "command": shlex.join(["tests/gpu/check_weights_nccl.py", *sys.argv[1:]]),
+            "device": f"2 x {device}",
+            "versions": {
+                "python": platform.python_version(),
+                "grpcio": grpc.__version__,
+                "torch": torch.__version__,
+                "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+            },
+            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+            "results": rows,
+            "kills": kills,
+            "bits": bits,
+        }
+        pathlib.Path(arguments.json).write_text(json.dumps(measurement, indent=1) + "\n")
+    broken = bits["logprobs_differing"] or bits["tokens_differ"] or bits["digests_differing"]
+    if broken:
+        print("BROKEN: the updated worker is not the worker started from the new weights")
+    if kills["survived"] < kills["kills"] or not kills["digests_as_before"]:
+        print("BROKEN: a learner's death touched what serves")
+        broken = True
+    return int(bool(broken))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
