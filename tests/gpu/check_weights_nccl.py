@@ -13,6 +13,7 @@ Exit status: 0 every bit and digest is equal and every kill was survived; 1 not;
 
 import argparse
 import datetime
+import importlib.util
 import json
 import multiprocessing
 import os
@@ -42,6 +43,13 @@ FORK.set_forkserver_preload(["torch", "lockstep", "check_weights"])
 WORKER_GPU, LEARNER_GPU = 0, 1
 SETTLE_S = 0.4
 PIECE_BYTES = 1 << 30
+
+
+def torch_nccl():
+    """The library that this process has: ranks of two versions do not come together."""
+    spec = importlib.util.find_spec("nvidia.nccl")
+    folders = spec.submodule_search_locations if spec else []
+    return next((str(p) for f in folders for p in [pathlib.Path(f) / "lib" / "libnccl.so.2"] if p.exists()), "libnccl.so.2")
 
 
 def load_tensors(directory, device):
@@ -126,7 +134,14 @@ def gathered(tensors):
 
 
 def learner(arguments, control, jobs, results):
-    """The learner's process: publishes what `jobs` says."""
+    """The learner's process: publishes what `jobs` says. Its failure is its last result."""
+    try:
+        publish_jobs(arguments, control, jobs, results)
+    except Exception:
+        results.put(traceback.format_exc())
+
+
+def publish_jobs(arguments, control, jobs, results):
     torch.cuda.set_device(LEARNER_GPU)
     sets = [load_tensors(directory, f"cuda:{LEARNER_GPU}") for directory in (arguments.old, arguments.new)]
     manifest = [(name, tensor.dtype, tensor.shape) for name, tensor in sets[0].items()]
@@ -176,12 +191,18 @@ class Check:
         self.which = 0
         self.load = Arrivals(worker, arguments.load, self.vocab_size)
 
+    def result(self):
+        result = self.results.get(timeout=120)
+        if isinstance(result, str):
+            raise RuntimeError(f"the learner failed: {result}")
+        return result
+
     def update(self, ctas, gather):
         self.step += 1
         self.which ^= 1
         time.sleep(SETTLE_S)
         self.jobs.put((self.which, (0, self.step), ctas, gather))
-        begin, end, size, report = self.results.get(timeout=120)
+        begin, end, size, report = self.result()
         time.sleep(0.15)
         receiving = begin + report.begin_s, begin + report.begin_s + report.push_s
         first = next((t for t, _ in self.load.between(end, end + 0.15)), float("inf"))
@@ -209,7 +230,7 @@ class Check:
 
     def stop_learner(self):
         self.jobs.put(None)
-        self.results.get(timeout=60)
+        self.result()
         self.process.join(60)
 
     def kills(self, count):
@@ -256,6 +277,7 @@ def run(arguments):
     rate = nccl_rate()
     print(f"NCCL's own broadcasts: {rate:.1f} GB/s", flush=True)
     flags = [*shlex.split(arguments.worker_flags), "--cuda_device", str(WORKER_GPU)]
+    flags += ["--nccl_library", arguments.nccl_library]
     rows = []
     with Worker.start(arguments.binary, arguments.old, flags) as worker:
         check = Check(arguments, worker, rate)
@@ -271,7 +293,7 @@ def run(arguments):
         last = Check(arguments, worker, rate)
         last.load.end()
         last.jobs.put((1, (100, 0), arguments.max_ctas, False))
-        last.results.get(timeout=120)
+        last.result()
         last.stop_learner()
         tokens, logprobs = answers(worker, check.vocab_size)
         digests = Sender(worker).digests()
@@ -294,6 +316,7 @@ def main():
     parser.add_argument("--new", required=True)
     parser.add_argument("--binary", required=True)
     parser.add_argument("--worker_flags", default="--backend cuda")
+    parser.add_argument("--nccl_library", default=torch_nccl(), help="the worker's (default: that of torch's wheel)")
     parser.add_argument("--shape", required=True, help="its name in the table")
     parser.add_argument("--updates", type=int, default=20)
     parser.add_argument("--ctas", type=int, nargs="*", default=[0, 2, 4, 8, 16], help="numbers of thread blocks to try")
