@@ -12,7 +12,6 @@ import contextlib
 import queue
 import threading
 import time
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -27,13 +26,14 @@ from .errors import DeadlineExceeded, LockstepError, from_rpc
 
 Code = grpc.StatusCode
 _ROOT = 0
+_NAME = "learner"  # of the group, at the workers
 
 
 class Group:
     """One communicator: this process, rank 0, and workers."""
 
-    def __init__(self, name: str, generation: int, workers: Sequence[str], comm: Communicator, bucket_bytes: int):
-        self.name, self.generation, self.workers = name, generation, tuple(workers)
+    def __init__(self, generation: int, workers: Sequence[str], comm: Communicator, bucket_bytes: int):
+        self.generation, self.workers = generation, tuple(workers)
         self.comm, self.bucket_bytes = comm, bucket_bytes
 
 
@@ -43,7 +43,6 @@ class Groups:
     def __init__(self, library: str | None, device: str | None, max_ctas: int):
         self.library = NcclLibrary.load(library)
         self.device, self.max_ctas = device, max_ctas
-        self._name = f"learner-{uuid.uuid4().hex[:16]}"
         self._generation = 0
         self._group: Group | None = None
 
@@ -67,14 +66,15 @@ class Groups:
     ) -> tuple[Group | None, dict[str, LockstepError]]:
         """A new group of all of them. Or None, and the workers that failed, with their errors."""
         self.drop()
-        self._generation += 1
+        # A learner that was restarted replaces what its predecessor left at the workers.
+        self._generation = max(self._generation + 1, int(time.time() * 1000))
         unique_id = self.library.unique_id()
         workers = list(stubs)
         timeout = max(1.0, min(deadline - time.monotonic(), 600.0))
         calls = {}
         for rank, worker in enumerate(workers, start=1):
             request = weights_pb2.JoinRequest(
-                group=self._name,
+                group=_NAME,
                 generation=self._generation,
                 nranks=len(workers) + 1,
                 rank=rank,
@@ -103,7 +103,7 @@ class Groups:
         except (LockstepError, grpc.RpcError) as error:
             ours = error
         if comm is not None and ours is None:
-            self._group = Group(self._name, self._generation, workers, comm, bucket_bytes)
+            self._group = Group(self._generation, workers, comm, bucket_bytes)
             return self._group, {}
         if comm is not None:
             comm.abort()
@@ -127,7 +127,7 @@ class Groups:
 
         def leave(worker: str) -> None:
             try:
-                stubs[worker].Leave(weights_pb2.LeaveRequest(group=group.name), timeout=2)
+                stubs[worker].Leave(weights_pb2.LeaveRequest(group=_NAME), timeout=2)
             except grpc.RpcError:
                 pass
 
@@ -216,7 +216,7 @@ class Broadcast:
         self._condition = threading.Condition()
         self._receiving: list[_Receiving] = []
         first = weights_pb2.ReceiveRequest(
-            version=version, group=group.name, generation=group.generation, bucket_bytes=group.bucket_bytes
+            version=version, group=_NAME, generation=group.generation, bucket_bytes=group.bucket_bytes
         )
         timeout = max(0.0, deadline - time.monotonic())
         for worker in group.workers:
@@ -252,14 +252,16 @@ class Broadcast:
             self.abort()
         return errors
 
-    def send(self, tensors: Iterable[tuple[int, Any]]) -> list[int]:
+    def send(self, tensors: Iterable[tuple[int, Any]], at_hand: bool) -> list[int]:
         """tensors: (index, tensor) of all, in the manifest's order. Digests by index, once all workers have all.
+
+        at_hand: they are there already, nothing is gathered while the iterator is walked.
 
         Raises what the iterator raises, a LockstepError of NCCL or of the deadline, or that of the first worker to fail.
         """
         try:
             with self._memory.use():
-                self._send(tensors)
+                self._send(tensors, at_hand)
                 digests = self._memory.digests()
             for receiving in self._receiving:
                 receiving.no_more()
@@ -277,26 +279,48 @@ class Broadcast:
             if error.code != Code.CANCELLED:
                 raise error
 
-    def _send(self, tensors: Iterable[tuple[int, Any]]) -> None:
+    def _send(self, tensors: Iterable[tuple[int, Any]], at_hand: bool) -> None:
         comm, memory = self._group.comm, self._memory
-        bucket, at = 0, 0  # what the next piece is
+        bucket = at = 0  # what the next piece is
         pieces: list[tuple[int, int]] = []
-        kept: list[Any] = []
+        kept: list[Any] = []  # whose bytes the pieces are
+        fresh: list[tuple[int, Any]] = []  # of those, the ones that came since the last bucket
+        announced: list[tuple[list[tuple[int, int]], list[Any]]] = []
+        if at_hand:
+            self._announce(len(self._plan))
+
+        def broadcast() -> None:
+            pieces, kept = announced.pop(0)
+            comm.broadcast(pieces, _ROOT, memory.stream, self._left())
+            memory.hold(kept)
+
         for index, tensor in tensors:
-            address, keeper = memory.take(index, tensor)
+            address, keeper = memory.take(tensor)
             kept.append(keeper)
+            fresh.append((index, keeper))
             while bucket < len(self._plan) and self._plan[bucket][at].tensor == index:
                 piece = self._plan[bucket][at]
                 pieces.append((address + piece.tensor_offset, piece.bytes))
                 at += 1
                 if at < len(self._plan[bucket]):
                     continue
-                for receiving in self._receiving:
-                    receiving.announce(bucket + 1)
-                comm.broadcast(pieces, _ROOT, memory.stream, self._left())
-                memory.hold(kept)
-                bucket, at, pieces, kept = bucket + 1, 0, [], [keeper]
+                bucket, at = bucket + 1, 0
+                memory.ready(fresh)
+                announced.append((pieces, kept))
+                pieces, kept, fresh = [], [keeper], []
+                if not at_hand:
+                    self._announce(bucket)
+                # The workers hear of a bucket while the next is gathered.
+                if at_hand or len(announced) > 1:
+                    broadcast()
+        memory.ready(fresh)
+        while announced:
+            broadcast()
         comm.wait(memory.idle, "the last bytes", self._left())
+
+    def _announce(self, buckets: int) -> None:
+        for receiving in self._receiving:
+            receiving.announce(buckets)
 
     def _left(self) -> float:
         return max(0.0, self._deadline - time.monotonic())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -23,14 +24,18 @@ class HostMemory:
     def use(self) -> contextlib.AbstractContextManager[Any]:
         return contextlib.nullcontext()
 
-    def take(self, index: int, tensor: Any) -> tuple[int, Any]:
-        """Address of the tensor's bytes, and what keeps them there. Counts its digest."""
-        self._digests[index] = digest(tensor)
+    def take(self, tensor: Any) -> tuple[int, Any]:
+        """Address of the tensor's bytes, and what keeps them there."""
         if not isinstance(tensor, np.ndarray):
             tensor = tensor.detach().cpu().contiguous()
             return tensor.data_ptr(), tensor
         array = np.ascontiguousarray(tensor)
         return array.ctypes.data, array
+
+    def ready(self, tensors: Sequence[tuple[int, Any]]) -> None:
+        """They were all taken, and will be broadcast next. Counts their digests, by index."""
+        for index, tensor in tensors:
+            self._digests[index] = digest(tensor)
 
     def hold(self, tensors: list[Any]) -> None:
         """Keeps them until what is on the stream now has happened."""
@@ -65,14 +70,17 @@ class CudaMemory:
     def use(self) -> contextlib.AbstractContextManager[Any]:
         return self._torch.cuda.device(self.device)
 
-    def take(self, index: int, tensor: Any) -> tuple[int, Any]:
+    def take(self, tensor: Any) -> tuple[int, Any]:
         tensor = self._torch.as_tensor(tensor).detach().to(self.device, non_blocking=True).contiguous()
-        made = self._torch.cuda.current_stream()
-        self._stream.wait_stream(made)
-        self._digest_stream.wait_stream(made)
-        with self._torch.cuda.stream(self._digest_stream):
-            self._digests.add(index, tensor)
         return tensor.data_ptr(), tensor
+
+    def ready(self, tensors: Sequence[tuple[int, Any]]) -> None:
+        made = self._torch.cuda.current_stream().record_event()
+        self._stream.wait_event(made)
+        self._digest_stream.wait_event(made)
+        with self._torch.cuda.stream(self._digest_stream):
+            for index, tensor in tensors:
+                self._digests.add(index, tensor)
 
     def hold(self, tensors: list[Any]) -> None:
         self._held.append((tensors, [self._stream.record_event(), self._digest_stream.record_event()]))

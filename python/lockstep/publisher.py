@@ -214,7 +214,8 @@ class WeightPublisher:
           (an FSDP2 DTensor's full_tensor()). The iterator is walked to its end even if the update has failed before,
           as it may gather over ranks that would hang otherwise.
           stream: each is copied before the next is asked for. nccl: in the manifest's order; none may be written to
-          before publish() returns.
+          before publish() returns. What has a length (a list, a dict's items) is taken to be there already, what has
+          none (a generator) to be gathered on the way.
           A callable that gives such an iterator: over nccl, with allow_partial, an update that broke because a worker
           died is sent again to the others. Not for iterators that other ranks walk too.
         policy: what becomes of samples in flight: "finish" (for finish_timeout_s, then `fallback`), "keep",
@@ -224,7 +225,8 @@ class WeightPublisher:
         send: False on all ranks but one: the iterator is walked, nothing is sent, None is returned.
         """
         again = tensors if callable(tensors) else None
-        iterator = iter(tensors() if callable(tensors) else tensors)
+        source = tensors() if callable(tensors) else tensors
+        iterator = iter(source)
         if not send:
             for _ in iterator:
                 pass
@@ -235,7 +237,9 @@ class WeightPublisher:
             for _ in iterator:
                 pass
             raise
-        return _Update(self, Version(*version), commit_request, allow_partial).run(iterator, again)
+        update = _Update(self, Version(*version), commit_request, allow_partial)
+        update.at_hand = hasattr(source, "__len__")
+        return update.run(iterator, again)
 
     def commit(
         self,
@@ -339,6 +343,7 @@ class _Update:
         self.chunk_bytes: dict[str, int] = {}
         self.begin_request = publisher._begin_request(version)
         self.all_pushed = threading.Event()
+        self.at_hand = False
 
     def run(
         self, tensors: Iterator[tuple[str, Any]], again: Callable[[], Iterable[tuple[str, Any]]] | None
@@ -458,7 +463,7 @@ class _Update:
         while True:
             broadcast = self.begin_broadcast(groups, memory)
             try:
-                digests = broadcast.send(self.in_order(tensors))
+                digests = broadcast.send(self.in_order(tensors), self.at_hand)
                 break
             except InvalidRequest:
                 raise

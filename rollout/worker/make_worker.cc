@@ -62,7 +62,7 @@ absl::Status Validate(const WorkerOptions& options) {
 }
 
 // Of each of the two buffers into which broadcasts go: enough for NCCL's full rate.
-constexpr int64_t kCudaInboxBytes = int64_t{128} << 20;
+constexpr int64_t kCudaInboxBytes = int64_t{256} << 20;
 constexpr int64_t kCpuInboxBytes = int64_t{4} << 20;
 // What a communicator or two take of the device, left free for them.
 constexpr int64_t kNcclBytes = int64_t{512} << 20;
