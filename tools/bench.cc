@@ -65,18 +65,26 @@ double GdnHeadBytes(const GdnShape& shape, GdnProgram program) {
 }
 
 // What a decode step must move, at least: every weight but the embedding table once, and of each sequence its recurrent
-// state and its keys and values.
+// state and the keys and values within its layers' windows.
 double FloorBytes(const LocalModel& model, const MemoryPlan& memory, int64_t page_size, int64_t batch,
                   int64_t context) {
   const double weights = static_cast<double>(memory.weights - model.weights.embedding->bytes());
-  const double kv = static_cast<double>(memory.kv_page) / static_cast<double>(page_size) * static_cast<double>(context);
   double state = 0;
+  int64_t attention_layers = 0;
+  int64_t keys = 0;  // of all attention layers together, that one row sees
   for (const LayerSpec& layer : model.spec.layers) {
     if (layer.mixer == MixerKind::kGatedDeltaNet) {
       state += static_cast<double>(layer.gdn.value_heads) * GdnHeadBytes(layer.gdn, model.ops().profile().gdn);
+      continue;
     }
+    ++attention_layers;
+    const int64_t window = layer.attention.window;
+    keys += window > 0 ? std::min(window, context) : context;
   }
-  return weights + static_cast<double>(batch) * (kv + state);
+  // Every attention layer has the same share of a page.
+  const double key = static_cast<double>(memory.kv_page) / static_cast<double>(page_size) /
+                     static_cast<double>(std::max<int64_t>(attention_layers, 1));
+  return weights + static_cast<double>(batch) * (key * static_cast<double>(keys) + state);
 }
 
 absl::StatusOr<Point> Measure(LocalModel& model, int64_t batch, int64_t context, int64_t steps,

@@ -12,50 +12,52 @@ namespace lockstep::cuda {
 namespace {
 
 constexpr int kThreads = 256;
-// Enough to keep the memory busy, few enough to leave most multiprocessors to the steps.
-constexpr int kMaxBlocks = 64;
+// With the loads that a thread has under way, enough to keep up with the links between GPUs many times over.
+constexpr int kMaxBlocks = 128;
+constexpr int kUnroll = 8;
 constexpr int kGroup = 4;  // values a thread takes at once: 8 or 16 bytes
 constexpr uintptr_t kAlignment = 16;
 
 static_assert(sizeof(unsigned long long) == sizeof(uint64_t));
 
-// Values [0, count) of a group, with zeros after them: as words (one, or two of fp32) and as numbers.
-struct Group {
+// A group's values as they lie in memory: one word, or two of fp32. Zeros are past the end.
+struct Raw {
   uint64_t words[2];
-  float v[kGroup];
 };
 
-__device__ Group LoadGroup(const std::byte* from, DType dtype, int64_t group, int count) {
-  Group g = {};
+__device__ Raw LoadGroup(const std::byte* from, DType dtype, int64_t group, int count) {
+  Raw raw = {};
   if (dtype == DType::kF32) {
     const auto* p = reinterpret_cast<const uint32_t*>(from) + group * kGroup;
-    uint32_t x[kGroup] = {};
     if (count == kGroup) {
-      const uint4 all = *reinterpret_cast<const uint4*>(p);
-      x[0] = all.x, x[1] = all.y, x[2] = all.z, x[3] = all.w;
+      const ulonglong2 all = *reinterpret_cast<const ulonglong2*>(p);
+      raw.words[0] = all.x;
+      raw.words[1] = all.y;
     } else {
-      for (int i = 0; i < count; ++i) x[i] = p[i];
+      for (int i = 0; i < count; ++i) raw.words[i / 2] |= static_cast<uint64_t>(p[i]) << (i % 2 * 32);
     }
-#pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      g.v[i] = __uint_as_float(x[i]);
-      g.words[i / 2] |= static_cast<uint64_t>(x[i]) << (i % 2 * 32);
-    }
-    return g;
+    return raw;
   }
   const auto* p = reinterpret_cast<const uint16_t*>(from) + group * kGroup;
   if (count == kGroup) {
-    g.words[0] = *reinterpret_cast<const uint64_t*>(p);
+    raw.words[0] = *reinterpret_cast<const uint64_t*>(p);
   } else {
-    for (int i = 0; i < count; ++i) g.words[0] |= static_cast<uint64_t>(p[i]) << (i * 16);
+    for (int i = 0; i < count; ++i) raw.words[0] |= static_cast<uint64_t>(p[i]) << (i * 16);
   }
+  return raw;
+}
+
+__device__ void Unpack(const Raw& raw, DType dtype, float (&v)[kGroup]) {
 #pragma unroll
   for (int i = 0; i < kGroup; ++i) {
-    const auto bits = static_cast<uint16_t>(g.words[0] >> (i * 16));
-    g.v[i] = dtype == DType::kBF16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16)
-                                   : __half2float(__ushort_as_half(bits));
+    if (dtype == DType::kF32) {
+      v[i] = __uint_as_float(static_cast<uint32_t>(raw.words[i / 2] >> (i % 2 * 32)));
+      continue;
+    }
+    const auto bits = static_cast<uint16_t>(raw.words[0] >> (i * 16));
+    v[i] = dtype == DType::kBF16 ? __uint_as_float(static_cast<uint32_t>(bits) << 16)
+                                 : __half2float(__ushort_as_half(bits));
   }
-  return g;
 }
 
 // The numbers as words of `dtype`; what is past the group's count must be zero.
@@ -105,37 +107,62 @@ __device__ uint64_t WarpSum(uint64_t value) {
   return value;
 }
 
-// Grid: at most kMaxBlocks, each thread groups of 4 values in turn.
+struct Sums {
+  uint64_t sent = 0, held = 0, non_finite = 0;
+};
+
+__device__ void StoreGroup(const StoreValuesParams& params, const Raw& raw, int64_t group, int count, Sums& sums) {
+  float v[kGroup];
+  Unpack(raw, params.sent, v);
+  const uint64_t sent = WordSum(raw.words, params.sent, params.sent_index + group * kGroup, count);
+  sums.sent += sent;
+#pragma unroll
+  for (int i = 0; i < kGroup; ++i) {
+    sums.non_finite += !isfinite(v[i]);
+    if (params.held == DType::kBF16) v[i] = __bfloat162float(__float2bfloat16_rn(v[i]));
+  }
+  uint64_t words[2];
+  PackWords(v, params.held, words);
+  // Most tensors are held as they were sent: one of the two sums will do.
+  const bool same = params.sent == params.held && params.sent_index == params.held_index;
+  sums.held += same ? sent : WordSum(words, params.held, params.held_index + group * kGroup, count);
+  if (params.stored != params.held) PackWords(v, params.stored, words);
+  StoreWords(words, params.to, params.stored, group, count);
+}
+
+// Grid: at most kMaxBlocks, each thread kUnroll groups of 4 values in turn: their loads are under way together.
 // Traffic: the values once as sent, once as stored. Sums of integers: their order does not show.
 __global__ void __launch_bounds__(kThreads) StoreValuesKernel(const __grid_constant__ StoreValuesParams params) {
-  const int64_t groups = (params.count + kGroup - 1) / kGroup;
-  uint64_t sent_sum = 0, held_sum = 0, non_finite = 0;
-  for (int64_t group = int64_t{blockIdx.x} * kThreads + threadIdx.x; group < groups; group += gridDim.x * kThreads) {
-    const int count = static_cast<int>(min(params.count - group * kGroup, int64_t{kGroup}));
-    Group g = LoadGroup(params.from, params.sent, group, count);
-    sent_sum += WordSum(g.words, params.sent, params.sent_index + group * kGroup, count);
+  const int64_t whole = params.count / kGroup;  // groups
+  const int64_t stride = int64_t{gridDim.x} * kThreads;
+  const int64_t first = int64_t{blockIdx.x} * kThreads + threadIdx.x;
+  Sums sums;
+  int64_t group = first;
+  for (; group + (kUnroll - 1) * stride < whole; group += kUnroll * stride) {
+    Raw raw[kUnroll];
 #pragma unroll
-    for (int i = 0; i < kGroup; ++i) {
-      non_finite += !isfinite(g.v[i]);
-      if (params.held == DType::kBF16) g.v[i] = __bfloat162float(__float2bfloat16_rn(g.v[i]));
-    }
-    uint64_t words[2];
-    PackWords(g.v, params.held, words);
-    held_sum += WordSum(words, params.held, params.held_index + group * kGroup, count);
-    if (params.stored != params.held) PackWords(g.v, params.stored, words);
-    StoreWords(words, params.to, params.stored, group, count);
+    for (int u = 0; u < kUnroll; ++u) raw[u] = LoadGroup(params.from, params.sent, group + u * stride, kGroup);
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) StoreGroup(params, raw[u], group + u * stride, kGroup, sums);
+  }
+  for (; group < whole; group += stride) {
+    StoreGroup(params, LoadGroup(params.from, params.sent, group, kGroup), group, kGroup, sums);
+  }
+  const int rest = static_cast<int>(params.count % kGroup);
+  if (first == 0 && rest > 0) {
+    StoreGroup(params, LoadGroup(params.from, params.sent, whole, rest), whole, rest, sums);
   }
   if (params.tally == nullptr) return;
-  sent_sum = WarpSum(sent_sum);
-  held_sum = WarpSum(held_sum);
-  non_finite = WarpSum(non_finite);
+  sums.sent = WarpSum(sums.sent);
+  sums.held = WarpSum(sums.held);
+  sums.non_finite = WarpSum(sums.non_finite);
   if (threadIdx.x % 32 != 0) return;
-  auto add = [](uint64_t* to, uint64_t value) {
+  const auto add = [](uint64_t* to, uint64_t value) {
     atomicAdd(reinterpret_cast<unsigned long long*>(to), static_cast<unsigned long long>(value));
   };
-  add(&params.tally->sent_sum, sent_sum);
-  add(&params.tally->held_sum, held_sum);
-  if (non_finite > 0) add(&params.tally->non_finite, non_finite);
+  add(&params.tally->sent_sum, sums.sent);
+  add(&params.tally->held_sum, sums.held);
+  if (sums.non_finite > 0) add(&params.tally->non_finite, sums.non_finite);
 }
 
 }  // namespace
