@@ -54,6 +54,8 @@ class NcclGroup {
   // dies leaves a kernel on the stream that only an abort ends. `what` is for messages.
   absl::Status Wait(const std::function<absl::StatusOr<bool>()>& done, const std::string& what, absl::Time deadline);
 
+  // Asked while a call waits: true has the effect of Cancel(). Null: nothing more.
+  void set_cancelled(std::function<bool()> cancelled) { outer_cancelled_ = std::move(cancelled); }
   // The call in progress, or else the next one, aborts and is CANCELLED.
   void Cancel() { cancelled_.store(true, std::memory_order_relaxed); }
   void Abort();
@@ -79,7 +81,7 @@ class NcclGroup {
   const std::shared_ptr<NcclLibrary> library_;
   const int nranks_;
   const int rank_;
-  std::function<bool()> outer_cancelled_;  // of Create(), while it runs
+  std::function<bool()> outer_cancelled_;
   std::atomic<bool> cancelled_ = false;
   nccl::Comm comm_ = nullptr;  // null: aborted
   std::string cause_;          // why

@@ -13,7 +13,6 @@ namespace lockstep {
 void ReceiveSignal::Ready(int64_t buckets) {
   absl::MutexLock lock(&mutex_);
   ready_ = std::max(ready_, buckets);
-  ++messages_;
 }
 
 void ReceiveSignal::Cancel(absl::Status why) {
@@ -24,11 +23,6 @@ void ReceiveSignal::Cancel(absl::Status why) {
 int64_t ReceiveSignal::ready() {
   absl::MutexLock lock(&mutex_);
   return ready_;
-}
-
-int64_t ReceiveSignal::messages() {
-  absl::MutexLock lock(&mutex_);
-  return messages_;
 }
 
 absl::Status ReceiveSignal::status() {
@@ -51,6 +45,16 @@ class Receiver {
         signal_(signal) {}
 
   absl::Status Run(NcclGroup& group, const std::function<void(int64_t)>& begun) {
+    group.set_cancelled([this] { return !Check().ok(); });
+    const absl::Status status = ReceiveAll(group, begun);
+    group.set_cancelled(nullptr);
+    // Where the group was cancelled, why.
+    if (absl::IsCancelled(status)) LOCKSTEP_RETURN_IF_ERROR(Check());
+    return status;
+  }
+
+ private:
+  absl::Status ReceiveAll(NcclGroup& group, const std::function<void(int64_t)>& begun) {
     if (options_.bucket_bytes > inbox_.buffer_bytes()) {
       return absl::InvalidArgumentError(absl::StrCat("bucket_bytes: ", options_.bucket_bytes, "; want at most ",
                                                      inbox_.buffer_bytes(), ", as Join's answer says"));
@@ -62,10 +66,7 @@ class Receiver {
     begun(count);
     int64_t bytes = 0;
     for (int64_t b = 0; b < count; ++b) {
-      const auto announced = [&]() -> absl::StatusOr<bool> {
-        LOCKSTEP_RETURN_IF_ERROR(Check(bytes));
-        return signal_.ready() > b;
-      };
+      const auto announced = [&]() -> absl::StatusOr<bool> { return signal_.ready() > b; };
       LOCKSTEP_RETURN_IF_ERROR(
           group.Wait(announced, absl::StrCat("the sender to be ready with bucket ", b, " of ", count), options_.deadline));
       const int which = static_cast<int>(b % 2);
@@ -77,24 +78,17 @@ class Receiver {
       }
       LOCKSTEP_RETURN_IF_ERROR(group.Broadcast(pieces, member_.join.root, inbox_.stream(), options_.deadline));
       LOCKSTEP_RETURN_IF_ERROR(inbox_.Stage(which, Arrived(buckets[b])));
+      LOCKSTEP_RETURN_IF_ERROR(update_.NoteProgress(options_.version, bytes));
     }
-    const auto idle = [&]() -> absl::StatusOr<bool> {
-      LOCKSTEP_RETURN_IF_ERROR(Check(bytes));
-      return inbox_.Idle();
-    };
-    return group.Wait(idle, "the last bytes", options_.deadline);
+    return group.Wait([&] { return inbox_.Idle(); }, "the last bytes", options_.deadline);
   }
 
- private:
-  // What may end a receive, and the lease, which the sender's messages renew.
-  absl::Status Check(int64_t bytes) {
+  // What may end a receive.
+  absl::Status Check() {
     LOCKSTEP_RETURN_IF_ERROR(signal_.status());
     if (member_.replaced) return absl::CancelledError("the group was left, or joined in a later generation");
     if (*receive_.dropped) return absl::CancelledError("the update was rolled back, or its lease expired");
-    const int64_t messages = signal_.messages();
-    if (messages == messages_) return absl::OkStatus();
-    messages_ = messages;
-    return update_.NoteProgress(options_.version, bytes);
+    return absl::OkStatus();
   }
 
   std::vector<ArrivedPiece> Arrived(const Bucket& bucket) const {
@@ -116,7 +110,6 @@ class Receiver {
   TensorInbox& inbox_;
   NcclGroups::Member& member_;
   ReceiveSignal& signal_;
-  int64_t messages_ = 0;
 };
 
 }  // namespace

@@ -21,18 +21,16 @@ namespace lockstep {
 // What the sender says meanwhile. Thread-safe.
 class ReceiveSignal {
  public:
-  // The first `buckets` are about to be broadcast. A number that was said before renews the lease.
+  // The first `buckets` are about to be broadcast.
   void Ready(int64_t buckets);
   void Cancel(absl::Status why);
 
   int64_t ready();
-  int64_t messages();
   absl::Status status();
 
  private:
   absl::Mutex mutex_;
   int64_t ready_ ABSL_GUARDED_BY(mutex_) = 0;
-  int64_t messages_ ABSL_GUARDED_BY(mutex_) = 0;
   absl::Status status_ ABSL_GUARDED_BY(mutex_);
 };
 

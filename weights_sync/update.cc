@@ -211,6 +211,11 @@ absl::StatusOr<Receive> WeightUpdate::BeginReceive(const WeightVersion& version,
   return receive;
 }
 
+absl::Status WeightUpdate::Renew(const WeightVersion& version) {
+  absl::MutexLock lock(&mutex_);
+  return Get(version, UpdateState::kReceiving).status();
+}
+
 absl::Status WeightUpdate::NoteProgress(const WeightVersion& version, int64_t bytes) {
   absl::MutexLock lock(&mutex_);
   LOCKSTEP_ASSIGN_OR_RETURN(Open * open, Get(version, UpdateState::kReceiving));

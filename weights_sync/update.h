@@ -65,7 +65,9 @@ class WeightUpdate {
   // arrived of them before does not count. Waits while another receive is under way, at most until `deadline`. The
   // caller alone may use the inbox until its EndReceive, which it owes. UNIMPLEMENTED: the table has no inbox.
   absl::StatusOr<Receive> BeginReceive(const WeightVersion& version, std::vector<int64_t> tensors, absl::Time deadline);
-  // Bytes are arriving. Renews the lease.
+  // The sender lives: renews the lease.
+  absl::Status Renew(const WeightVersion& version);
+  // So many bytes of the receive under way have come, or are coming. Renews the lease.
   absl::Status NoteProgress(const WeightVersion& version, int64_t bytes);
   // `arrived`: OK once the inbox is idle and has all values: they count as received. Its error otherwise.
   absl::Status EndReceive(const WeightVersion& version, const absl::Status& arrived);

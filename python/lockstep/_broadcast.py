@@ -285,15 +285,8 @@ class Broadcast:
         pieces: list[tuple[int, int]] = []
         kept: list[Any] = []  # whose bytes the pieces are
         fresh: list[tuple[int, Any]] = []  # of those, the ones that came since the last bucket
-        announced: list[tuple[list[tuple[int, int]], list[Any]]] = []
         if at_hand:
             self._announce(len(self._plan))
-
-        def broadcast() -> None:
-            pieces, kept = announced.pop(0)
-            comm.broadcast(pieces, _ROOT, memory.stream, self._left())
-            memory.hold(kept)
-
         for index, tensor in tensors:
             address, keeper = memory.take(tensor)
             kept.append(keeper)
@@ -306,16 +299,12 @@ class Broadcast:
                     continue
                 bucket, at = bucket + 1, 0
                 memory.ready(fresh)
-                announced.append((pieces, kept))
-                pieces, kept, fresh = [], [keeper], []
                 if not at_hand:
                     self._announce(bucket)
-                # The workers hear of a bucket while the next is gathered.
-                if at_hand or len(announced) > 1:
-                    broadcast()
+                comm.broadcast(pieces, _ROOT, memory.stream, self._left())
+                memory.hold(kept)
+                pieces, kept, fresh = [], [keeper], []
         memory.ready(fresh)
-        while announced:
-            broadcast()
         comm.wait(memory.idle, "the last bytes", self._left())
 
     def _announce(self, buckets: int) -> None:

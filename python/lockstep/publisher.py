@@ -343,6 +343,8 @@ class _Update:
         self.chunk_bytes: dict[str, int] = {}
         self.begin_request = publisher._begin_request(version)
         self.all_pushed = threading.Event()
+        # Workers that had the version before: of a publish() that ended, or whose learner did, within its Commit.
+        self.serving: set[str] = set()
         self.at_hand = False
 
     def run(
@@ -350,7 +352,14 @@ class _Update:
     ) -> PublishReport:
         try:
             self.stage("begin", self.begin)
-            digests = self.push(tensors) if self.publisher._groups is None else self.broadcast(tensors, again)
+            if not self.receiving():
+                digests = []
+                for _ in tensors:
+                    pass
+            elif self.publisher._groups is None:
+                digests = self.push(tensors)
+            else:
+                digests = self.broadcast(tensors, again)
             request = weights_pb2.VerifyRequest(version=_version(self.version), digests=digests)
             self.stage("verify", lambda worker: self.call(worker, "Verify", request))
             self.commit()
@@ -370,6 +379,9 @@ class _Update:
     def well(self) -> list[str]:
         return [worker for worker, report in self.reports.items() if report.error is None]
 
+    def receiving(self) -> list[str]:
+        return [worker for worker in self.well() if worker not in self.serving]
+
     def call(self, worker: str, method: str, request: Any) -> Any:
         return self.publisher._call(worker, method, request, self.deadline)
 
@@ -385,7 +397,7 @@ class _Update:
             setattr(self.reports[worker], f"{name}_s", time.monotonic() - began)
 
         with concurrent.futures.ThreadPoolExecutor(len(self.reports)) as executor:
-            list(executor.map(one, self.well()))
+            list(executor.map(one, self.receiving() if name == "verify" else self.well()))
         self.check(roll_back=name != "commit")
 
     def check(self, roll_back: bool) -> None:
@@ -431,8 +443,17 @@ class _Update:
         return PublishReport(self.version, list(self.reports.values()), len(specs), size, seconds)
 
     def begin(self, worker: str) -> list[int]:
-        """Opens or renews the update; bytes received so far, by index."""
-        answer = self.call(worker, "Begin", self.begin_request)
+        """Opens or renews the update; bytes received so far, by index. All, where the version serves already."""
+        try:
+            answer = self.call(worker, "Begin", self.begin_request)
+        except LockstepError as error:
+            if error.code != Code.FAILED_PRECONDITION:
+                raise
+            status = self.call(worker, "GetStatus", weights_pb2.GetStatusRequest())
+            if status.weight_version != _version(self.version):
+                raise
+            self.serving.add(worker)
+            return [spec.bytes for spec in self.publisher.manifest]
         self.chunk_bytes[worker] = answer.max_chunk_bytes or 1 << 20
         return list(answer.received_bytes)
 
@@ -474,11 +495,11 @@ class _Update:
                 for _ in tensors:
                     pass
                 if again is None:  # what is left of the update can go to nobody
-                    self.mark(dict.fromkeys(self.well(), error))
+                    self.mark(dict.fromkeys(self.receiving(), error))
                     self.check(roll_back=True)
                     raise
                 tensors, memory = iter(again()), groups.memory(len(self.publisher.manifest))
-        for worker in self.well():
+        for worker in self.receiving():
             self.reports[worker].push_s = time.monotonic() - began
         return digests
 
@@ -487,7 +508,7 @@ class _Update:
         sizes = [spec.bytes for spec in self.publisher.manifest]
         fresh = False
         while True:
-            workers = self.well()
+            workers = self.receiving()
             stubs = {worker: self.publisher._stub(worker) for worker in workers}
             group = groups.current(workers)
             if group is None:
@@ -525,7 +546,7 @@ class _Update:
             receiving = status.state == weights_pb2.UPDATE_STATE_RECEIVING
             return not receiving or status.open_version != _version(self.version)
 
-        workers = self.well()
+        workers = self.receiving()
         with concurrent.futures.ThreadPoolExecutor(len(workers)) as executor:
             dead = [worker for worker, is_lost in zip(workers, executor.map(lost, workers), strict=True) if is_lost]
         self.mark({worker: errors.get(worker, error) for worker in dead or workers})
@@ -549,7 +570,7 @@ class _Update:
 
     def push(self, tensors: Iterator[tuple[str, Any]]) -> list[int]:
         """Sends every tensor to every well worker; digests by index."""
-        queues: dict[str, queue.Queue[_Batch | None]] = {worker: queue.Queue(maxsize=1) for worker in self.well()}
+        queues: dict[str, queue.Queue[_Batch | None]] = {worker: queue.Queue(maxsize=1) for worker in self.receiving()}
         threads = [threading.Thread(target=self.sender, args=(w, queues[w]), daemon=True) for w in queues]
         for thread in threads:
             thread.start()

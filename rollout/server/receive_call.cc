@@ -50,6 +50,8 @@ void ReceiveCall::OnReadDone(bool ok) {
     signal_.Cancel(absl::InvalidArgumentError("version, group, tensors: set again; want them in the first message only"));
   } else {
     signal_.Ready(request_.ready_buckets());
+    // If the update is gone, the receive ends for that.
+    (void)update_.Renew(receive_.version);
   }
   request_.Clear();
   StartRead(&request_);

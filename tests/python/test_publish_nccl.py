@@ -212,3 +212,43 @@ def test_a_learner_that_dies_in_the_middle(start, make, trainer, library, tiny_m
     report = publisher.publish((1, 0), trainer.tensors().items())
     assert time.monotonic() < deadline
     assert [w.version for w in report.workers] == [(1, 0)] * 2 and all(serves(trainer, worker) for worker in workers)
+
+
+def test_a_rollback_in_the_middle_ends_the_receive(start, make, trainer):
+    worker = start()
+    publisher, other = make([worker]), make([worker])
+
+    def source():
+        for i, item in enumerate(trainer.tensors().items()):
+            if i == 20:
+                other.rollback((0, 1))
+            yield item
+
+    with pytest.raises(UpdateFailed) as error:
+        publisher.publish((0, 1), source())
+    assert error.value.report.workers[0].failed_in == "push" and error.value.report.workers[0].version == (0, 0)
+    assert publisher.publish((0, 2), trainer.tensors().items()).workers[0].version == (0, 2)
+
+
+def test_a_slow_gather_keeps_its_lease(start, make, trainer):
+    worker = start()
+    publisher = make([worker], lease_s=1)
+
+    def source():
+        for i, item in enumerate(trainer.tensors().items()):
+            if i == 20:
+                time.sleep(2.5)
+            yield item
+
+    assert publisher.publish((0, 1), source()).workers[0].version == (0, 1)
+
+
+def test_the_stream_and_nccl_take_turns(start, make, trainer):
+    worker = start()
+    over_nccl = make([worker])
+    with WeightPublisher(worker.control, manifest_from=trainer.model) as over_stream:
+        for step in range(1, 5):
+            move(trainer.model, step)
+            publisher = over_nccl if step % 2 else over_stream
+            assert publisher.publish((0, step), trainer.tensors().items()).workers[0].version == (0, step)
+            assert serves(trainer, worker)

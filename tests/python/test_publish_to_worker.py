@@ -167,3 +167,17 @@ def test_a_connection_that_breaks_during_commit(start_worker, tiny_model, traine
         thread.join()
     assert report.workers[0].version == (0, 1)
     proxy.close()
+
+
+@pytest.mark.parametrize("already", [1, 2])
+def test_a_version_that_some_workers_have_is_sent_to_the_others(workers, trainer, already):
+    """As after a learner that died within Commit: the same version again is the way to one version everywhere."""
+    move(trainer.model, 1)
+    with WeightPublisher([w.control for w in workers[:already]], manifest_from=trainer.model) as publisher:
+        publisher.publish((0, 1), trainer.tensors().items())
+    with WeightPublisher([w.control for w in workers], manifest_from=trainer.model) as publisher:
+        report = publisher.publish((0, 1), trainer.tensors().items())
+    assert [w.version for w in report.workers] == [(0, 1)] * 2
+    assert [w.push_s is None for w in report.workers] == [i < already for i in range(2)]
+    for worker in workers:
+        assert parity.stale_weights(trainer, worker.control) == []
