@@ -18,6 +18,9 @@ FIRED = re.compile(r"failpoint (\S+?)=(\S+) at hit (\d+)")
 PER_CHUNK = ("weights.push.chunk", "weights.push.received")
 PER_STREAM = ("weights.push.before", "weights.push.answer")
 PER_TENSOR = ("weights.push.staged", "weights.install.slot")
+PER_BUCKET = ("weights.receive.bucket", "weights.receive.converted")
+# Places that the other transport alone comes to.
+ONLY = {"stream": ("weights.push.",), "nccl": ("weights.join.", "weights.receive.")}
 # Not in every update: armed from the start of every process, so that whatever comes first fires.
 RARE = (
     "weights.commit.policy",
@@ -260,7 +263,7 @@ class Learner:
         script = pathlib.Path(__file__).with_name("chaos_learner.py")
         with open(self.campaign.scratch / "learner.log", "a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(script), str(self.campaign.seed), self.campaign.transport],
+                [sys.executable, str(script), str(self.campaign.seed), self.campaign.transport, self.campaign.nccl_library],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

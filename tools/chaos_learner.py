@@ -72,8 +72,11 @@ class FaultyPublisher(WeightPublisher):
 
 
 class Learner:
-    def __init__(self, seed, transport):
-        self.versions, self.transport = Versions(seed), transport
+    def __init__(self, seed, transport, nccl_library):
+        self.versions = Versions(seed)
+        self.transport = {"transport": transport}
+        if transport == "nccl":
+            self.transport |= {"nccl_library": nccl_library, "device": "cpu"}
         self.publisher, self.options = None, None
 
     def connect(self, workers, options):
@@ -82,7 +85,7 @@ class Learner:
         if self.publisher is not None:
             self.publisher.close()
         self.publisher = FaultyPublisher(
-            workers, manifest_from=self.versions.manifest(), transport=self.transport, batch_bytes=2 << 20, **options
+            workers, manifest_from=self.versions.manifest(), batch_bytes=2 << 20, **self.transport, **options
         )
         self.options = options
 
@@ -128,7 +131,7 @@ class Learner:
 
 
 def main():
-    learner = Learner(int(sys.argv[1]), sys.argv[2])
+    learner = Learner(int(sys.argv[1]), sys.argv[2], sys.argv[3])
     say(event="ready")
     for line in sys.stdin:
         command = json.loads(line)

@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "kernels/numerics.h"
+#include "rollout/base/failpoint.h"
 #include "rollout/base/status.h"
 #include "weights_sync/bucket_plan.h"
 
@@ -63,12 +64,14 @@ class Receiver {
                               PlanBuckets(receive_.tensors, receive_.bytes, options_.bucket_bytes));
     LOCKSTEP_RETURN_IF_ERROR(inbox_.UseOnThisThread());
     const int64_t count = static_cast<int64_t>(buckets.size());
+    LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.receive.begun"));
     begun(count);
     int64_t bytes = 0;
     for (int64_t b = 0; b < count; ++b) {
       const auto announced = [&]() -> absl::StatusOr<bool> { return signal_.ready() > b; };
       LOCKSTEP_RETURN_IF_ERROR(
           group.Wait(announced, absl::StrCat("the sender to be ready with bucket ", b, " of ", count), options_.deadline));
+      LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.receive.bucket"));
       const int which = static_cast<int>(b % 2);
       LOCKSTEP_RETURN_IF_ERROR(inbox_.Acquire(which));
       std::vector<NcclGroup::Piece> pieces;
@@ -79,6 +82,7 @@ class Receiver {
       LOCKSTEP_RETURN_IF_ERROR(group.Broadcast(pieces, member_.join.root, inbox_.stream(), options_.deadline));
       LOCKSTEP_RETURN_IF_ERROR(inbox_.Stage(which, Arrived(buckets[b])));
       LOCKSTEP_RETURN_IF_ERROR(update_.NoteProgress(options_.version, bytes));
+      LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.receive.converted"));
     }
     return group.Wait([&] { return inbox_.Idle(); }, "the last bytes", options_.deadline);
   }
@@ -128,7 +132,9 @@ absl::Status ReceiveOverNccl(const NcclReceive& options, WeightUpdate& update, N
     if (!arrived.ok() && member.group != nullptr) member.group->Abort();
   }
   const absl::Status ended = update.EndReceive(options.version, arrived);
-  return arrived.ok() ? ended : arrived;
+  if (!arrived.ok()) return arrived;
+  LOCKSTEP_RETURN_IF_ERROR(ended);
+  return FailpointStatus("weights.receive.arrived");
 }
 
 }  // namespace lockstep

@@ -33,6 +33,13 @@ inline constexpr std::array kFailpoints = {
     FailpointPlace{"weights.push.received", false},  // its bytes are in place
     FailpointPlace{"weights.push.staged", false},    // a tensor is whole and staged
     FailpointPlace{"weights.push.answer", true},     // the stream has ended, not answered
+    FailpointPlace{"weights.join.before", true},
+    FailpointPlace{"weights.join.answer", true},        // a rank of the communicator, not answered
+    FailpointPlace{"weights.receive.before", true},     // the sender's first message was read
+    FailpointPlace{"weights.receive.begun", true},      // has the inbox; the sender does not know
+    FailpointPlace{"weights.receive.bucket", true},     // announced; the broadcast is not entered
+    FailpointPlace{"weights.receive.converted", true},  // a bucket is, or will be, in the stage
+    FailpointPlace{"weights.receive.arrived", true},    // all is staged; counts as received, not answered
     FailpointPlace{"weights.verify.before", true},
     FailpointPlace{"weights.verify.compared", true},  // digests are good; still RECEIVING
     FailpointPlace{"weights.verify.answer", true},    // VERIFIED, not answered

@@ -6,6 +6,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "rollout/base/failpoint.h"
 #include "rollout/base/status.h"
 #include "rollout/server/check_range.h"
 #include "rollout/server/stream_reactor.h"
@@ -59,6 +60,7 @@ void ReceiveCall::OnReadDone(bool ok) {
 
 absl::Status ReceiveCall::Start() {
   LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(request_));
+  LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.receive.before"));
   LOCKSTEP_ASSIGN_OR_RETURN(receive_.version, VersionOf(request_.has_version(), request_.version()));
   LOCKSTEP_RETURN_IF_ERROR(CheckRange("bucket_bytes", request_.bucket_bytes(), kBucketAlign, kMaxBucketBytes));
   receive_.tensors.assign(request_.tensors().begin(), request_.tensors().end());

@@ -184,6 +184,7 @@ grpc::Status WeightsService::Join(grpc::ServerContext* context, const v1::JoinRe
                                   v1::JoinResponse* response) {
   const auto run = [&]() -> absl::Status {
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
+    LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.join.before"));
     LOCKSTEP_RETURN_IF_ERROR(CheckGroup(request->group()));
     LOCKSTEP_RETURN_IF_ERROR(CheckRange("generation", request->generation(), 0, kMaxGeneration));
     LOCKSTEP_RETURN_IF_ERROR(CheckRange("nranks", request->nranks(), 2, 65'536));
@@ -207,6 +208,7 @@ grpc::Status WeightsService::Join(grpc::ServerContext* context, const v1::JoinRe
                             .max_ctas = request->max_ctas()};
     LOCKSTEP_RETURN_IF_ERROR(groups_.Join(join, absl::Now() + absl::Milliseconds(timeout),
                                           [context] { return context->IsCancelled(); }));
+    LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.join.answer"));
     response->set_bucket_bytes(inbox->buffer_bytes());
     response->set_nccl_version(groups_.nccl_version());
     return absl::OkStatus();
