@@ -8,6 +8,7 @@
 #include <map>
 #include <random>
 #include <thread>
+#include <thread>
 
 #include "absl/strings/match.h"
 #include "absl/synchronization/notification.h"
@@ -15,6 +16,27 @@
 
 namespace lockstep {
 namespace {
+
+// Knows what it was opened for; its tensors "arrive" when the test says so.
+class FakeInbox final : public TensorInbox {
+ public:
+  int64_t buffer_bytes() const override { return 1024; }
+  std::byte* buffer(int) override { return nullptr; }
+  void* stream() override { return nullptr; }
+  absl::Status UseOnThisThread() override { return absl::OkStatus(); }
+  absl::Status Open(std::vector<ExpectedTensor> tensors) override {
+    expected = std::move(tensors);
+    return open_status;
+  }
+  absl::Status Acquire(int) override { return absl::OkStatus(); }
+  absl::Status Stage(int, std::span<const ArrivedPiece>) override { return absl::OkStatus(); }
+  absl::StatusOr<bool> Idle() override { return true; }
+  absl::StatusOr<std::vector<ArrivedTensor>> Close() override { return arrived; }
+
+  std::vector<ExpectedTensor> expected;
+  std::vector<ArrivedTensor> arrived;
+  absl::Status open_status;
+};
 
 // Two tensors of 4 and 6 floats, kept as they come.
 class FakeTable final : public TensorTable {
@@ -28,15 +50,18 @@ class FakeTable final : public TensorTable {
     std::memcpy(to.data(), rows.data, to.size() * sizeof(float));
     return absl::OkStatus();
   }
-  TensorInbox* inbox() override { return nullptr; }
+  TensorInbox* inbox() override { return has_inbox ? &inbox_ : nullptr; }
+  FakeInbox& fake_inbox() { return inbox_; }
   absl::Status Finish() override { return absl::OkStatus(); }
   absl::StatusOr<std::vector<uint64_t>> ServingDigests() override { return std::vector<uint64_t>(); }
   void Install() { serving = second; }
 
   std::map<size_t, std::vector<float>> serving, second;
   absl::Status stage_status;
+  bool has_inbox = true;
 
  private:
+  FakeInbox inbox_;
   std::vector<TensorSlot> slots_ = {{.name = "a", .shape = {4}}, {.name = "b", .shape = {2, 3}}};
 };
 
@@ -290,6 +315,123 @@ TEST_F(UpdateTest, RandomCallsFollowTheModel) {
     }
   }
   EXPECT_GT(commits, 80);
+}
+
+class ReceiveTest : public UpdateTest {
+ protected:
+  absl::StatusOr<lockstep::Receive> BeginReceive(int64_t step, std::vector<int64_t> tensors = {},
+                                                 absl::Duration wait = absl::ZeroDuration()) {
+    return update.BeginReceive({0, step}, std::move(tensors), absl::Now() + wait);
+  }
+  absl::Status EndReceive(int64_t step, const absl::Status& arrived = absl::OkStatus()) {
+    return update.EndReceive({0, step}, arrived);
+  }
+  // As the inbox counts the tensors of a version.
+  void Arrive(int64_t step) {
+    table.fake_inbox().arrived = {{.digest = Digests(step)[0]}, {.digest = Digests(step)[1]}};
+  }
+};
+
+TEST_F(ReceiveTest, WholeVersions) {
+  ASSERT_TRUE(update.Begin({0, 1}, Whole(), absl::Minutes(1)).ok());
+  const auto receive = BeginReceive(1);
+  ASSERT_TRUE(receive.ok()) << receive.status();
+  EXPECT_EQ(receive->tensors, (std::vector<int64_t>{0, 1}));
+  EXPECT_EQ(receive->bytes, (std::vector<int64_t>{16, 24}));
+  ASSERT_EQ(table.fake_inbox().expected.size(), 2u);
+  EXPECT_EQ(table.fake_inbox().expected[1].rows, 2);
+  ASSERT_TRUE(update.NoteProgress({0, 1}, 7).ok());
+  EXPECT_EQ(update.status().received_bytes, 7);
+  Arrive(1);
+  ASSERT_TRUE(EndReceive(1).ok());
+  EXPECT_EQ(update.status().received_bytes, 40);
+  EXPECT_TRUE(update.Verify({0, 1}, Digests(1)).ok());
+  EXPECT_TRUE(absl::IsFailedPrecondition(BeginReceive(1).status()));  // VERIFIED
+}
+
+TEST_F(ReceiveTest, OneTensorByEachWay) {
+  ASSERT_TRUE(update.Begin({0, 1}, Whole(), absl::Minutes(1)).ok());
+  ASSERT_TRUE(BeginReceive(1, {1}).ok());
+  EXPECT_TRUE(absl::IsFailedPrecondition(Send(1, 0)));  // while a receive is under way
+  table.fake_inbox().arrived = {{.digest = Digests(1)[1]}};
+  ASSERT_TRUE(EndReceive(1).ok());
+  EXPECT_TRUE(absl::IsFailedPrecondition(update.Verify({0, 1}, Digests(1))));
+  ASSERT_TRUE(Send(1, 0).ok());
+  EXPECT_TRUE(update.Verify({0, 1}, Digests(1)).ok());
+}
+
+TEST_F(ReceiveTest, AFailedOneCountsForNothingAndMayBeTriedAgain) {
+  ASSERT_TRUE(update.Begin({0, 1}, Whole(), absl::Minutes(1)).ok());
+  ASSERT_TRUE(BeginReceive(1).ok());
+  Arrive(1);
+  EXPECT_TRUE(absl::IsUnavailable(EndReceive(1, absl::UnavailableError("a rank is gone"))));
+  EXPECT_EQ(update.status().received_bytes, 0);
+  EXPECT_TRUE(absl::IsFailedPrecondition(update.Verify({0, 1}, Digests(1))));
+  // Nor does what an earlier one had brought.
+  ASSERT_TRUE(BeginReceive(1).ok());
+  ASSERT_TRUE(EndReceive(1).ok());
+  ASSERT_TRUE(BeginReceive(1).ok());
+  EXPECT_FALSE(EndReceive(1, absl::CancelledError("")).ok());
+  EXPECT_TRUE(absl::IsFailedPrecondition(update.Verify({0, 1}, Digests(1))));
+}
+
+TEST_F(ReceiveTest, WrongDigestsAndValues) {
+  for (const ArrivedTensor& bad : {ArrivedTensor{.digest = 1}, ArrivedTensor{Digests(1)[1], /*non_finite=*/3}}) {
+    ASSERT_TRUE(update.Begin({0, 1}, Whole(), absl::Minutes(1)).ok());
+    ASSERT_TRUE(BeginReceive(1).ok());
+    Arrive(1);
+    table.fake_inbox().arrived[1] = bad;
+    ASSERT_TRUE(EndReceive(1).ok());
+    const absl::Status status = update.Verify({0, 1}, Digests(1));
+    EXPECT_TRUE(absl::IsDataLoss(status));
+    EXPECT_TRUE(absl::StrContains(status.message(), "b (")) << status;
+  }
+}
+
+TEST_F(ReceiveTest, OneAtATime) {
+  ASSERT_TRUE(update.Begin({0, 1}, Whole(), absl::Minutes(1)).ok());
+  ASSERT_TRUE(BeginReceive(1).ok());
+  EXPECT_TRUE(absl::IsUnavailable(BeginReceive(1, {}, absl::Milliseconds(20)).status()));
+  absl::StatusOr<lockstep::Receive> second;
+  std::thread waiting([&] { second = BeginReceive(1, {}, absl::Seconds(20)); });
+  absl::SleepFor(absl::Milliseconds(20));
+  EXPECT_FALSE(EndReceive(1, absl::CancelledError("")).ok());
+  waiting.join();
+  EXPECT_TRUE(second.ok()) << second.status();
+}
+
+// What is still being written into the stage must not meet the next update's.
+TEST_F(ReceiveTest, ADroppedUpdatesReceiveEndsBeforeTheNextBegins) {
+  ASSERT_TRUE(update.Begin({0, 1}, Whole(), absl::Minutes(1)).ok());
+  const auto receive = BeginReceive(1);
+  ASSERT_TRUE(receive.ok());
+  EXPECT_FALSE(*receive->dropped);
+  ASSERT_TRUE(update.Rollback({0, 1}).ok());
+  EXPECT_TRUE(*receive->dropped);
+  EXPECT_TRUE(absl::IsNotFound(update.NoteProgress({0, 1}, 1)));
+  absl::Status begun;
+  std::thread next([&] { begun = update.Begin({0, 2}, Whole(), absl::Minutes(1)).status(); });
+  absl::SleepFor(absl::Milliseconds(20));
+  EXPECT_EQ(update.status().state, UpdateState::kServing);
+  EXPECT_TRUE(absl::IsNotFound(EndReceive(1)));  // had it arrived: too late
+  next.join();
+  EXPECT_TRUE(begun.ok()) << begun;
+  EXPECT_EQ(update.status().received_bytes, 0);
+}
+
+TEST_F(ReceiveTest, BadInput) {
+  EXPECT_TRUE(absl::IsNotFound(BeginReceive(1).status()));
+  ASSERT_TRUE(update.Begin({0, 1}, Whole(), absl::Minutes(1)).ok());
+  for (const std::vector<int64_t>& tensors : {std::vector<int64_t>{-1}, {2}, {1, 0}, {1, 1}}) {
+    EXPECT_TRUE(absl::IsInvalidArgument(BeginReceive(1, tensors).status()));
+  }
+  table.fake_inbox().open_status = absl::InvalidArgumentError("not this way");
+  EXPECT_TRUE(absl::IsInvalidArgument(BeginReceive(1).status()));
+  table.fake_inbox().open_status = absl::OkStatus();
+  EXPECT_TRUE(BeginReceive(1).ok());  // none of them left the inbox taken
+  EXPECT_TRUE(EndReceive(1).ok());
+  table.has_inbox = false;
+  EXPECT_TRUE(absl::IsUnimplemented(BeginReceive(1).status()));
 }
 
 }  // namespace
