@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cstring>
+#include <thread>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -10,15 +11,21 @@
 namespace lockstep {
 namespace {
 
-// Small broadcasts take some 20 us; a wait that takes longer should cost nothing.
+// A broadcast is enqueued within some 100 us, and a thread that sleeps takes as long to wake: spins at first. A wait
+// that takes longer should cost nothing.
 class Backoff {
  public:
   void Sleep(absl::Time deadline) {
+    if (absl::Now() < spin_until_) {
+      std::this_thread::yield();
+      return;
+    }
     absl::SleepFor(std::min(next_, deadline - absl::Now()));  // a negative time is none
     next_ = std::min(next_ * 2, absl::Milliseconds(1));
   }
 
  private:
+  const absl::Time spin_until_ = absl::Now() + absl::Microseconds(300);
   absl::Duration next_ = absl::Microseconds(20);
 };
 

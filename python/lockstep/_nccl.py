@@ -31,6 +31,8 @@ _RESULTS = {
 _UINT8 = 1
 _UNDEFINED = -(1 << 31)
 FINALIZE_WAIT_S = 5.0
+# A broadcast is enqueued in less: sleeping, which takes its time to wake, is for longer waits.
+_SPIN_S = 300e-6
 
 
 class _UniqueId(ctypes.Structure):
@@ -302,7 +304,7 @@ class Communicator:
 
     def _poll(self, done: Callable[[int], bool], what: str, deadline: float) -> None:
         state = ctypes.c_int()
-        sleep_s = 20e-6
+        spin_until, sleep_s = time.monotonic() + _SPIN_S, 20e-6
         try:
             while True:
                 asked = self._functions.ncclCommGetAsyncError(self._comm, ctypes.byref(state))
@@ -314,10 +316,13 @@ class Communicator:
                     raise self.library.error(now, self._name(what))
                 if self._cancelled or (self._asked and self._asked()):
                     raise NcclError(self._name(f"cancelled while waiting for {what}"))
-                left = deadline - time.monotonic()
-                if left <= 0:
+                clock = time.monotonic()
+                if clock >= deadline:
                     raise DeadlineExceeded(self._name(f"the deadline passed while waiting for {what}"))
-                time.sleep(min(sleep_s, left))
+                if clock < spin_until:
+                    time.sleep(0)  # lets other threads have the interpreter
+                    continue
+                time.sleep(min(sleep_s, deadline - clock))
                 sleep_s = min(2 * sleep_s, 1e-3)
         except BaseException as error:
             self._cause = str(error) or type(error).__name__
