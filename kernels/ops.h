@@ -171,10 +171,10 @@ struct InboxValues {
   const std::byte* from = nullptr;  // in the inbox, aligned to 16 bytes
   DType sent = DType::kF32;
   int64_t count = 0;
-  int64_t sent_index = 0;  // of the first value in the tensor as it was sent
-  int64_t held_index = 0;  // of the first value in what digests of held values count
-  DType held = DType::kF32;  // rounded to this first, to nearest and ties to even
-  int64_t to = 0;            // offset in the stage, in bytes, aligned to 8
+  int64_t sent_index = 0;      // of the first value in the tensor as it was sent
+  int64_t held_index = 0;      // of the first value in what digests of held values count
+  DType held = DType::kF32;    // rounded to this first, to nearest and ties to even
+  int64_t to = 0;              // offset in the stage, in bytes, aligned to 8
   DType stored = DType::kF32;  // there; holds every value of `held`
   int64_t tally = -1;          // to which the values count; -1: none
 };

@@ -1,5 +1,5 @@
-// weights_sender: a checkpoint's tensors to running workers, again and again, as a learner would send them: for tests and
-// benchmarks of weight updates, and an example of a sender in C++. One JSON line for each update.
+// weights_sender: a checkpoint's tensors to running workers, again and again, as a learner would send them: for tests
+// and benchmarks of weight updates, and an example of a sender in C++. One JSON line for each update.
 #include <algorithm>
 #include <atomic>
 #include <chrono>
@@ -89,7 +89,8 @@ class Sender {
   // `call` for every worker at once; the errors of all, with the first one's code.
   absl::Status Everywhere(const std::function<absl::Status(Worker&, size_t)>& call);
   template <class Request, class Response>
-  absl::Status Unary(Worker& worker, grpc::Status (v1::Weights::Stub::*method)(grpc::ClientContext*, const Request&, Response*),
+  absl::Status Unary(Worker& worker,
+                     grpc::Status (v1::Weights::Stub::*method)(grpc::ClientContext*, const Request&, Response*),
                      const Request& request, Response* response);
   absl::Status LoadTensors();
   absl::Status JoinAll();
@@ -237,7 +238,7 @@ absl::Status Sender::JoinAll() {
       request.set_unique_id(unique_id);
       request.set_max_ctas(absl::GetFlag(FLAGS_max_ctas));
       v1::JoinResponse response;
-      const absl::Status status = Unary(worker, &v1::Weights::Stub::Join, request, &response);
+      absl::Status status = Unary(worker, &v1::Weights::Stub::Join, request, &response);
       if (!status.ok()) failed = true;
       bucket_bytes[i] = response.bucket_bytes();
       return status;
@@ -245,9 +246,8 @@ absl::Status Sender::JoinAll() {
   });
   absl::Status made = stream_->UseOnThisThread();
   if (made.ok()) {
-    absl::StatusOr<std::unique_ptr<NcclGroup>> group =
-        NcclGroup::Create(library, unique_id, ranks, kRoot, Deadline(), absl::GetFlag(FLAGS_max_ctas),
-                          [&] { return failed.load(); });
+    absl::StatusOr<std::unique_ptr<NcclGroup>> group = NcclGroup::Create(
+        library, unique_id, ranks, kRoot, Deadline(), absl::GetFlag(FLAGS_max_ctas), [&] { return failed.load(); });
     made = group.status();
     if (group.ok()) group_ = *std::move(group);
   }
@@ -323,7 +323,7 @@ absl::Status Sender::SendByNccl(const v1::WeightVersion& version) {
         stream->Write(request);
       }
       stream->WritesDone();
-      const absl::Status status = FromGrpc(stream->Finish(), worker.address);
+      absl::Status status = FromGrpc(stream->Finish(), worker.address);
       if (!status.ok()) {
         failed = true;
         group_->Cancel();
@@ -332,7 +332,7 @@ absl::Status Sender::SendByNccl(const v1::WeightVersion& version) {
     });
   });
   while (begun < workers_.size() && !failed) absl::SleepFor(absl::Microseconds(50));
-  const absl::Status sent = failed ? absl::CancelledError("a worker could not begin") : Broadcast(buckets);
+  absl::Status sent = failed ? absl::CancelledError("a worker could not begin") : Broadcast(buckets);
   if (!sent.ok()) {
     for (grpc::ClientContext& context : contexts) context.TryCancel();
   }
@@ -350,7 +350,7 @@ absl::Status Sender::Update(int64_t step) {
   const Clock::time_point began = Clock::now();
   const auto timed = [&](const char* name, const std::function<absl::Status()>& stage) {
     const Clock::time_point begin = Clock::now();
-    const absl::Status status = stage();
+    absl::Status status = stage();
     line[name] = Milliseconds(begin);
     return status;
   };
@@ -363,9 +363,8 @@ absl::Status Sender::Update(int64_t step) {
       return Unary(worker, &v1::Weights::Stub::Begin, request, &response);
     });
   }));
-  LOCKSTEP_RETURN_IF_ERROR(timed("send_ms", [&] {
-    return group_ == nullptr ? SendByStream(version) : SendByNccl(version);
-  }));
+  LOCKSTEP_RETURN_IF_ERROR(
+      timed("send_ms", [&] { return group_ == nullptr ? SendByStream(version) : SendByNccl(version); }));
   LOCKSTEP_RETURN_IF_ERROR(timed("verify_ms", [&] {
     return Everywhere([&](Worker& worker, size_t) {
       v1::VerifyRequest request;
@@ -385,7 +384,7 @@ absl::Status Sender::Update(int64_t step) {
         request.set_finish_timeout_ms(absl::ToInt64Milliseconds(Deadline() - absl::Now()) / 2);
       }
       v1::CommitResponse response;
-      const absl::Status status = Unary(worker, &v1::Weights::Stub::Commit, request, &response);
+      absl::Status status = Unary(worker, &v1::Weights::Stub::Commit, request, &response);
       pauses[i] = response.pause_ms();
       return status;
     });
@@ -402,7 +401,7 @@ absl::Status Sender::Run() {
   for (int i = 0; i < absl::GetFlag(FLAGS_updates); ++i) {
     if (i > 0) absl::SleepFor(absl::Seconds(absl::GetFlag(FLAGS_pause_seconds)));
     const int64_t step = absl::GetFlag(FLAGS_first_step) + i;
-    const absl::Status status = Update(step);
+    absl::Status status = Update(step);
     if (status.ok()) continue;
     // Nothing half done stays; where this does not arrive either, the lease ends it.
     deadline_ = absl::Now() + absl::Seconds(10);

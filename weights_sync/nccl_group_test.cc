@@ -358,8 +358,8 @@ TEST(NcclGroup, CancelWhileCreating) {
     absl::SleepFor(absl::Milliseconds(50));
     cancelled = true;
   });
-  const absl::Status status = NcclGroup::Create(Library(), id, 2, 0, Ample(), /*max_ctas=*/0,
-                                                [&] { return cancelled.load(); }).status();
+  const absl::Status status =
+      NcclGroup::Create(Library(), id, 2, 0, Ample(), /*max_ctas=*/0, [&] { return cancelled.load(); }).status();
   EXPECT_TRUE(absl::IsCancelled(status)) << status;
   other.join();
 }

@@ -49,10 +49,9 @@ absl::Status NcclGroups::Join(const GroupJoin& join, absl::Time deadline, std::f
     if (join.generation == earlier->join.generation) {
       absl::MutexLock lock(&earlier->use);
       if (earlier->group->healthy() && earlier->join.unique_id == join.unique_id) return absl::OkStatus();
-      return absl::FailedPreconditionError(
-          absl::StrCat("generation: ", join.generation, " of group ", join.group,
-                       earlier->group->healthy() ? " was joined with another unique_id" : " has failed",
-                       "; want a later one"));
+      return absl::FailedPreconditionError(absl::StrCat(
+          "generation: ", join.generation, " of group ", join.group,
+          earlier->group->healthy() ? " was joined with another unique_id" : " has failed", "; want a later one"));
     }
     {
       absl::MutexLock lock(&mutex_);
@@ -63,9 +62,9 @@ absl::Status NcclGroups::Join(const GroupJoin& join, absl::Time deadline, std::f
   LOCKSTEP_RETURN_IF_ERROR(use_device_());
   auto member = std::make_shared<Member>();
   member->join = join;
-  LOCKSTEP_ASSIGN_OR_RETURN(
-      std::unique_ptr<NcclGroup> group,
-      NcclGroup::Create(library, join.unique_id, join.nranks, join.rank, deadline, join.max_ctas, std::move(cancelled)));
+  LOCKSTEP_ASSIGN_OR_RETURN(std::unique_ptr<NcclGroup> group,
+                            NcclGroup::Create(library, join.unique_id, join.nranks, join.rank, deadline, join.max_ctas,
+                                              std::move(cancelled)));
   {
     absl::MutexLock lock(&member->use);
     member->group = std::move(group);

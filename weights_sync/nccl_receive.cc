@@ -47,7 +47,7 @@ class Receiver {
 
   absl::Status Run(NcclGroup& group, const std::function<void(int64_t)>& begun) {
     group.set_cancelled([this] { return !Check().ok(); });
-    const absl::Status status = ReceiveAll(group, begun);
+    absl::Status status = ReceiveAll(group, begun);
     group.set_cancelled(nullptr);
     // Where the group was cancelled, why.
     if (absl::IsCancelled(status)) LOCKSTEP_RETURN_IF_ERROR(Check());
@@ -69,8 +69,8 @@ class Receiver {
     int64_t bytes = 0;
     for (int64_t b = 0; b < count; ++b) {
       const auto announced = [&]() -> absl::StatusOr<bool> { return signal_.ready() > b; };
-      LOCKSTEP_RETURN_IF_ERROR(
-          group.Wait(announced, absl::StrCat("the sender to be ready with bucket ", b, " of ", count), options_.deadline));
+      LOCKSTEP_RETURN_IF_ERROR(group.Wait(
+          announced, absl::StrCat("the sender to be ready with bucket ", b, " of ", count), options_.deadline));
       LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.receive.bucket"));
       const int which = static_cast<int>(b % 2);
       LOCKSTEP_RETURN_IF_ERROR(inbox_.Acquire(which));
@@ -125,9 +125,8 @@ absl::Status ReceiveOverNccl(const NcclReceive& options, WeightUpdate& update, N
   absl::Status arrived;
   {
     absl::MutexLock lock(&member.use);
-    arrived = member.group == nullptr
-                  ? absl::CancelledError("the group was left, or joined in a later generation")
-                  : Receiver(options, receive, update, member, signal).Run(*member.group, begun);
+    arrived = member.group == nullptr ? absl::CancelledError("the group was left, or joined in a later generation")
+                                      : Receiver(options, receive, update, member, signal).Run(*member.group, begun);
     // Nothing must be written into the inbox any more.
     if (!arrived.ok() && member.group != nullptr) member.group->Abort();
   }

@@ -1,7 +1,7 @@
 // An update's tensors, over NCCL: bucket by bucket (bucket_plan.h), as the sender announces them.
 //
-// A broadcast that waits for its sender holds multiprocessors, so a worker enters one only once the sender has said, over
-// the call that it keeps open, that it is about to. That call also tells each side at once of the other's death.
+// A broadcast that waits for its sender holds multiprocessors, so a worker enters one only once the sender has said,
+// over the call that it keeps open, that it is about to. That call also tells each side at once of the other's death.
 #pragma once
 
 #include <atomic>

@@ -158,14 +158,15 @@ absl::Status WeightUpdate::Push(const WeightVersion& version, int64_t tensor, in
   arriving.received += static_cast<int64_t>(data.size());
   Failpoint("weights.push.received");
   if (arriving.received < total) return absl::OkStatus();
-  const absl::Status staged = StageWhole(*open, tensor);
+  absl::Status staged = StageWhole(*open, tensor);
   Failpoint("weights.push.staged");
   if (!staged.ok()) Drop();
   return staged;
 }
 
 absl::Status WeightUpdate::AwaitInbox(absl::Time deadline, const char* what) {
-  if (mutex_.AwaitWithDeadline(absl::Condition(+[](bool* receiving) { return !*receiving; }, &receiving_),
+  if (mutex_.AwaitWithDeadline(absl::Condition(
+                                   +[](bool* receiving) { return !*receiving; }, &receiving_),
                                deadline)) {
     return absl::OkStatus();
   }
@@ -244,7 +245,7 @@ absl::Status WeightUpdate::StageWhole(Open& open, size_t tensor) {
   Arriving& arriving = open.arriving[tensor];
   const TensorPlace& place = open.places[tensor];
   arriving.digest = arriving.digester.Finish();
-  const absl::Status staged = table_.Stage({.slot = place.slot,
+  absl::Status staged = table_.Stage({.slot = place.slot,
                                             .first_row = place.first_row,
                                             .rows = place.rows,
                                             .data = arriving.bytes.data(),
@@ -322,7 +323,7 @@ absl::Status WeightUpdate::Commit(const WeightVersion& version, const std::funct
     LOCKSTEP_ASSIGN_OR_RETURN(Open * open, Get(version, UpdateState::kVerified));
     open->state = UpdateState::kCommitting;
   }
-  const absl::Status installed = install();
+  absl::Status installed = install();
   Failpoint("weights.commit.serving");
   absl::MutexLock lock(&mutex_);
   if (!installed.ok()) {

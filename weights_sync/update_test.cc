@@ -8,7 +8,6 @@
 #include <map>
 #include <random>
 #include <thread>
-#include <thread>
 
 #include "absl/strings/match.h"
 #include "absl/synchronization/notification.h"

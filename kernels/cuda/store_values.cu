@@ -1,11 +1,10 @@
-#include "kernels/cuda/store_values.h"
-
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
 #include <algorithm>
 
 #include "kernels/cuda/params.h"
+#include "kernels/cuda/store_values.h"
 #include "kernels/digest_math.h"
 
 namespace lockstep::cuda {

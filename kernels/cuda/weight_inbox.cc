@@ -95,9 +95,9 @@ absl::StatusOr<bool> CudaWeightInbox::Idle() {
 absl::StatusOr<std::vector<ValueTally>> CudaWeightInbox::Tallies() {
   LOCKSTEP_RETURN_IF_ERROR(UseOnThisThread());
   std::vector<ValueTally> tallies(tally_count_);
-  LOCKSTEP_RETURN_IF_ERROR(CudaStatus(
-      cudaMemcpyAsync(tallies.data(), tallies_->data(), tallies_->bytes(), cudaMemcpyDeviceToHost, convert_),
-      "cudaMemcpyAsync"));
+  LOCKSTEP_RETURN_IF_ERROR(
+      CudaStatus(cudaMemcpyAsync(tallies.data(), tallies_->data(), tallies_->bytes(), cudaMemcpyDeviceToHost, convert_),
+                 "cudaMemcpyAsync"));
   LOCKSTEP_RETURN_IF_ERROR(CudaStatus(cudaStreamSynchronize(convert_), "weights over NCCL"));
   return tallies;
 }

@@ -30,7 +30,6 @@ from .errors import (
     DeadlineExceeded,
     InvalidRequest,
     LockstepError,
-    NotSupported,
     UpdateFailed,
     WorkerUnavailable,
     from_rpc,

@@ -48,7 +48,8 @@ void ReceiveCall::OnReadDone(bool ok) {
     signal_.Ready(request_.ready_buckets());
     thread_ = std::thread([this] { Finish(ToGrpc(Run())); });
   } else if (request_.has_version() || !request_.group().empty() || request_.tensors_size() > 0) {
-    signal_.Cancel(absl::InvalidArgumentError("version, group, tensors: set again; want them in the first message only"));
+    signal_.Cancel(
+        absl::InvalidArgumentError("version, group, tensors: set again; want them in the first message only"));
   } else {
     signal_.Ready(request_.ready_buckets());
     // If the update is gone, the receive ends for that.
@@ -70,7 +71,7 @@ absl::Status ReceiveCall::Start() {
 }
 
 absl::Status ReceiveCall::Run() {
-  const absl::Status status = ReceiveOverNccl(receive_, update_, *member_, signal_, [this](int64_t buckets) {
+  absl::Status status = ReceiveOverNccl(receive_, update_, *member_, signal_, [this](int64_t buckets) {
     response_.set_buckets(buckets);
     {
       absl::MutexLock lock(&mutex_);
@@ -80,7 +81,8 @@ absl::Status ReceiveCall::Run() {
   });
   // The write must have ended before the call may; it does, with the connection at the latest.
   absl::MutexLock lock(&mutex_);
-  mutex_.Await(absl::Condition(+[](bool* writing) { return !*writing; }, &writing_));
+  mutex_.Await(absl::Condition(
+      +[](bool* writing) { return !*writing; }, &writing_));
   return status;
 }
 

@@ -11,9 +11,9 @@
 #include "rollout/base/failpoint.h"
 #include "rollout/base/status.h"
 #include "rollout/server/check_range.h"
+#include "rollout/server/receive_call.h"
 #include "rollout/server/respond.h"
 #include "rollout/server/stream_reactor.h"
-#include "rollout/server/receive_call.h"
 #include "rollout/server/unknown_fields.h"
 #include "rollout/server/weight_fields.h"
 
@@ -127,9 +127,9 @@ absl::StatusOr<WeightSwitch> SwitchOf(const v1::CommitRequest& request) {
 }  // namespace
 
 WeightsService::WeightsService(ServingModel* model, const std::string& nccl_library)
-    : model_(*model), update_(model->tensors, model->worker->weight_version()), groups_(nccl_library, [this] {
-        return model_.tensors->inbox()->UseOnThisThread();
-      }) {}
+    : model_(*model),
+      update_(model->tensors, model->worker->weight_version()),
+      groups_(nccl_library, [this] { return model_.tensors->inbox()->UseOnThisThread(); }) {}
 
 grpc::Status WeightsService::Begin(grpc::ServerContext*, const v1::BeginRequest* request, v1::BeginResponse* response) {
   const auto run = [&]() -> absl::Status {
@@ -206,8 +206,8 @@ grpc::Status WeightsService::Join(grpc::ServerContext* context, const v1::JoinRe
                             .root = request->root(),
                             .unique_id = request->unique_id(),
                             .max_ctas = request->max_ctas()};
-    LOCKSTEP_RETURN_IF_ERROR(groups_.Join(join, absl::Now() + absl::Milliseconds(timeout),
-                                          [context] { return context->IsCancelled(); }));
+    LOCKSTEP_RETURN_IF_ERROR(
+        groups_.Join(join, absl::Now() + absl::Milliseconds(timeout), [context] { return context->IsCancelled(); }));
     LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.join.answer"));
     response->set_bucket_bytes(inbox->buffer_bytes());
     response->set_nccl_version(groups_.nccl_version());

@@ -263,7 +263,7 @@ absl::Status ModelTensors::Stage(const ArrivedRows& rows) {
   staged.rows += rows.rows;
   if (staged.rows < slot.shape[0]) return absl::OkStatus();
   staged.digest = Digest(held);
-  const absl::Status written = WriteValues(rows.slot, held.data(), slot.held, Elements(slot));
+  absl::Status written = WriteValues(rows.slot, held.data(), slot.held, Elements(slot));
   std::vector<std::byte>().swap(held);
   return written;
 }
@@ -271,8 +271,8 @@ absl::Status ModelTensors::Stage(const ArrivedRows& rows) {
 absl::Status ModelTensors::Finish() {
   for (size_t s = 0; s < slots_.size(); ++s) {
     if (staged_[s].rows == 0 || staged_[s].digest) continue;
-    return absl::FailedPreconditionError(absl::StrCat(slots_[s].name, ": the parts it comes in arrived in different ",
-                                                      "receives; want them in one"));
+    return absl::FailedPreconditionError(
+        absl::StrCat(slots_[s].name, ": the parts it comes in arrived in different ", "receives; want them in one"));
   }
   return stage_->Finish();
 }

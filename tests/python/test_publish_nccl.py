@@ -50,7 +50,9 @@ def make(library, trainer):
     def one(workers, **options):
         options = {"manifest_from": trainer.model, "retry_s": 0.5, "timeout_s": 60} | options
         publishers.append(
-            WeightPublisher([w.control for w in workers], transport="nccl", nccl_library=library, device="cpu", **options)
+            WeightPublisher(
+                [w.control for w in workers], transport="nccl", nccl_library=library, device="cpu", **options
+            )
         )
         return publishers[-1]
 
