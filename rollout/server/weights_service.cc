@@ -11,9 +11,9 @@
 #include "rollout/base/failpoint.h"
 #include "rollout/base/status.h"
 #include "rollout/server/check_range.h"
+#include "rollout/server/receive_call.h"
 #include "rollout/server/respond.h"
 #include "rollout/server/stream_reactor.h"
-#include "rollout/server/receive_call.h"
 #include "rollout/server/unknown_fields.h"
 #include "rollout/server/weight_fields.h"
 
@@ -32,6 +32,12 @@ absl::Status CheckGroup(const std::string& group) {
   return absl::InvalidArgumentError(
       absl::StrCat("group: a name of ", group.size(), " bytes; want 1 to ", kMaxGroupName));
 }
+
+class RefusedReceive final : public grpc::ServerBidiReactor<v1::ReceiveRequest, v1::ReceiveResponse> {
+ public:
+  explicit RefusedReceive(const grpc::Status& status) { Finish(status); }
+  void OnDone() override { delete this; }
+};
 
 absl::StatusOr<DType> DTypeOf(v1::TensorDType dtype, const std::string& field) {
   switch (dtype) {
@@ -126,13 +132,16 @@ absl::StatusOr<WeightSwitch> SwitchOf(const v1::CommitRequest& request) {
 
 }  // namespace
 
-WeightsService::WeightsService(ServingModel* model, const std::string& nccl_library)
-    : model_(*model), update_(model->tensors, model->worker->weight_version()), groups_(nccl_library, [this] {
-        return model_.tensors->inbox()->UseOnThisThread();
-      }) {}
+WeightsService::WeightsService(ServingModel* model, const std::string& nccl_library, PortToken token)
+    : model_(*model),
+      update_(model->tensors, model->worker->weight_version()),
+      groups_(nccl_library, [this] { return model_.tensors->inbox()->UseOnThisThread(); }),
+      token_(std::move(token)) {}
 
-grpc::Status WeightsService::Begin(grpc::ServerContext*, const v1::BeginRequest* request, v1::BeginResponse* response) {
+grpc::Status WeightsService::Begin(grpc::ServerContext* context, const v1::BeginRequest* request,
+                                   v1::BeginResponse* response) {
   const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(token_.Authorise(*context));
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
     LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.begin.before"));
     LOCKSTEP_ASSIGN_OR_RETURN(const WeightVersion version, VersionOf(request->has_version(), request->version()));
@@ -150,9 +159,10 @@ grpc::Status WeightsService::Begin(grpc::ServerContext*, const v1::BeginRequest*
   return ToGrpc(run());
 }
 
-grpc::Status WeightsService::Push(grpc::ServerContext*, grpc::ServerReader<v1::PushRequest>* reader,
+grpc::Status WeightsService::Push(grpc::ServerContext* context, grpc::ServerReader<v1::PushRequest>* reader,
                                   v1::PushResponse* response) {
   const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(token_.Authorise(*context));
     LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.push.before"));
     v1::PushRequest chunk;
     std::optional<WeightVersion> version;
@@ -183,6 +193,7 @@ grpc::Status WeightsService::Push(grpc::ServerContext*, grpc::ServerReader<v1::P
 grpc::Status WeightsService::Join(grpc::ServerContext* context, const v1::JoinRequest* request,
                                   v1::JoinResponse* response) {
   const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(token_.Authorise(*context));
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
     LOCKSTEP_RETURN_IF_ERROR(CheckGroup(request->group()));
     LOCKSTEP_RETURN_IF_ERROR(CheckRange("generation", request->generation(), 0, kMaxGeneration));
@@ -205,8 +216,8 @@ grpc::Status WeightsService::Join(grpc::ServerContext* context, const v1::JoinRe
                             .root = request->root(),
                             .unique_id = request->unique_id(),
                             .max_ctas = request->max_ctas()};
-    LOCKSTEP_RETURN_IF_ERROR(groups_.Join(join, absl::Now() + absl::Milliseconds(timeout),
-                                          [context] { return context->IsCancelled(); }));
+    LOCKSTEP_RETURN_IF_ERROR(
+        groups_.Join(join, absl::Now() + absl::Milliseconds(timeout), [context] { return context->IsCancelled(); }));
     response->set_bucket_bytes(inbox->buffer_bytes());
     response->set_nccl_version(groups_.nccl_version());
     return absl::OkStatus();
@@ -216,11 +227,14 @@ grpc::Status WeightsService::Join(grpc::ServerContext* context, const v1::JoinRe
 
 grpc::ServerBidiReactor<v1::ReceiveRequest, v1::ReceiveResponse>* WeightsService::Receive(
     grpc::CallbackServerContext* context) {
+  if (const absl::Status status = token_.Authorise(*context); !status.ok()) return new RefusedReceive(ToGrpc(status));
   return new ReceiveCall(&update_, &groups_, absl::FromChrono(context->deadline()));
 }
 
-grpc::Status WeightsService::Leave(grpc::ServerContext*, const v1::LeaveRequest* request, v1::LeaveResponse* response) {
+grpc::Status WeightsService::Leave(grpc::ServerContext* context, const v1::LeaveRequest* request,
+                                   v1::LeaveResponse* response) {
   const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(token_.Authorise(*context));
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
     LOCKSTEP_RETURN_IF_ERROR(CheckGroup(request->group()));
     response->set_left(groups_.Leave(request->group()));
@@ -229,8 +243,10 @@ grpc::Status WeightsService::Leave(grpc::ServerContext*, const v1::LeaveRequest*
   return ToGrpc(run());
 }
 
-grpc::Status WeightsService::Verify(grpc::ServerContext*, const v1::VerifyRequest* request, v1::VerifyResponse*) {
+grpc::Status WeightsService::Verify(grpc::ServerContext* context, const v1::VerifyRequest* request,
+                                    v1::VerifyResponse*) {
   const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(token_.Authorise(*context));
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
     LOCKSTEP_ASSIGN_OR_RETURN(const WeightVersion version, VersionOf(request->has_version(), request->version()));
     LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.verify.before"));
@@ -241,9 +257,10 @@ grpc::Status WeightsService::Verify(grpc::ServerContext*, const v1::VerifyReques
   return ToGrpc(run());
 }
 
-grpc::Status WeightsService::Commit(grpc::ServerContext*, const v1::CommitRequest* request,
+grpc::Status WeightsService::Commit(grpc::ServerContext* context, const v1::CommitRequest* request,
                                     v1::CommitResponse* response) {
   const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(token_.Authorise(*context));
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
     LOCKSTEP_ASSIGN_OR_RETURN(const WeightSwitch change, SwitchOf(*request));
     LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.commit.before"));
@@ -262,9 +279,10 @@ grpc::Status WeightsService::Commit(grpc::ServerContext*, const v1::CommitReques
   return ToGrpc(run());
 }
 
-grpc::Status WeightsService::Rollback(grpc::ServerContext*, const v1::RollbackRequest* request,
+grpc::Status WeightsService::Rollback(grpc::ServerContext* context, const v1::RollbackRequest* request,
                                       v1::RollbackResponse* response) {
   const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(token_.Authorise(*context));
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
     LOCKSTEP_ASSIGN_OR_RETURN(const WeightVersion version, VersionOf(request->has_version(), request->version()));
     LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.rollback.before"));
@@ -276,8 +294,9 @@ grpc::Status WeightsService::Rollback(grpc::ServerContext*, const v1::RollbackRe
   return ToGrpc(run());
 }
 
-grpc::Status WeightsService::GetStatus(grpc::ServerContext*, const v1::GetStatusRequest* request,
+grpc::Status WeightsService::GetStatus(grpc::ServerContext* context, const v1::GetStatusRequest* request,
                                        v1::GetStatusResponse* response) {
+  if (const absl::Status status = token_.Authorise(*context); !status.ok()) return ToGrpc(status);
   if (const absl::Status status = CheckNoUnknownFields(*request); !status.ok()) return ToGrpc(status);
   const UpdateStatus status = update_.status();
   response->set_state(ToProto(status.state));
@@ -289,9 +308,10 @@ grpc::Status WeightsService::GetStatus(grpc::ServerContext*, const v1::GetStatus
   return grpc::Status::OK;
 }
 
-grpc::Status WeightsService::GetDigests(grpc::ServerContext*, const v1::GetDigestsRequest* request,
+grpc::Status WeightsService::GetDigests(grpc::ServerContext* context, const v1::GetDigestsRequest* request,
                                         v1::GetDigestsResponse* response) {
   const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(token_.Authorise(*context));
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
     const std::span<const TensorSlot> slots = model_.tensors->slots();
     std::vector<bool> wanted(slots.size(), request->names().empty());
