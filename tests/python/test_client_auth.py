@@ -43,7 +43,7 @@ def soon(action, error):
     began = time.monotonic()
     with pytest.raises(error) as caught:
         action()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 8  # retry_s is 10, connect_timeout 60
     return caught.value
 
 
