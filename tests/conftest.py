@@ -45,6 +45,27 @@ def pb(stubs):
 
 
 @pytest.fixture(scope="session")
+def secrets_dir(tmp_path_factory) -> types.SimpleNamespace:
+    """Files for --token_file and its like: token, control_token, and TLS for 127.0.0.1 (cert, key; other_cert, other_key)."""
+    directory = tmp_path_factory.mktemp("secrets")
+    made = types.SimpleNamespace(directory=directory)
+    for name, text in (("token", "data-plane-token-0123456789"), ("control_token", "control/plane+token=9876543210")):
+        path = directory / name
+        path.touch(mode=0o600)
+        path.write_text(f"{text}\nnot read\n")
+        setattr(made, f"{name}_file", path)
+        setattr(made, name, text)
+    for prefix in ("", "other_"):
+        cert, key = directory / f"{prefix}cert.pem", directory / f"{prefix}key.pem"
+        command = ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
+        command += ["-days", "2", "-subj", "/CN=lockstep", "-addext", "subjectAltName=IP:127.0.0.1,DNS:localhost"]
+        subprocess.run([*command, "-keyout", key, "-out", cert], check=True, capture_output=True)
+        setattr(made, f"{prefix}cert", cert)
+        setattr(made, f"{prefix}key", key)
+    return made
+
+
+@pytest.fixture(scope="session")
 def tiny_model() -> pathlib.Path:
     return ROOT / "tests" / "data" / "tiny"
 

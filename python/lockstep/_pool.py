@@ -18,6 +18,7 @@ class WorkerState:
     reported: int = 0  # samples that run or wait there, by its last GetLoad
     avoid_until: float = 0.0  # time.monotonic(): it asked for patience until then
     last_error: str = "not checked yet"
+    denied: str = ""  # why it does not take this client's token
 
     @property
     def load(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import pathlib
 import secrets
 import time
 import uuid
@@ -18,12 +19,14 @@ from lockstep.v1 import rollout_pb2 as pb
 from lockstep.v1 import rollout_pb2_grpc
 
 from ._assembly import Assembly
+from ._channel import Credentials
 from ._pool import Pool, WorkerState
 from ._progress import Progress
 from .errors import (
     DeadlineExceeded,
     InvalidRequest,
     LockstepError,
+    NotAuthenticated,
     WorkerDefect,
     WorkerUnavailable,
     from_rpc,
@@ -67,6 +70,9 @@ class RolloutClient:
       "continue": from the tokens that had arrived; their version spans are None unless the worker still told them.
     reattach_s: how long to try to read a broken stream again at the same worker before its samples count as lost.
 
+    token: the workers' (--token_file), sent with every call. tls_ca: a PEM file of the authorities that their
+      certificates are checked with; None: no TLS.
+
     A stream that breaks is read on from where it broke (Generate's `attach`), so no token is counted twice or lost.
     One event loop; close it (or leave the `async with`) on the loop it was used on.
     """
@@ -81,6 +87,8 @@ class RolloutClient:
         on_loss: str = "regenerate",
         reattach_s: float = 3.0,
         health_interval: float = 5.0,
+        token: str | None = None,
+        tls_ca: str | pathlib.Path | None = None,
     ):
         if on_loss not in ("regenerate", "continue"):
             raise InvalidRequest(f"on_loss: {on_loss!r}, want 'regenerate' or 'continue'")
@@ -88,7 +96,8 @@ class RolloutClient:
         self._timeout, self._connect_timeout = timeout, connect_timeout
         self._max_in_flight, self._on_loss, self._reattach_s = max_in_flight, on_loss, reattach_s
         self._health_interval = health_interval
-        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._credentials = Credentials(token, tls_ca)
+        self._channels: dict[str, Any] = {}
         self._stubs: dict[str, Any] = {}
         self._health_task: asyncio.Task | None = None
 
@@ -114,7 +123,7 @@ class RolloutClient:
 
     def _stub(self, address: str) -> Any:
         if address not in self._stubs:
-            self._channels[address] = grpc.aio.insecure_channel(address, _CHANNEL_OPTIONS)
+            self._channels[address] = self._credentials.aio_channel(address, _CHANNEL_OPTIONS)
             self._stubs[address] = rollout_pb2_grpc.RolloutStub(self._channels[address])
         return self._stubs[address]
 
@@ -127,9 +136,12 @@ class RolloutClient:
             worker.last_error = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
             load = await stub.GetLoad(pb.GetLoadRequest(), timeout=5)
             worker.reported = load.running_sequences + load.waiting_sequences
+            worker.denied = ""
         except grpc.RpcError as error:
             worker.healthy = False
             worker.last_error = f"{error.code().name}: {error.details()}"
+            denied = error.code() == Code.UNAUTHENTICATED
+            worker.denied = error.details() if denied else ""
 
     async def _watch_health(self) -> None:
         while True:
@@ -152,6 +164,9 @@ class RolloutClient:
                 await asyncio.gather(*(self._check(w) for w in self._pool.workers))
                 if any(w.healthy for w in self._pool.workers):
                     continue
+                for worker in self._pool.workers:
+                    if worker.denied:  # asking again would not help
+                        raise NotAuthenticated(worker.denied, code=Code.UNAUTHENTICATED, worker=worker.address)
                 if time.monotonic() > give_up:
                     raise WorkerUnavailable(f"no worker is healthy: {self._pool.describe()}", code=Code.UNAVAILABLE)
             await asyncio.sleep(0.1)

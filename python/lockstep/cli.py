@@ -9,6 +9,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 
+from ._channel import read_token
 from .errors import LockstepError
 
 
@@ -26,6 +27,9 @@ def _parser() -> argparse.ArgumentParser:
     )
     parity.add_argument("--model", required=True, metavar="DIR", help="the trainer's checkpoint")
     parity.add_argument("--control", metavar="HOST:PORT", help="control plane: also compare the weights by digest")
+    parity.add_argument("--token_file", metavar="FILE", help="its first line is the workers' token")
+    parity.add_argument("--control_token_file", metavar="FILE", help="the same for the control plane")
+    parity.add_argument("--tls_ca", metavar="FILE", help="PEM: whom to trust; without it, no TLS")
     parity.add_argument("--layouts", default="unpadded", help="comma-separated: unpadded,packed,left_padded")
     parity.add_argument("--device", help="of the trainer; default: cuda if there is one")
     parity.add_argument("--dtype", default="auto", help="of the trainer; default: the checkpoint's")
@@ -66,7 +70,9 @@ def _parity(arguments: argparse.Namespace) -> int:
     sampling = SamplingParams(
         max_tokens=arguments.max_tokens, temperature=arguments.temperature, ignore_eos=True, seed=arguments.seed
     )
-    with RolloutClient(arguments.worker) as client:
+    token = read_token(arguments.token_file) if arguments.token_file else None
+    control_token = read_token(arguments.control_token_file) if arguments.control_token_file else None
+    with RolloutClient(arguments.worker, token=token, tls_ca=arguments.tls_ca) as client:
         trainer = TransformersTrainer(
             directory, device=arguments.device, dtype=arguments.dtype, temperature=temperature
         )
@@ -81,6 +87,8 @@ def _parity(arguments: argparse.Namespace) -> int:
             thresholds=parity.Thresholds(arguments.max_mean, arguments.max_abs, arguments.bits),
             tokenizer=tokenizer,
             control=arguments.control,
+            control_token=control_token,
+            tls_ca=arguments.tls_ca,
             count=arguments.prompts,
             seed=arguments.seed,
         )

@@ -22,6 +22,10 @@ class WorkerUnavailable(LockstepError, ConnectionError):
     """No worker could take the request: down, draining, or without the weights asked for."""
 
 
+class NotAuthenticated(LockstepError, PermissionError):
+    """The worker wants a token, or another one. Do not retry."""
+
+
 class Overloaded(LockstepError):
     """Queues stayed full until the deadline. `retry_after_s`: what the worker advised, seconds."""
 
@@ -57,6 +61,7 @@ _BY_CODE = {
     grpc.StatusCode.FAILED_PRECONDITION: InvalidRequest,
     grpc.StatusCode.OUT_OF_RANGE: InvalidRequest,
     grpc.StatusCode.UNAVAILABLE: WorkerUnavailable,
+    grpc.StatusCode.UNAUTHENTICATED: NotAuthenticated,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Overloaded,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineExceeded,
     grpc.StatusCode.INTERNAL: WorkerDefect,

@@ -7,6 +7,7 @@ print(report); sys.exit(report.exit_code)
 from __future__ import annotations
 
 import dataclasses
+import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -100,6 +101,8 @@ def check(
     thresholds: Thresholds | None = None,
     tokenizer: Any = None,
     control: str | None = None,
+    control_token: str | None = None,
+    tls_ca: str | pathlib.Path | None = None,
     count: int = 16,
     seed: int = 0,
 ) -> ParityReport:
@@ -110,6 +113,7 @@ def check(
     prompts: None: `count` random ones of 4 to 67 ids. sampling: None: 128 tokens at temperature 1, end tokens ignored.
     thresholds: hold in every layout asked for.
     control: HOST:PORT of a worker's control plane: the trainer's tensors() are compared with its weights by digest.
+      control_token, tls_ca: as the token and tls_ca of lockstep.WeightPublisher.
     tokenizer: a Hugging Face tokenizer, for the context and the types of tokens.
 
     Raises LockstepError where the worker fails; ValueError where the trainer's answer has the wrong length.
@@ -138,7 +142,7 @@ def check(
     alone = [_checked(trainer(sequence), sequence) for sequence in sequences]
     findings = _wrong_kind(rollouts, alone, sampling) + _bf16_output(alone)
     if control is not None:
-        findings += stale_weights(trainer, control)
+        findings += stale_weights(trainer, control, control_token, tls_ca)
     results = []
     for layout in layouts:
         if layout == "unpadded":
@@ -226,21 +230,24 @@ def _layout_fault(
     return [text]
 
 
-def stale_weights(trainer: Any, control: str) -> list[str]:
+def stale_weights(
+    trainer: Any, control: str, token: str | None = None, tls_ca: str | pathlib.Path | None = None
+) -> list[str]:
     """Compares the trainer's tensors (its tensors(): name -> torch tensor) with those a worker serves, by digest.
 
-    control: HOST:PORT of the worker's control plane. Returns findings; empty: all are the same.
+    control: HOST:PORT of the worker's control plane; token, tls_ca: as of lockstep.WeightPublisher. Returns findings; empty: all are the same.
     """
     import grpc
     import torch
 
     from lockstep.v1 import weights_pb2, weights_pb2_grpc
 
+    from ._channel import Credentials
     from ._digest import digest
 
     if not hasattr(trainer, "tensors"):
         raise InvalidRequest("control: comparing weights needs a trainer with a method tensors()")
-    with grpc.insecure_channel(control) as channel:
+    with Credentials(token, tls_ca).channel(control) as channel:
         try:
             answer = weights_pb2_grpc.WeightsStub(channel).GetDigests(weights_pb2.GetDigestsRequest(), timeout=120)
         except grpc.RpcError as error:

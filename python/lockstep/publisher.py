@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import pathlib
 import queue
 import threading
 import time
@@ -24,6 +25,7 @@ import numpy as np
 from lockstep.v1 import rollout_pb2, weights_pb2, weights_pb2_grpc
 
 from ._broadcast import Broadcast, Groups
+from ._channel import Credentials
 from ._digest import digest
 from ._memory import CudaMemory, HostMemory
 from .errors import (
@@ -149,6 +151,9 @@ class WeightPublisher:
       there first. "cpu" is for libraries that take host memory.
     max_ctas: thread blocks that a broadcast may take on each GPU: fewer leave more of it to decoding. 0: NCCL's choice.
 
+    token: the workers' control planes' (--control_token_file), sent with every call. tls_ca: a PEM file of the
+      authorities that their certificates are checked with; None: no TLS. NCCL's own connections have neither.
+
     Not for use from several threads at once.
     """
 
@@ -166,6 +171,8 @@ class WeightPublisher:
         nccl_library: str | None = None,
         device: str | None = None,
         max_ctas: int = 0,
+        token: str | None = None,
+        tls_ca: str | pathlib.Path | None = None,
     ):
         if transport not in ("stream", "nccl"):
             raise InvalidRequest(f"transport: {transport!r}, want 'stream' or 'nccl'")
@@ -179,7 +186,8 @@ class WeightPublisher:
         self._index = {spec.name: i for i, spec in enumerate(self.manifest)}
         self._base_version = base_version
         self._batch_bytes, self._timeout_s, self._retry_s, self._lease_s = batch_bytes, timeout_s, retry_s, lease_s
-        self._channels: dict[str, grpc.Channel] = {}
+        self._credentials = Credentials(token, tls_ca)
+        self._channels: dict[str, Any] = {}
 
     def __enter__(self) -> WeightPublisher:
         return self
@@ -301,7 +309,7 @@ class WeightPublisher:
 
     def _stub(self, worker: str) -> weights_pb2_grpc.WeightsStub:
         if worker not in self._channels:
-            self._channels[worker] = grpc.insecure_channel(worker, _CHANNEL_OPTIONS)
+            self._channels[worker] = self._credentials.channel(worker, _CHANNEL_OPTIONS)
         return weights_pb2_grpc.WeightsStub(self._channels[worker])
 
     def _call(self, worker: str, method: str, request: Any, deadline: float) -> Any:

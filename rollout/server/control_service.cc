@@ -29,8 +29,10 @@ absl::StatusOr<PauseMode> ModeOf(v1::PauseMode mode) {
 
 }  // namespace
 
-grpc::Status ControlService::Pause(grpc::ServerContext*, const v1::PauseRequest* request, v1::PauseResponse* response) {
+grpc::Status ControlService::Pause(grpc::ServerContext* context, const v1::PauseRequest* request,
+                                   v1::PauseResponse* response) {
   const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(token_.Authorise(*context));
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
     LOCKSTEP_ASSIGN_OR_RETURN(const PauseMode mode, ModeOf(request->mode()));
     LOCKSTEP_RETURN_IF_ERROR(
@@ -42,8 +44,10 @@ grpc::Status ControlService::Pause(grpc::ServerContext*, const v1::PauseRequest*
   return ToGrpc(run());
 }
 
-grpc::Status ControlService::Resume(grpc::ServerContext*, const v1::ResumeRequest* request, v1::ResumeResponse*) {
+grpc::Status ControlService::Resume(grpc::ServerContext* context, const v1::ResumeRequest* request,
+                                    v1::ResumeResponse*) {
   const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(token_.Authorise(*context));
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
     LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("control.resume.before"));
     control_.Resume();
@@ -52,8 +56,9 @@ grpc::Status ControlService::Resume(grpc::ServerContext*, const v1::ResumeReques
   return ToGrpc(run());
 }
 
-grpc::Status ControlService::Drain(grpc::ServerContext*, const v1::DrainRequest* request, v1::DrainResponse*) {
+grpc::Status ControlService::Drain(grpc::ServerContext* context, const v1::DrainRequest* request, v1::DrainResponse*) {
   const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(token_.Authorise(*context));
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
     LOCKSTEP_RETURN_IF_ERROR(CheckRange("timeout_ms", request->timeout_ms(), 0, kMaxTimeoutMs));
     drain_(absl::Now() + absl::Milliseconds(request->timeout_ms()));

@@ -7,6 +7,7 @@
 
 #include "absl/time/time.h"
 #include "lockstep/v1/control.grpc.pb.h"
+#include "rollout/server/credentials.h"
 #include "rollout/worker/request.h"
 
 namespace lockstep {
@@ -14,8 +15,8 @@ namespace lockstep {
 class ControlService final : public v1::Control::Service {
  public:
   // `drain(deadline)` refuses new requests and returns when none are in flight; `control` must outlive it.
-  ControlService(WorkerControl* control, std::function<void(absl::Time)> drain)
-      : control_(*control), drain_(std::move(drain)) {}
+  ControlService(WorkerControl* control, std::function<void(absl::Time)> drain, PortToken token)
+      : control_(*control), drain_(std::move(drain)), token_(std::move(token)) {}
 
   grpc::Status Pause(grpc::ServerContext* context, const v1::PauseRequest* request,
                      v1::PauseResponse* response) override;
@@ -27,6 +28,7 @@ class ControlService final : public v1::Control::Service {
  private:
   WorkerControl& control_;
   const std::function<void(absl::Time)> drain_;
+  const PortToken token_;
 };
 
 }  // namespace lockstep

@@ -16,6 +16,7 @@
 #include "absl/strings/str_split.h"
 #include "rollout/base/check.h"
 #include "rollout/base/status.h"
+#include "rollout/server/credentials.h"
 #include "rollout/server/info.h"
 
 ABSL_FLAG(
@@ -28,12 +29,17 @@ ABSL_FLAG(std::string, numerics, "auto",
           "flash attention; hf-autocast: fp32 weights under autocast); olmo-core: OLMo-core, unverified; "
           "fp32: no rounding below fp32. auto: for a bfloat16 checkpoint hf-torch on cpu and hf on cuda, else fp32.");
 ABSL_FLAG(std::string, listen, "127.0.0.1:50051",
-          "HOST:PORT of the data plane (lockstep.v1.Rollout). Port 0 picks a free one. There is no authentication: "
-          "keep to loopback "
-          "or a trusted network.");
+          "HOST:PORT of the data plane (lockstep.v1.Rollout). Port 0 picks a free one. Without --token_file whoever "
+          "reaches it can use it.");
 ABSL_FLAG(std::string, control_listen, "127.0.0.1:50052",
-          "HOST:PORT of the control plane (lockstep.v1.Weights and Control). Port 0 picks a free one. There is no "
-          "authentication: whoever reaches it can replace the weights.");
+          "HOST:PORT of the control plane (lockstep.v1.Weights and Control). Port 0 picks a free one. Without "
+          "--control_token_file whoever reaches it can replace the weights.");
+ABSL_FLAG(std::string, token_file, "",
+          "File whose first line is the data plane's token, 16 to 4096 printable characters without spaces; mode 600. "
+          "With it every call there, but for health, must carry metadata \"authorization: Bearer TOKEN\".");
+ABSL_FLAG(std::string, control_token_file, "", "The same for the control plane, with a token of its own.");
+ABSL_FLAG(std::string, tls_cert, "", "Certificate chain (PEM) that both ports show; with --tls_key. Empty: no TLS.");
+ABSL_FLAG(std::string, tls_key, "", "Private key (PEM) of --tls_cert.");
 
 ABSL_FLAG(std::string, weights_receive, "staged",
           "How new weights arrive. staged: beside those that serve, in memory of the same size; generation goes on. "
@@ -85,6 +91,7 @@ const std::vector<FlagGroup>& Groups() {
   static const auto* groups = new std::vector<FlagGroup>{
       {"What to serve", {"model", "backend", "numerics"}},
       {"Where", {"listen", "control_listen"}},
+      {"Who", {"token_file", "control_token_file", "tls_cert", "tls_key"}},
       {"Engine",
        {"threads", "cuda_device", "cuda_graphs", "weights_receive", "nccl_library", "memory_fraction", "memory_gb",
         "page_size", "max_batch_tokens", "max_sequences"}},
@@ -211,6 +218,10 @@ absl::StatusOr<ServerOptions> ReadServerOptions() {
   options.nccl_library = absl::GetFlag(FLAGS_nccl_library);
   LOCKSTEP_RETURN_IF_ERROR(CheckAddress("listen", options.listen));
   LOCKSTEP_RETURN_IF_ERROR(CheckAddress("control_listen", options.control_listen));
+  LOCKSTEP_ASSIGN_OR_RETURN(options.token, ReadTokenFile("token_file", absl::GetFlag(FLAGS_token_file)));
+  LOCKSTEP_ASSIGN_OR_RETURN(options.control_token,
+                            ReadTokenFile("control_token_file", absl::GetFlag(FLAGS_control_token_file)));
+  LOCKSTEP_ASSIGN_OR_RETURN(options.tls, ReadTlsFiles(absl::GetFlag(FLAGS_tls_cert), absl::GetFlag(FLAGS_tls_key)));
   ServiceLimits& limits = options.limits;
   limits.max_prompt_tokens = absl::GetFlag(FLAGS_max_prompt_tokens);
   limits.max_n = absl::GetFlag(FLAGS_max_n);

@@ -45,7 +45,7 @@ absl::Time EffectiveDeadline(const grpc::CallbackServerContext& context, absl::T
 }  // namespace
 
 RolloutService::RolloutService(const ServingModel* model, const ServiceLimits& limits, std::string backend,
-                               RequestRegistry* registry, RequestStarter* starter)
+                               RequestRegistry* registry, RequestStarter* starter, PortToken token)
     : model_(model),
       request_context_{.vocab_size = model->spec.vocab_size,
                        .max_sequence_tokens = model->max_sequence_tokens,
@@ -54,7 +54,8 @@ RolloutService::RolloutService(const ServingModel* model, const ServiceLimits& l
                        .limits = limits},
       backend_(std::move(backend)),
       registry_(registry),
-      starter_(starter) {
+      starter_(starter),
+      token_(std::move(token)) {
   ServiceLimits& resolved = request_context_.limits;
   const int64_t fits = std::max<int64_t>(model->max_sequence_tokens - 1, 1);
   resolved.max_prompt_tokens = resolved.max_prompt_tokens == 0 ? fits : std::min(resolved.max_prompt_tokens, fits);
@@ -103,12 +104,18 @@ grpc::ServerWriteReactor<v1::GenerateResponse>* RolloutService::StartAttach(grpc
 
 grpc::ServerWriteReactor<v1::GenerateResponse>* RolloutService::Generate(grpc::CallbackServerContext* context,
                                                                          const v1::GenerateRequest* request) {
+  if (const absl::Status status = token_.Authorise(*context); !status.ok()) {
+    return new FailedStream<v1::GenerateResponse>(context, status);
+  }
   if (request->has_attach()) return StartAttach(context, *request);
   return StartStream<v1::GenerateResponse>(context, ConvertGenerate(*request, request_context_, DrawDefaults()));
 }
 
 grpc::ServerWriteReactor<v1::ScoreResponse>* RolloutService::Score(grpc::CallbackServerContext* context,
                                                                    const v1::ScoreRequest* request) {
+  if (const absl::Status status = token_.Authorise(*context); !status.ok()) {
+    return new FailedStream<v1::ScoreResponse>(context, status);
+  }
   return StartStream<v1::ScoreResponse>(context, ConvertScore(*request, request_context_, DrawDefaults()));
 }
 
@@ -132,12 +139,15 @@ absl::Status RolloutService::HandleAbort(const v1::AbortRequest& request, v1::Ab
 
 grpc::ServerUnaryReactor* RolloutService::Abort(grpc::CallbackServerContext* context, const v1::AbortRequest* request,
                                                 v1::AbortResponse* response) {
-  return FinishUnary(context, HandleAbort(*request, response));
+  absl::Status status = token_.Authorise(*context);
+  if (status.ok()) status = HandleAbort(*request, response);
+  return FinishUnary(context, status);
 }
 
 grpc::ServerUnaryReactor* RolloutService::GetInfo(grpc::CallbackServerContext* context,
                                                   const v1::GetInfoRequest* request, v1::GetInfoResponse* response) {
-  const absl::Status status = CheckNoUnknownFields(*request);
+  absl::Status status = token_.Authorise(*context);
+  if (status.ok()) status = CheckNoUnknownFields(*request);
   if (status.ok()) {
     FillInfo(*model_, request_context_, backend_, response);
     FillWeightVersion(model_->worker->weight_version(), response->mutable_weight_version());
@@ -147,7 +157,8 @@ grpc::ServerUnaryReactor* RolloutService::GetInfo(grpc::CallbackServerContext* c
 
 grpc::ServerUnaryReactor* RolloutService::GetLoad(grpc::CallbackServerContext* context,
                                                   const v1::GetLoadRequest* request, v1::GetLoadResponse* response) {
-  const absl::Status status = CheckNoUnknownFields(*request);
+  absl::Status status = token_.Authorise(*context);
+  if (status.ok()) status = CheckNoUnknownFields(*request);
   if (!status.ok()) return FinishUnary(context, status);
   const WorkerLoad load = model_->worker->Load();
   response->set_running_sequences(load.running_sequences);

@@ -8,6 +8,7 @@
 
 #include "lockstep/v1/rollout.grpc.pb.h"
 #include "rollout/server/convert.h"
+#include "rollout/server/credentials.h"
 #include "rollout/server/request_registry.h"
 #include "rollout/server/request_starter.h"
 #include "rollout/worker/make_worker.h"
@@ -18,7 +19,7 @@ class RolloutService final : public v1::Rollout::CallbackService {
  public:
   // All must outlive the service. `backend` is for GetInfo.
   RolloutService(const ServingModel* model, const ServiceLimits& limits, std::string backend, RequestRegistry* registry,
-                 RequestStarter* starter);
+                 RequestStarter* starter, PortToken token);
 
   grpc::ServerWriteReactor<v1::GenerateResponse>* Generate(grpc::CallbackServerContext* context,
                                                            const v1::GenerateRequest* request) override;
@@ -44,6 +45,7 @@ class RolloutService final : public v1::Rollout::CallbackService {
   const std::string backend_;
   RequestRegistry* const registry_;
   RequestStarter* const starter_;
+  const PortToken token_;
 };
 
 }  // namespace lockstep

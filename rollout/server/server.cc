@@ -5,6 +5,7 @@
 
 #include <chrono>
 #include <utility>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
@@ -24,8 +25,22 @@ std::string WithPort(const std::string& address, int port) {
   return absl::StrCat(address.substr(0, colon), ":", port);
 }
 
-void Configure(grpc::ServerBuilder& builder, const std::string& address, int* port) {
-  builder.AddListeningPort(address, grpc::InsecureServerCredentials(), port);
+PortToken DataToken(const ServerOptions& options) {
+  return {options.token, "token_file"};
+}
+
+PortToken ControlToken(const ServerOptions& options) {
+  return {options.control_token, "control_token_file"};
+}
+
+void Configure(grpc::ServerBuilder& builder, const std::string& address, const PortToken& token, const TlsFiles& tls,
+               int* port) {
+  builder.AddListeningPort(address, ServerCredentialsOf(tls), port);
+  if (token.wanted()) {
+    std::vector<std::unique_ptr<grpc::experimental::ServerInterceptorFactoryInterface>> interceptors;
+    interceptors.push_back(GuardOtherServices(token));
+    builder.experimental().SetInterceptorCreators(std::move(interceptors));
+  }
   // Two workers on one port would each get some of the calls.
   builder.AddChannelArgument(GRPC_ARG_ALLOW_REUSEPORT, 0);
   // A dead peer is noticed within a minute, however long its stream is silent; clients may ping as often as every 10 s.
@@ -39,9 +54,11 @@ void Configure(grpc::ServerBuilder& builder, const std::string& address, int* po
   builder.SetSyncServerOption(grpc::ServerBuilder::MAX_POLLERS, 2);
 }
 
-absl::Status ListenError(const std::string& flag, const std::string& address) {
+absl::Status ListenError(const std::string& flag, const std::string& address, const TlsFiles& tls) {
+  // gRPC does not tell which of the two it was.
+  const char* pair = tls.certificate.empty() ? "" : ", and --tls_cert and --tls_key that belong together";
   return absl::UnavailableError(absl::StrCat("--", flag, ": cannot listen on \"", address,
-                                             "\"; want HOST:PORT with a free port, or port 0 to pick one"));
+                                             "\"; want HOST:PORT with a free port, or port 0 to pick one", pair));
 }
 
 }  // namespace
@@ -62,12 +79,14 @@ RolloutServer::RolloutServer(ServingModel model, const ServerOptions& options)
                                                 tasks_.get());
   starter_ = std::make_unique<RequestStarter>(model_.worker.get(), registry_.get(), tasks_.get(),
                                               limits.max_version_wait, limits.max_waiting_sequences);
-  service_ = std::make_unique<RolloutService>(&model_, limits, options.backend, registry_.get(), starter_.get());
+  service_ = std::make_unique<RolloutService>(&model_, limits, options.backend, registry_.get(), starter_.get(),
+                                              DataToken(options));
   if (model_.control != nullptr) {
-    control_ = std::make_unique<ControlService>(model_.control, [this](absl::Time deadline) { StopServing(deadline); });
+    control_ = std::make_unique<ControlService>(
+        model_.control, [this](absl::Time deadline) { StopServing(deadline); }, ControlToken(options));
   }
   if (model_.control != nullptr && model_.tensors != nullptr) {
-    weights_ = std::make_unique<WeightsService>(&model_, options.nccl_library);
+    weights_ = std::make_unique<WeightsService>(&model_, options.nccl_library, ControlToken(options));
     ExpireLeases();
   }
 }
@@ -78,20 +97,21 @@ absl::Status RolloutServer::Listen(const ServerOptions& options) {
 
   int data_port = 0;
   grpc::ServerBuilder data;
-  Configure(data, options.listen, &data_port);
+  Configure(data, options.listen, DataToken(options), options.tls, &data_port);
   data.SetMaxReceiveMessageSize(static_cast<int>(options.limits.max_request_bytes));
   data.RegisterService(service_.get());
   data_server_ = data.BuildAndStart();
-  if (data_server_ == nullptr || data_port == 0) return ListenError("listen", options.listen);
+  if (data_server_ == nullptr || data_port == 0) return ListenError("listen", options.listen, options.tls);
 
   int control_port = 0;
   grpc::ServerBuilder control;
-  Configure(control, options.control_listen, &control_port);
+  Configure(control, options.control_listen, ControlToken(options), options.tls, &control_port);
   control.SetMaxReceiveMessageSize(kMaxControlMessageBytes);
   if (control_ != nullptr) control.RegisterService(control_.get());
   if (weights_ != nullptr) control.RegisterService(weights_.get());
   control_server_ = control.BuildAndStart();
-  if (control_server_ == nullptr || control_port == 0) return ListenError("control_listen", options.control_listen);
+  if (control_server_ == nullptr || control_port == 0)
+    return ListenError("control_listen", options.control_listen, options.tls);
 
   data_server_->GetHealthCheckService()->SetServingStatus(kServiceName, true);
   data_address_ = WithPort(options.listen, data_port);

@@ -9,6 +9,7 @@
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
 #include "rollout/server/control_service.h"
+#include "rollout/server/credentials.h"
 #include "rollout/server/limits.h"
 #include "rollout/server/request_registry.h"
 #include "rollout/server/request_starter.h"
@@ -22,6 +23,9 @@ namespace lockstep {
 struct ServerOptions {
   std::string listen;          // HOST:PORT of the data plane; port 0 picks one
   std::string control_listen;  // of the control plane
+  std::string token;           // that calls of the data plane must carry; empty: none
+  std::string control_token;   // of the control plane
+  TlsFiles tls;                // of both
   std::string backend;         // for GetInfo
   std::string nccl_library;    // see WeightsService
   ServiceLimits limits;

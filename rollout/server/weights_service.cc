@@ -33,6 +33,12 @@ absl::Status CheckGroup(const std::string& group) {
       absl::StrCat("group: a name of ", group.size(), " bytes; want 1 to ", kMaxGroupName));
 }
 
+class RefusedReceive final : public grpc::ServerBidiReactor<v1::ReceiveRequest, v1::ReceiveResponse> {
+ public:
+  explicit RefusedReceive(const grpc::Status& status) { Finish(status); }
+  void OnDone() override { delete this; }
+};
+
 absl::StatusOr<DType> DTypeOf(v1::TensorDType dtype, const std::string& field) {
   switch (dtype) {
     case v1::TENSOR_DTYPE_FLOAT32:
@@ -126,13 +132,16 @@ absl::StatusOr<WeightSwitch> SwitchOf(const v1::CommitRequest& request) {
 
 }  // namespace
 
-WeightsService::WeightsService(ServingModel* model, const std::string& nccl_library)
+WeightsService::WeightsService(ServingModel* model, const std::string& nccl_library, PortToken token)
     : model_(*model),
       update_(model->tensors, model->worker->weight_version()),
-      groups_(nccl_library, [this] { return model_.tensors->inbox()->UseOnThisThread(); }) {}
+      groups_(nccl_library, [this] { return model_.tensors->inbox()->UseOnThisThread(); }),
+      token_(std::move(token)) {}
 
-grpc::Status WeightsService::Begin(grpc::ServerContext*, const v1::BeginRequest* request, v1::BeginResponse* response) {
+grpc::Status WeightsService::Begin(grpc::ServerContext* context, const v1::BeginRequest* request,
+                                   v1::BeginResponse* response) {
   const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(token_.Authorise(*context));
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
     LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.begin.before"));
     LOCKSTEP_ASSIGN_OR_RETURN(const WeightVersion version, VersionOf(request->has_version(), request->version()));
@@ -150,9 +159,10 @@ grpc::Status WeightsService::Begin(grpc::ServerContext*, const v1::BeginRequest*
   return ToGrpc(run());
 }
 
-grpc::Status WeightsService::Push(grpc::ServerContext*, grpc::ServerReader<v1::PushRequest>* reader,
+grpc::Status WeightsService::Push(grpc::ServerContext* context, grpc::ServerReader<v1::PushRequest>* reader,
                                   v1::PushResponse* response) {
   const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(token_.Authorise(*context));
     LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.push.before"));
     v1::PushRequest chunk;
     std::optional<WeightVersion> version;
@@ -183,6 +193,7 @@ grpc::Status WeightsService::Push(grpc::ServerContext*, grpc::ServerReader<v1::P
 grpc::Status WeightsService::Join(grpc::ServerContext* context, const v1::JoinRequest* request,
                                   v1::JoinResponse* response) {
   const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(token_.Authorise(*context));
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
     LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.join.before"));
     LOCKSTEP_RETURN_IF_ERROR(CheckGroup(request->group()));
@@ -218,11 +229,14 @@ grpc::Status WeightsService::Join(grpc::ServerContext* context, const v1::JoinRe
 
 grpc::ServerBidiReactor<v1::ReceiveRequest, v1::ReceiveResponse>* WeightsService::Receive(
     grpc::CallbackServerContext* context) {
+  if (const absl::Status status = token_.Authorise(*context); !status.ok()) return new RefusedReceive(ToGrpc(status));
   return new ReceiveCall(&update_, &groups_, absl::FromChrono(context->deadline()));
 }
 
-grpc::Status WeightsService::Leave(grpc::ServerContext*, const v1::LeaveRequest* request, v1::LeaveResponse* response) {
+grpc::Status WeightsService::Leave(grpc::ServerContext* context, const v1::LeaveRequest* request,
+                                   v1::LeaveResponse* response) {
   const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(token_.Authorise(*context));
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
     LOCKSTEP_RETURN_IF_ERROR(CheckGroup(request->group()));
     response->set_left(groups_.Leave(request->group()));
@@ -231,8 +245,10 @@ grpc::Status WeightsService::Leave(grpc::ServerContext*, const v1::LeaveRequest*
   return ToGrpc(run());
 }
 
-grpc::Status WeightsService::Verify(grpc::ServerContext*, const v1::VerifyRequest* request, v1::VerifyResponse*) {
+grpc::Status WeightsService::Verify(grpc::ServerContext* context, const v1::VerifyRequest* request,
+                                    v1::VerifyResponse*) {
   const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(token_.Authorise(*context));
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
     LOCKSTEP_ASSIGN_OR_RETURN(const WeightVersion version, VersionOf(request->has_version(), request->version()));
     LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.verify.before"));
@@ -243,9 +259,10 @@ grpc::Status WeightsService::Verify(grpc::ServerContext*, const v1::VerifyReques
   return ToGrpc(run());
 }
 
-grpc::Status WeightsService::Commit(grpc::ServerContext*, const v1::CommitRequest* request,
+grpc::Status WeightsService::Commit(grpc::ServerContext* context, const v1::CommitRequest* request,
                                     v1::CommitResponse* response) {
   const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(token_.Authorise(*context));
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
     LOCKSTEP_ASSIGN_OR_RETURN(const WeightSwitch change, SwitchOf(*request));
     LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.commit.before"));
@@ -264,9 +281,10 @@ grpc::Status WeightsService::Commit(grpc::ServerContext*, const v1::CommitReques
   return ToGrpc(run());
 }
 
-grpc::Status WeightsService::Rollback(grpc::ServerContext*, const v1::RollbackRequest* request,
+grpc::Status WeightsService::Rollback(grpc::ServerContext* context, const v1::RollbackRequest* request,
                                       v1::RollbackResponse* response) {
   const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(token_.Authorise(*context));
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
     LOCKSTEP_ASSIGN_OR_RETURN(const WeightVersion version, VersionOf(request->has_version(), request->version()));
     LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.rollback.before"));
@@ -278,8 +296,9 @@ grpc::Status WeightsService::Rollback(grpc::ServerContext*, const v1::RollbackRe
   return ToGrpc(run());
 }
 
-grpc::Status WeightsService::GetStatus(grpc::ServerContext*, const v1::GetStatusRequest* request,
+grpc::Status WeightsService::GetStatus(grpc::ServerContext* context, const v1::GetStatusRequest* request,
                                        v1::GetStatusResponse* response) {
+  if (const absl::Status status = token_.Authorise(*context); !status.ok()) return ToGrpc(status);
   if (const absl::Status status = CheckNoUnknownFields(*request); !status.ok()) return ToGrpc(status);
   const UpdateStatus status = update_.status();
   response->set_state(ToProto(status.state));
@@ -291,9 +310,10 @@ grpc::Status WeightsService::GetStatus(grpc::ServerContext*, const v1::GetStatus
   return grpc::Status::OK;
 }
 
-grpc::Status WeightsService::GetDigests(grpc::ServerContext*, const v1::GetDigestsRequest* request,
+grpc::Status WeightsService::GetDigests(grpc::ServerContext* context, const v1::GetDigestsRequest* request,
                                         v1::GetDigestsResponse* response) {
   const auto run = [&]() -> absl::Status {
+    LOCKSTEP_RETURN_IF_ERROR(token_.Authorise(*context));
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
     const std::span<const TensorSlot> slots = model_.tensors->slots();
     std::vector<bool> wanted(slots.size(), request->names().empty());

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "lockstep/v1/weights.grpc.pb.h"
+#include "rollout/server/credentials.h"
 #include "rollout/worker/make_worker.h"
 #include "weights_sync/nccl_groups.h"
 #include "weights_sync/update.h"
@@ -17,7 +18,7 @@ namespace lockstep {
 class WeightsService final : public v1::Weights::WithCallbackMethod_Receive<v1::Weights::Service> {
  public:
   // `model` must outlive it, and have tensors and a control. nccl_library: empty for the loader's libnccl.so.2.
-  WeightsService(ServingModel* model, const std::string& nccl_library);
+  WeightsService(ServingModel* model, const std::string& nccl_library, PortToken token);
 
   // Frees what an abandoned update holds. Call it now and then.
   void ExpireLease() { update_.ExpireLease(); }
@@ -46,6 +47,7 @@ class WeightsService final : public v1::Weights::WithCallbackMethod_Receive<v1::
   ServingModel& model_;
   WeightUpdate update_;
   NcclGroups groups_;
+  const PortToken token_;
 };
 
 }  // namespace lockstep

@@ -71,6 +71,16 @@ bool IsLoopback(const std::string& address) {
          absl::StartsWith(address, "[::1]:") || absl::StartsWith(address, "unix:");
 }
 
+void WarnIfOpen(const std::string& address, bool authenticated, bool encrypted) {
+  if (IsLoopback(address)) return;
+  if (!authenticated) {
+    spdlog::warn("listening on {} without authentication{}: whoever can reach it can use it", address,
+                 encrypted ? "" : " or encryption");
+  } else if (!encrypted) {
+    spdlog::warn("listening on {} without encryption: the token can be read on its way", address);
+  }
+}
+
 }  // namespace
 
 int WorkerMain(int argc, char** argv,
@@ -87,10 +97,9 @@ int WorkerMain(int argc, char** argv,
   if (!model.ok()) return Fail(model.status());
   auto server = RolloutServer::Start(*std::move(model), flags->server);
   if (!server.ok()) return Fail(server.status());
-  for (const std::string& address : {(*server)->data_address(), (*server)->control_address()}) {
-    if (!IsLoopback(address))
-      spdlog::warn("listening on {} without authentication or encryption: whoever can reach it can use it", address);
-  }
+  const bool encrypted = !flags->server.tls.certificate.empty();
+  WarnIfOpen((*server)->data_address(), !flags->server.token.empty(), encrypted);
+  WarnIfOpen((*server)->control_address(), !flags->server.control_token.empty(), encrypted);
   signals.SetServing();
   std::printf("lockstep-worker ready data=%s control=%s\n", (*server)->data_address().c_str(),
               (*server)->control_address().c_str());
