@@ -4,6 +4,7 @@
 #include <atomic>
 #include <chrono>
 #include <cstdio>
+#include <fstream>
 #include <functional>
 #include <memory>
 #include <optional>
@@ -45,6 +46,7 @@ ABSL_FLAG(int64_t, first_step, 1, "Step of the first version.");
 ABSL_FLAG(int32_t, updates, 1, "Versions to send.");
 ABSL_FLAG(double, pause_seconds, 0, "Between two updates.");
 ABSL_FLAG(std::string, policy, "keep", "For samples in flight: finish, keep, recompute or abort.");
+ABSL_FLAG(std::string, token_file, "", "Its first line is the workers' control token.");
 ABSL_FLAG(double, timeout_seconds, 300, "For one update.");
 
 namespace lockstep {
@@ -99,6 +101,11 @@ class Sender {
   absl::Status SendByNccl(const v1::WeightVersion& version);
   absl::Status Broadcast(const std::vector<Bucket>& buckets);
   absl::Time Deadline() const { return deadline_; }
+  // With the deadline and the token.
+  void Prepare(grpc::ClientContext& context) const {
+    context.set_deadline(absl::ToChronoTime(deadline_));
+    if (!token_.empty()) context.AddMetadata("authorization", "Bearer " + token_);
+  }
 
   std::optional<Checkpoint> checkpoint_;
   std::vector<Tensor> tensors_;
@@ -107,6 +114,7 @@ class Sender {
   int64_t bytes_ = 0;
   v1::InFlightPolicy policy_ = v1::IN_FLIGHT_POLICY_KEEP;
   absl::Time deadline_;
+  std::string token_;
 
   // Over NCCL.
   std::unique_ptr<ThreadPool> threads_;
@@ -139,7 +147,7 @@ absl::Status Sender::Unary(Worker& worker,
                            grpc::Status (v1::Weights::Stub::*method)(grpc::ClientContext*, const Request&, Response*),
                            const Request& request, Response* response) {
   grpc::ClientContext context;
-  context.set_deadline(absl::ToChronoTime(Deadline()));
+  Prepare(context);
   return FromGrpc((worker.stub.get()->*method)(&context, request, response), worker.address);
 }
 
@@ -162,6 +170,12 @@ absl::Status Sender::Open() {
   } else if (policy != "keep") {
     return absl::InvalidArgumentError(
         absl::StrCat("--policy: value \"", policy, "\"; want finish, keep, recompute or abort"));
+  }
+  if (const std::string path = absl::GetFlag(FLAGS_token_file); !path.empty()) {
+    std::ifstream file(path);
+    if (!std::getline(file, token_) || token_.empty()) {
+      return absl::InvalidArgumentError(absl::StrCat("--token_file: no first line in ", path));
+    }
   }
   LOCKSTEP_RETURN_IF_ERROR(LoadTensors());
   deadline_ = absl::Now() + absl::Seconds(absl::GetFlag(FLAGS_timeout_seconds));
@@ -261,7 +275,7 @@ absl::Status Sender::JoinAll() {
 absl::Status Sender::SendByStream(const v1::WeightVersion& version) {
   return Everywhere([&](Worker& worker, size_t) -> absl::Status {
     grpc::ClientContext context;
-    context.set_deadline(absl::ToChronoTime(Deadline()));
+    Prepare(context);
     v1::PushResponse response;
     const std::unique_ptr<grpc::ClientWriter<v1::PushRequest>> stream = worker.stub->Push(&context, &response);
     v1::PushRequest chunk;
@@ -307,7 +321,7 @@ absl::Status Sender::SendByNccl(const v1::WeightVersion& version) {
   absl::Status received;
   std::thread receives([&] {
     received = Everywhere([&](Worker& worker, size_t i) -> absl::Status {
-      contexts[i].set_deadline(absl::ToChronoTime(Deadline()));
+      Prepare(contexts[i]);
       const auto stream = worker.stub->Receive(&contexts[i]);
       v1::ReceiveRequest request;
       *request.mutable_version() = version;

@@ -71,6 +71,20 @@ def test_a_worker_that_is_not_there(workers, send, stubs, build_dir, transport):
     assert versions(workers, stubs) == [(0, 0, True)] * 2  # rolled back
 
 
+def test_tokens(start_worker, tiny_model, send, tmp_path, build_dir):
+    token = tmp_path / "token"
+    token.write_text("a-token-of-24-characters\n")
+    token.chmod(0o600)
+    library = build_dir / "lib" / "libfake_nccl.so"
+    worker = start_worker(tiny_model, "--control_token_file", str(token), "--nccl_library", str(library))
+    for step, flags in enumerate(([], nccl(build_dir)), start=1):
+        refused = send([worker], "--first_step", step, *flags)
+        assert refused.returncode == 1 and "authorization" in refused.stderr, refused.stderr
+        done = send([worker], "--first_step", step, "--token_file", token, *flags)
+        assert done.returncode == 0, done.stderr
+    worker.stop()
+
+
 def test_wrong_flags(send):
     for flags, text in (
         (["--transport", "rdma"], '--transport: value "rdma"; want stream or nccl'),
