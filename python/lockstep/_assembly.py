@@ -30,6 +30,7 @@ class _Partial:
     tokens: list[int] = dataclasses.field(default_factory=list)
     logprobs: dict[str, list[float]] = dataclasses.field(default_factory=dict)
     top: dict[str, tuple[list[int], list[float], int]] = dataclasses.field(default_factory=dict)
+    kept: list[np.ndarray | None] = dataclasses.field(default_factory=list)
     spans: list[VersionSpan] = dataclasses.field(default_factory=list)  # of what came before the current request
     done: pb.Done | None = None
     worker: str = ""
@@ -38,8 +39,8 @@ class _Partial:
 class Assembly:
     """The samples of one prompt."""
 
-    def __init__(self, prompt_index: int, first: int, n: int, seed: int, kinds: tuple[str, ...]):
-        self.prompt_index, self.seed, self.kinds = prompt_index, seed, kinds
+    def __init__(self, prompt_index: int, first: int, n: int, seed: int, kinds: tuple[str, ...], kept: bool = False):
+        self.prompt_index, self.seed, self.kinds, self.kept = prompt_index, seed, kinds, kept
         self.partials = {index: _Partial() for index in range(first, first + n)}
 
     def add(self, message: pb.GenerateResponse, worker: str) -> int:
@@ -62,6 +63,8 @@ class Assembly:
                 ids.extend(getattr(message.logprobs, f"top_{kind}_ids"))
                 logprobs.extend(getattr(message.logprobs, f"top_{kind}_logprobs"))
                 partial.top[kind] = ids, logprobs, message.logprobs.top_k
+        if self.kept:
+            self._add_kept(partial, message, worker)
         if message.HasField("done"):
             if message.done.end_offset != len(partial.tokens):
                 raise WorkerDefect(
@@ -69,6 +72,19 @@ class Assembly:
                 )
             partial.done, partial.worker = message.done, worker
         return len(message.token_ids)
+
+    @staticmethod
+    def _add_kept(partial: _Partial, message: pb.GenerateResponse, worker: str) -> None:
+        counts, ids = message.logprobs.kept_counts, np.array(message.logprobs.kept_ids, np.int32)
+        if len(counts) != len(message.token_ids) or sum(counts) != len(ids):
+            text = (
+                f"{len(counts)} kept_counts of {sum(counts)} ids for {len(message.token_ids)} tokens and {len(ids)} ids"
+            )
+            raise WorkerDefect(text, worker=worker)
+        begin = 0
+        for count in counts:
+            partial.kept.append(ids[begin : begin + count] if count else None)
+            begin += count
 
     def unfinished(self) -> list[int]:
         """Sample indices that have no end yet."""
@@ -129,6 +145,7 @@ class Assembly:
                 kind: (np.array(ids, np.int32).reshape(-1, k), np.array(logprobs, np.float32).reshape(-1, k))
                 for kind, (ids, logprobs, k) in partial.top.items()
             },
+            kept=partial.kept if self.kept else None,
             finish_reason=finish,
             reason=reason,
             message=done.abort_message,

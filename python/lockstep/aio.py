@@ -197,6 +197,7 @@ class RolloutClient:
         n: int = 1,
         logprobs: str | Sequence[str] = "temperature",
         top_logprobs: int = 0,
+        kept_token_ids: bool = False,
         timeout: float | None = None,
         time_budget_s: float = 0.0,
         min_weight_version: tuple[int, int] | None = None,
@@ -209,6 +210,7 @@ class RolloutClient:
 
         logprobs: kinds, of which Rollouts.logprobs gives the first: "temperature" (log_softmax(logits / T), what a
           policy-gradient loss uses), "raw", "processed"; () for none. top_logprobs: also the k best tokens, 0 to 64.
+        kept_token_ids: also which ids masks and filters (top_p, top_k, ...) left to draw from: Sample.kept.
         time_budget_s: after it the samples end as "aborted" with what they have. 0: none.
         session_id: one for all prompts or one for each; prompts of a session go to one worker.
         progress: a tqdm bar; None: if tqdm is there, standard error is a terminal, and the call takes a while.
@@ -233,8 +235,10 @@ class RolloutClient:
             stream_interval=64,
             detach_on_disconnect=True,
         )
-        if kinds:
-            template.logprobs.CopyFrom(pb.LogprobOptions(kinds=kinds.values(), top_k=top_logprobs))
+        if kinds or kept_token_ids:
+            template.logprobs.CopyFrom(
+                pb.LogprobOptions(kinds=kinds.values(), top_k=top_logprobs, kept_token_ids=kept_token_ids)
+            )
         if min_weight_version is not None:
             template.min_weight_version.CopyFrom(
                 pb.WeightVersion(epoch=min_weight_version[0], step=min_weight_version[1])
@@ -245,7 +249,7 @@ class RolloutClient:
 
             async def one(index: int, first: int) -> Assembly:
                 seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
-                assembly = Assembly(index, first, n, seed, tuple(kinds))
+                assembly = Assembly(index, first, n, seed, tuple(kinds), kept_token_ids)
                 request = pb.GenerateRequest()
                 request.CopyFrom(template)
                 request.prompt_token_ids.extend(prompts[index].tolist())

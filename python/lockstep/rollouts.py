@@ -38,6 +38,8 @@ class Sample:
     tokens: np.ndarray  # int32 [T]; a stop token is part of it
     logprobs_by_kind: dict[str, np.ndarray]  # fp32 [T] for each kind asked for
     top: dict[str, tuple[np.ndarray, np.ndarray]]  # by kind: ids int32 [T, K], log-probabilities fp32 [T, K]
+    # With kept_token_ids, for each token the ids it was drawn from, int32, ascending; None where nothing was filtered.
+    kept: list[np.ndarray | None] | None
     finish_reason: str  # "stop", "length" or "aborted"
     reason: str  # of a stop: "eos", "token_id", ...; length: "max_tokens", "context"; aborted: "time_budget", ...
     message: str  # of an abort, for people

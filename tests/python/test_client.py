@@ -49,6 +49,23 @@ def test_generate_and_score_agree_in_bits(client):
     assert len(list(rollouts.groups())) == 3
 
 
+def test_kept_token_ids(client):
+    """What a filter kept renormalises to the "processed" log-probabilities; without a filter nothing is listed."""
+    params = SamplingParams(temperature=0.9, top_k=5, seed=4, max_tokens=12, ignore_eos=True)
+    rollouts = client.generate(PROMPTS, params, logprobs=("processed", "temperature"), top_logprobs=8, kept_token_ids=True)
+    for sample in rollouts:
+        assert [len(ids) for ids in sample.kept] == [5] * 12
+        ids, logprobs = sample.top["temperature"]
+        for t, kept in enumerate(sample.kept):
+            assert sample.tokens[t] in kept and kept.tolist() == sorted(ids[t][:5].tolist())
+            share = np.exp(logprobs[t][:5].astype(np.float64)).sum()
+            processed = sample.logprobs_by_kind["processed"][t]
+            assert abs(processed - (sample.logprobs_by_kind["temperature"][t] - np.log(share))) < 1e-5
+    plain = SamplingParams(seed=4, max_tokens=3, ignore_eos=True)
+    assert client.generate(PROMPTS, plain, logprobs=(), kept_token_ids=True)[0].kept == [None] * 3
+    assert client.generate(PROMPTS, plain)[0].kept is None
+
+
 def test_padded(client):
     rollouts = client.generate(PROMPTS, SamplingParams(seed=1, max_tokens=5, ignore_eos=True))
     padded = rollouts.padded(pad_id=1, framework="torch", multiple_of=8)
