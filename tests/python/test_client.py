@@ -52,7 +52,9 @@ def test_generate_and_score_agree_in_bits(client):
 def test_kept_token_ids(client):
     """What a filter kept renormalises to the "processed" log-probabilities; without a filter nothing is listed."""
     params = SamplingParams(temperature=0.9, top_k=5, seed=4, max_tokens=12, ignore_eos=True)
-    rollouts = client.generate(PROMPTS, params, logprobs=("processed", "temperature"), top_logprobs=8, kept_token_ids=True)
+    rollouts = client.generate(
+        PROMPTS, params, logprobs=("processed", "temperature"), top_logprobs=8, kept_token_ids=True
+    )
     for sample in rollouts:
         assert [len(ids) for ids in sample.kept] == [5] * 12
         ids, logprobs = sample.top["temperature"]
