@@ -246,10 +246,10 @@ absl::Status WeightUpdate::StageWhole(Open& open, size_t tensor) {
   const TensorPlace& place = open.places[tensor];
   arriving.digest = arriving.digester.Finish();
   absl::Status staged = table_.Stage({.slot = place.slot,
-                                            .first_row = place.first_row,
-                                            .rows = place.rows,
-                                            .data = arriving.bytes.data(),
-                                            .dtype = open.manifest.tensors[tensor].dtype});
+                                      .first_row = place.first_row,
+                                      .rows = place.rows,
+                                      .data = arriving.bytes.data(),
+                                      .dtype = open.manifest.tensors[tensor].dtype});
   std::vector<std::byte>().swap(arriving.bytes);
   return staged;
 }

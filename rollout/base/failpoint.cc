@@ -103,11 +103,11 @@ absl::StatusOr<Armed> Parse(absl::string_view entry) {
 absl::Status failpoint_internal::Hit(size_t index) {
   const int64_t hit = hits[index].fetch_add(1, std::memory_order_relaxed) + 1;
   absl::Status status;
-  for (const Armed& armed : ArmedList()) {
-    if (armed.index != index || (armed.at != 0 && armed.at != hit)) continue;
+  for (const Armed& entry : ArmedList()) {
+    if (entry.index != index || (entry.at != 0 && entry.at != hit)) continue;
     // tools/chaos counts these lines.
-    spdlog::warn("failpoint {}={} at hit {}", kFailpoints[index].name, armed.text, hit);
-    switch (armed.action) {
+    spdlog::warn("failpoint {}={} at hit {}", kFailpoints[index].name, entry.text, hit);
+    switch (entry.action) {
       case Action::kKill:
         std::raise(SIGKILL);
         break;
@@ -115,10 +115,10 @@ absl::Status failpoint_internal::Hit(size_t index) {
         std::raise(SIGSTOP);  // of this thread, so that it goes no further; the whole process stops
         break;
       case Action::kSleep:
-        absl::SleepFor(armed.sleep);
+        absl::SleepFor(entry.sleep);
         break;
       case Action::kError:
-        status = absl::Status(armed.code, absl::StrCat("failpoint ", std::string(kFailpoints[index].name)));
+        status = absl::Status(entry.code, absl::StrCat("failpoint ", std::string(kFailpoints[index].name)));
         break;
     }
   }

@@ -306,9 +306,8 @@ absl::Status ModelTensors::Install() {
 
 absl::StatusOr<std::vector<uint64_t>> ModelTensors::ServingDigests() {
   absl::MutexLock lock(&mutex_);
-  const auto missing = [&](size_t s) { return !digests_[s].has_value(); };
   bool any = false;
-  for (size_t s = 0; s < slots_.size(); ++s) any = any || missing(s);
+  for (size_t s = 0; s < slots_.size(); ++s) any = any || !digests_[s];
   if (any) {
     const auto unreadable = [&](const absl::Status& status) {
       return absl::FailedPreconditionError(absl::StrCat(
@@ -319,7 +318,7 @@ absl::StatusOr<std::vector<uint64_t>> ModelTensors::ServingDigests() {
     const absl::StatusOr<ResolvedTensors> tensors = ResolveTensors(spec_, *checkpoint);
     if (!tensors.ok()) return unreadable(tensors.status());
     for (size_t s = 0; s < slots_.size(); ++s) {
-      if (!missing(s) || slots_[s].tied_to >= 0) continue;
+      if (digests_[s] || slots_[s].tied_to >= 0) continue;
       Digester digester;
       for (const CheckpointTensor& tensor : tensors->at(slots_[s].name)) {
         LOCKSTEP_RETURN_IF_ERROR(ForEachBlock(tensor.data(), *tensor.entry->dtype, tensor.entry->elements,

@@ -27,8 +27,8 @@ def rank_main(rank, address, init_file, paths, results):
     publisher = publish_fsdp2.make_publisher(model, [address])
     report = publish_fsdp2.publish(publisher, model, 1)
     outcome = [report and [tuple(w.version) for w in report.workers]]
-    try:  # the same version again: refused at Begin, while rank 1 is gathering
-        publisher.publish((0, 1), publish_fsdp2.gathered(model), send=rank == 0)
+    try:  # a version that is over: refused at Begin, while rank 1 is gathering
+        publisher.publish((0, 0), publish_fsdp2.gathered(model), send=rank == 0)
         outcome.append("walked")
     except UpdateFailed as error:
         outcome.append(error.report.failed[0].failed_in)
