@@ -35,18 +35,18 @@ ReceiveCall::~ReceiveCall() {
 void ReceiveCall::OnReadDone(bool ok) {
   if (!ok) {
     // The sender has no more to say, which ends the call only if it never said anything.
-    if (!started_) Finish(ToGrpc(absl::InvalidArgumentError("version: the stream ended before its first message")));
+    if (!started_) End(absl::InvalidArgumentError("version: the stream ended before its first message"));
     return;
   }
   if (!started_) {
     if (const absl::Status status = Start(); !status.ok()) {
       started_ = true;
-      Finish(ToGrpc(status));
+      End(status);
       return;
     }
     started_ = true;
     signal_.Ready(request_.ready_buckets());
-    thread_ = std::thread([this] { Finish(ToGrpc(Run())); });
+    thread_ = std::thread([this] { End(Run()); });
   } else if (request_.has_version() || !request_.group().empty() || request_.tensors_size() > 0) {
     signal_.Cancel(
         absl::InvalidArgumentError("version, group, tensors: set again; want them in the first message only"));
@@ -56,7 +56,16 @@ void ReceiveCall::OnReadDone(bool ok) {
     (void)update_.Renew(receive_.version);
   }
   request_.Clear();
-  StartRead(&request_);
+  absl::MutexLock lock(&mutex_);
+  if (!ended_) StartRead(&request_);
+}
+
+void ReceiveCall::End(const absl::Status& status) {
+  {
+    absl::MutexLock lock(&mutex_);
+    ended_ = true;
+  }
+  Finish(ToGrpc(status));
 }
 
 absl::Status ReceiveCall::Start() {

@@ -32,6 +32,8 @@ class ReceiveCall final : public grpc::ServerBidiReactor<v1::ReceiveRequest, v1:
   // Of the first message.
   absl::Status Start();
   absl::Status Run();
+  // The call's status; after it nothing more may be read.
+  void End(const absl::Status& status);
 
   WeightUpdate& update_;
   NcclGroups& groups_;
@@ -44,6 +46,7 @@ class ReceiveCall final : public grpc::ServerBidiReactor<v1::ReceiveRequest, v1:
   std::thread thread_;
   absl::Mutex mutex_;
   bool writing_ ABSL_GUARDED_BY(mutex_) = false;
+  bool ended_ ABSL_GUARDED_BY(mutex_) = false;
 };
 
 }  // namespace lockstep
