@@ -6,7 +6,7 @@
 PACKAGES=(build-essential cmake ninja-build pkg-config ccache python3 python3-venv git
   libgrpc++-dev protobuf-compiler protobuf-compiler-grpc libprotobuf-dev libabsl-dev libspdlog-dev libgtest-dev libgmock-dev libhwy-dev
   nlohmann-json3-dev)
-# For tools/test only: the fuzz targets and the linters.
+# For tools/test only, in its whole run: the fuzz targets and the linters.
 TEST_PACKAGES=(clang clang-format clang-tidy libclang-rt-dev)
 VENV=.venv
 TORCH=torch==2.13.0
