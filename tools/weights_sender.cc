@@ -28,6 +28,7 @@
 #include "rollout/base/thread_pool.h"
 #include "rollout/engine/backend.h"
 #include "rollout/model/checkpoint.h"
+#include "rollout/server/weight_fields.h"
 #include "spdlog/spdlog.h"
 #include "weights_sync/bucket_plan.h"
 #include "weights_sync/digest.h"
@@ -198,9 +199,7 @@ absl::Status Sender::LoadTensors() {
     aligned += (size + kAlign - 1) / kAlign * kAlign;
     v1::TensorInfo* info = manifest_.add_tensors();
     info->set_name(name);
-    info->set_dtype(*entry.dtype == DType::kF32    ? v1::TENSOR_DTYPE_FLOAT32
-                    : *entry.dtype == DType::kBF16 ? v1::TENSOR_DTYPE_BFLOAT16
-                                                   : v1::TENSOR_DTYPE_FLOAT16);
+    info->set_dtype(ProtoDType(*entry.dtype));
     info->mutable_shape()->Add(entry.shape.begin(), entry.shape.end());
   }
   std::atomic<size_t> next = 0;

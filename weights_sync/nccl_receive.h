@@ -4,7 +4,6 @@
 // over the call that it keeps open, that it is about to. That call also tells each side at once of the other's death.
 #pragma once
 
-#include <atomic>
 #include <cstdint>
 #include <functional>
 #include <vector>

@@ -53,18 +53,6 @@ absl::StatusOr<DType> DTypeOf(v1::TensorDType dtype, const std::string& field) {
   }
 }
 
-v1::TensorDType ToProto(DType dtype) {
-  switch (dtype) {
-    case DType::kF32:
-      return v1::TENSOR_DTYPE_FLOAT32;
-    case DType::kBF16:
-      return v1::TENSOR_DTYPE_BFLOAT16;
-    case DType::kF16:
-      return v1::TENSOR_DTYPE_FLOAT16;
-  }
-  return v1::TENSOR_DTYPE_UNSPECIFIED;
-}
-
 v1::UpdateState ToProto(UpdateState state) {
   switch (state) {
     case UpdateState::kServing:
@@ -336,7 +324,7 @@ grpc::Status WeightsService::GetDigests(grpc::ServerContext* context, const v1::
       if (!wanted[s]) continue;
       v1::TensorDigest* tensor = response->add_tensors();
       tensor->set_name(slots[s].name);
-      tensor->set_dtype(ToProto(slots[s].held));
+      tensor->set_dtype(ProtoDType(slots[s].held));
       tensor->mutable_shape()->Add(slots[s].shape.begin(), slots[s].shape.end());
       tensor->set_digest(digests[s]);
     }

@@ -82,9 +82,9 @@ def test_client_without_the_token(guarded, files, which):
             assert "--token_file" in str(error) and (token is None or token not in str(error))
 
 
+# The other worker of the pair has no TLS.
+@pytest.mark.parametrize("guarded", ["plain"], indirect=True)
 def test_client_goes_on_with_the_workers_that_take_the_token(guarded, start_worker, tiny_model, files):
-    if guarded.tls_ca is not None:
-        pytest.skip("one of a pair without TLS")
     with RolloutClient(
         [guarded.data, start_worker(tiny_model, "--threads", "1").data], token=WRONG, tls_ca=guarded.tls_ca
     ) as client:
@@ -134,9 +134,8 @@ def test_parity_command(guarded, start_worker, tiny_model, files, capsys):
     assert "UNAUTHENTICATED" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("guarded", ["tls"], indirect=True)
 def test_another_authority(guarded, files):
-    if guarded.tls_ca is None:
-        pytest.skip("without TLS")
     for tls_ca in (files.other_cert, None):
         with RolloutClient(guarded.data, token=files.token, tls_ca=tls_ca, connect_timeout=1) as client:
             with pytest.raises(lockstep.WorkerUnavailable):

@@ -19,17 +19,9 @@ from lockstep.errors import DeadlineExceeded, InvalidRequest, NcclError
 RANK = pathlib.Path(__file__).with_name("nccl_rank.py")
 
 
-@pytest.fixture(scope="module")
-def path(build_dir):
-    path = build_dir / "lib" / "libfake_nccl.so"
-    if not path.exists():
-        pytest.skip(f"{path} was never built: cmake --build {build_dir} --target fake_nccl")
-    return str(path)
-
-
 @pytest.fixture
-def library(path):
-    return NcclLibrary.load(path)
+def library(fake_nccl):
+    return NcclLibrary.load(fake_nccl)
 
 
 class Rank:
@@ -46,11 +38,11 @@ class Rank:
 
 
 @pytest.fixture
-def start(path):
+def start(fake_nccl):
     ranks = []
 
     def start(*arguments):
-        ranks.append(Rank(path, *arguments))
+        ranks.append(Rank(fake_nccl, *arguments))
         return ranks[-1]
 
     yield start
@@ -233,8 +225,8 @@ def test_bad_arguments(library):
             communicator.broadcast([piece(zeros())], 0, 1, 60)
 
 
-def test_load(path, monkeypatch, tmp_path):
-    monkeypatch.setenv("LOCKSTEP_NCCL_LIBRARY", path)
+def test_load(fake_nccl, monkeypatch, tmp_path):
+    monkeypatch.setenv("LOCKSTEP_NCCL_LIBRARY", fake_nccl)
     assert NcclLibrary.load().version == 22800
     monkeypatch.delenv("LOCKSTEP_NCCL_LIBRARY")
     with pytest.raises(NcclError, match="want libnccl.so.2 of NCCL 2.18 or newer; tried /nowhere/libnccl.so.2: "):
@@ -249,7 +241,7 @@ def test_load(path, monkeypatch, tmp_path):
     if not _loader_has_nccl():
         with pytest.raises(NcclError, match=f"libnccl.so.2: .*; {folder}/libnccl.so.2: "):
             NcclLibrary.load()
-        (folder / "libnccl.so.2").symlink_to(path)
+        (folder / "libnccl.so.2").symlink_to(fake_nccl)
         assert NcclLibrary.load().path == str(folder / "libnccl.so.2")
 
 
@@ -268,8 +260,8 @@ def _loader_has_nccl():
     return True
 
 
-def test_too_old(path, monkeypatch):
+def test_too_old(fake_nccl, monkeypatch):
     monkeypatch.setenv("FAKE_NCCL_VERSION", "21403")
     with pytest.raises(NcclError, match="NCCL version 2.14.3; want 2.18 or newer"):
-        NcclLibrary.load(path)
+        NcclLibrary.load(fake_nccl)
     assert version_name(2708) == "2.7.8" and version_name(21803) == "2.18.3"

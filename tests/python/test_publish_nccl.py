@@ -10,25 +10,16 @@ import torch
 
 from lockstep import InvalidRequest, UpdateFailed, WeightPublisher, parity
 from lockstep._buckets import Piece, plan_buckets
-from lockstep.hf import TransformersTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
-@pytest.fixture(scope="module")
-def library(build_dir):
-    path = build_dir / "lib" / "libfake_nccl.so"
-    if not path.exists():
-        pytest.skip(f"{path} was never built: cmake --build {build_dir} --target fake_nccl")
-    return str(path)
-
-
 @pytest.fixture
-def start(start_worker, tiny_model, library):
+def start(start_worker, tiny_model, fake_nccl):
     started = []
 
     def one(*flags):
-        flags = ("--numerics", "fp32", "--threads", "1", "--nccl_library", library, *flags)
+        flags = ("--numerics", "fp32", "--threads", "1", "--nccl_library", fake_nccl, *flags)
         started.append(start_worker(tiny_model, *flags))
         return started[-1]
 
@@ -39,19 +30,14 @@ def start(start_worker, tiny_model, library):
 
 
 @pytest.fixture
-def trainer(tiny_model):
-    return TransformersTrainer(tiny_model, device="cpu", dtype="float32")
-
-
-@pytest.fixture
-def make(library, trainer):
+def make(fake_nccl, trainer):
     publishers = []
 
     def one(workers, **options):
         options = {"manifest_from": trainer.model, "retry_s": 0.5, "timeout_s": 60} | options
         publishers.append(
             WeightPublisher(
-                [w.control for w in workers], transport="nccl", nccl_library=library, device="cpu", **options
+                [w.control for w in workers], transport="nccl", nccl_library=fake_nccl, device="cpu", **options
             )
         )
         return publishers[-1]
@@ -194,13 +180,13 @@ publisher.publish((0, 1), tensors())
 """
 
 
-def test_a_learner_that_dies_in_the_middle(start, make, trainer, library, tiny_model, repo_root, tmp_path):
+def test_a_learner_that_dies_in_the_middle(start, make, trainer, fake_nccl, tiny_model, repo_root, tmp_path):
     import subprocess
     import sys
 
     workers = [start(), start()]
     script = LEARNER.format(
-        python=str(repo_root / "python"), model=str(tiny_model), workers=[w.control for w in workers], library=library
+        python=str(repo_root / "python"), model=str(tiny_model), workers=[w.control for w in workers], library=fake_nccl
     )
     path = pathlib.Path(tmp_path) / "learner.py"
     path.write_text(script)

@@ -10,7 +10,6 @@ import torch
 from dropping_proxy import DroppingProxy
 
 from lockstep import RolloutClient, SamplingParams, UpdateFailed, WeightPublisher, parity
-from lockstep.hf import TransformersTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -21,11 +20,6 @@ def workers(start_worker, tiny_model):
     yield started
     for worker in started:
         worker.stop()
-
-
-@pytest.fixture
-def trainer(tiny_model):
-    return TransformersTrainer(tiny_model, device="cpu", dtype="float32")
 
 
 @torch.no_grad()
