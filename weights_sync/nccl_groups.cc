@@ -51,9 +51,9 @@ absl::Status NcclGroups::Join(const GroupJoin& join, absl::Time deadline, std::f
       // Null: a Leave has come between.
       const bool healthy = earlier->group != nullptr && earlier->group->healthy();
       if (healthy && earlier->join.unique_id == join.unique_id) return absl::OkStatus();
-      return absl::FailedPreconditionError(
-          absl::StrCat("generation: ", join.generation, " of group ", join.group,
-                       healthy ? " was joined with another unique_id" : " has failed or was left", "; want a later one"));
+      return absl::FailedPreconditionError(absl::StrCat(
+          "generation: ", join.generation, " of group ", join.group,
+          healthy ? " was joined with another unique_id" : " has failed or was left", "; want a later one"));
     }
     {
       absl::MutexLock lock(&mutex_);
