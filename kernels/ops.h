@@ -225,6 +225,8 @@ class Ops {
   virtual absl::Status status() = 0;
   // Waits until everything asked for has happened.
   virtual void Synchronize() = 0;
+  // Whether operations are only asked for, and happen while the caller goes on.
+  virtual bool runs_by_itself() const = 0;
 
   // What may still be taken of the device's memory, in bytes, beside what the backend keeps back for itself.
   virtual int64_t AvailableMemory() const = 0;

@@ -161,6 +161,7 @@ absl::StatusOr<bool> CheckParity(const std::string& dir, const std::string& nume
   for (int s = 0; s < options.schedules; ++s) {
     LoopConfig config{.page_size = model->ops().kv_page_multiple() << pick(0, 2),
                       .max_batch_tokens = 1 << pick(2, options.log2_budget),
+                      .mixed_batch_tokens = pick(0, 1) * pick(1, 512),
                       .max_sequences = pick(1, options.sequences),
                       .max_kv_tokens = 0};
     const bool tight = s % 2 == 1;  // memory for about two sequences: preemption and recomputation

@@ -2,6 +2,7 @@
 
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/attention_decode.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/params.h"
 
 namespace lockstep::cuda {
@@ -64,6 +65,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) DecodeKernel(const __g
   constexpr int kDimTiles = kHeadDim / (16 * kMathWarps);
   extern __shared__ __align__(1024) std::byte raw[];
   auto& shared = *reinterpret_cast<DecodeShared<Order>*>(raw);
+  FollowPreviousKernel();
   const DevicePiece piece = args.batch.pieces[blockIdx.y];
   if (piece.row_count == 0) return;
   const int kv_head = static_cast<int>(blockIdx.x) % args.kv_heads;
@@ -207,13 +209,10 @@ template <class Order>
 absl::Status Launch(const AttentionParams& params, cudaStream_t stream) {
   const absl::StatusOr<AttentionArgs> args = MakeAttentionArgs(params, KvBox::kRows);
   if (!args.ok()) return args.status();
-  constexpr int kBytes = static_cast<int>(sizeof(DecodeShared<Order>));
-  if (absl::Status status = AllowSharedMemory("AttentionDecode", DecodeKernel<Order>, kBytes); !status.ok())
-    return status;
   const dim3 grid(static_cast<unsigned>(DecodeUnits(params.heads, params.kv.kv_heads)),
                   static_cast<unsigned>(params.batch.decode_pieces));
-  DecodeKernel<Order><<<grid, kThreads, kBytes, stream>>>(*args);
-  return LaunchStatus("AttentionDecode");
+  return LaunchKernel("AttentionDecode", DecodeKernel<Order>, grid, kThreads, sizeof(DecodeShared<Order>),
+                      LaunchOrder::kOverlapped, stream, *args);
 }
 
 }  // namespace

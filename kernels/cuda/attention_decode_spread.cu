@@ -3,6 +3,7 @@
 #include <cmath>
 
 #include "kernels/cuda/attention_decode.cuh"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/params.h"
 
 namespace lockstep::cuda {
@@ -68,6 +69,7 @@ __global__ void __launch_bounds__(kScoreThreads, 3) ScoreKernel(const __grid_con
   extern __shared__ __align__(1024) std::byte raw[];
   auto& shared = *reinterpret_cast<ScoreShared*>(raw);
   const AttentionArgs& args = spread.attention;
+  FollowPreviousKernel();
   const Unit unit(args);
   if (unit.piece.row_count == 0) return;
   const KeyRange<Order> range(unit.piece.position, args.window);
@@ -378,6 +380,7 @@ __global__ void __launch_bounds__(kValueThreads, 1) ValueKernel(const __grid_con
   extern __shared__ __align__(1024) std::byte raw[];
   auto& shared = *reinterpret_cast<Shared*>(raw);
   const AttentionArgs& args = spread.attention;
+  FollowPreviousKernel();
   const Unit unit(args);
   if (unit.piece.row_count == 0) return;
   const KeyRange<Order> range(unit.piece.position, args.window);
@@ -420,19 +423,16 @@ absl::Status Launch(const AttentionParams& params, cudaStream_t stream) {
   const int64_t units = DecodeUnits(params.heads, params.kv.kv_heads);
   const int64_t pieces = params.batch.decode_pieces;
   const int64_t splits = std::clamp<int64_t>(kScoreBlocks / (units * pieces), 1, spread.tiles_a_unit);
-  constexpr int kScoreBytes = static_cast<int>(sizeof(ScoreShared));
-  constexpr int kValueBytes = static_cast<int>(sizeof(ValueShared<Order>));
-  if (absl::Status status = AllowSharedMemory("AttentionScores", ScoreKernel<Order>, kScoreBytes); !status.ok())
-    return status;
-  if (absl::Status status = AllowSharedMemory("AttentionValues", ValueKernel<Order>, kValueBytes); !status.ok())
-    return status;
   dim3 grid(static_cast<unsigned>(units), static_cast<unsigned>(pieces), static_cast<unsigned>(splits));
-  ScoreKernel<Order><<<grid, kScoreThreads, kScoreBytes, stream>>>(spread);
-  if (absl::Status status = LaunchStatus("AttentionScores"); !status.ok()) return status;
+  if (absl::Status status = LaunchKernel("AttentionScores", ScoreKernel<Order>, grid, kScoreThreads,
+                                         sizeof(ScoreShared), LaunchOrder::kOverlapped, stream, spread);
+      !status.ok()) {
+    return status;
+  }
   spread.attention = *value_args;
   grid.z = kParts;
-  ValueKernel<Order><<<grid, kValueThreads, kValueBytes, stream>>>(spread);
-  return LaunchStatus("AttentionValues");
+  return LaunchKernel("AttentionValues", ValueKernel<Order>, grid, kValueThreads, sizeof(ValueShared<Order>),
+                      LaunchOrder::kOverlapped, stream, spread);
 }
 
 }  // namespace

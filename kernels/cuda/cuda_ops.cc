@@ -495,7 +495,10 @@ void CudaOps::Linear(Rows x, const LinearWeight& weight, Rows out) {
                      .n = packed.padded_out(),
                      .k = x.width,
                      .x_stride = x.stride,
-                     .out_stride = out.stride},
+                     .out_stride = out.stride,
+                     // Weights are written by copies of this stream, or of others while no step runs; and each step
+                     // begins with a copy.
+                     .early_start = true},
                     stream_));
 }
 

@@ -38,6 +38,7 @@ class CudaOps final : public Ops {
   ThreadPool& threads() override { return threads_; }
   absl::Status status() override;
   void Synchronize() override;
+  bool runs_by_itself() const override { return true; }
   int64_t AvailableMemory() const override;
   int64_t reserved_memory() const override;
   absl::StatusOr<std::unique_ptr<DeviceMemory>> Allocate(int64_t bytes) override;

@@ -1,6 +1,6 @@
 #include "kernels/cuda/gdn_decode.h"
-#include "kernels/cuda/gdn_launch.cuh"
 #include "kernels/cuda/gdn_math.cuh"
+#include "kernels/cuda/launch.cuh"
 
 namespace lockstep::cuda {
 namespace {
@@ -515,8 +515,8 @@ absl::Status LaunchGdnDecode(const GdnParams& params, cudaStream_t stream) {
   if (absl::Status status = params.Validate(); !status.ok()) return status;
   if (params.batch.decode_pieces == 0) return absl::OkStatus();
   const dim3 grid(params.value_heads, params.batch.decode_pieces);
-  return LaunchGdnKernel("GdnDecode", GdnDecodeKernel, grid, kThreads, sizeof(DecodeShared), LaunchOrder::kOverlapped,
-                         stream, params);
+  return LaunchKernel("GdnDecode", GdnDecodeKernel, grid, kThreads, sizeof(DecodeShared), LaunchOrder::kOverlapped,
+                      stream, params);
 }
 
 }  // namespace lockstep::cuda

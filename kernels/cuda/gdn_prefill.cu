@@ -1,8 +1,8 @@
 #include <algorithm>
 
-#include "kernels/cuda/gdn_launch.cuh"
 #include "kernels/cuda/gdn_math.cuh"
 #include "kernels/cuda/gdn_prefill.h"
+#include "kernels/cuda/launch.cuh"
 #include "kernels/cuda/params.h"
 #include "kernels/cuda/warp_arrive.cuh"
 
@@ -713,13 +713,13 @@ absl::Status LaunchGdnPrefill(const GdnPrefillParams& params, cudaStream_t strea
                            .records = static_cast<char*>(params.workspace)};
     const int tiles = window.end - window.begin;
     if (absl::Status status =
-            LaunchGdnKernel("GdnPrefill, chunks", GdnChunkKernel, dim3(gdn.value_heads, tiles), kChunkThreads,
-                            sizeof(ChunkShared), LaunchOrder::kOverlapped, stream, gdn, window);
+            LaunchKernel("GdnPrefill, chunks", GdnChunkKernel, dim3(gdn.value_heads, tiles), kChunkThreads,
+                         sizeof(ChunkShared), LaunchOrder::kOverlapped, stream, gdn, window);
         !status.ok())
       return status;
     const dim3 scan_grid(kScanSlices, gdn.value_heads, std::min(pieces, tiles));
-    if (absl::Status status = LaunchGdnKernel("GdnPrefill, scan", GdnScanKernel, scan_grid, kScanThreads,
-                                              sizeof(ScanShared), LaunchOrder::kAfter, stream, gdn, window);
+    if (absl::Status status = LaunchKernel("GdnPrefill, scan", GdnScanKernel, scan_grid, kScanThreads,
+                                           sizeof(ScanShared), LaunchOrder::kAfter, stream, gdn, window);
         !status.ok())
       return status;
   }

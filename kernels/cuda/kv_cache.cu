@@ -1,4 +1,5 @@
 #include "kernels/cuda/kv_cache.h"
+#include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/params.h"
 
 namespace lockstep::cuda {
@@ -13,6 +14,7 @@ constexpr uintptr_t kBaseAlignment = 128;
 // Grid: (rows, ceil(2 * kv_heads * 16 / 256)), 256 threads, a thread 16 bytes of k or v.
 // Traffic: 4 bytes an element of k and v (read and written once).
 __global__ void __launch_bounds__(kThreads) WriteKvKernel(const __grid_constant__ WriteKvParams params) {
+  FollowPreviousKernel();
   const int row = static_cast<int>(blockIdx.x);
   const int piece_index = params.batch.row_piece[row];
   if (piece_index < 0) return;
@@ -112,8 +114,7 @@ absl::Status LaunchWriteKv(const WriteKvParams& params, cudaStream_t stream) {
   if (params.batch.rows == 0) return absl::OkStatus();
   const int64_t vectors = 2 * params.kv.kv_heads * kKvHeadDim / kVector;
   const dim3 grid(static_cast<unsigned>(params.batch.rows), static_cast<unsigned>((vectors + kThreads - 1) / kThreads));
-  WriteKvKernel<<<grid, kThreads, 0, stream>>>(params);
-  return LaunchStatus("WriteKv");
+  return LaunchOverlapped("WriteKv", WriteKvKernel, grid, kThreads, stream, params);
 }
 
 }  // namespace lockstep::cuda

@@ -1,5 +1,6 @@
 #include <cmath>
 
+#include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/params.h"
 #include "kernels/cuda/rope.h"
 
@@ -24,6 +25,7 @@ __device__ __nv_bfloat16 Rotated(float x, float cos, float other, float sin) {
 // Grid: (rows), 256 threads: 64 of them compute the row's cos and sin, then a thread rotates 8 pairs of a head at a
 // time. Traffic: 4 bytes an element (read and written once).
 __global__ void __launch_bounds__(kThreads) RopeKernel(const __grid_constant__ RopeParams params) {
+  FollowPreviousKernel();
   const int64_t row = blockIdx.x;
   if (params.batch.row_piece[row] < 0) return;
   __shared__ float cos[kHalf];
@@ -83,8 +85,7 @@ absl::Status RopeParams::Validate() const {
 absl::Status LaunchRope(const RopeParams& params, cudaStream_t stream) {
   if (absl::Status status = params.Validate(); !status.ok()) return status;
   if (params.batch.rows == 0) return absl::OkStatus();
-  RopeKernel<<<static_cast<unsigned>(params.batch.rows), kThreads, 0, stream>>>(params);
-  return LaunchStatus("Rope");
+  return LaunchOverlapped("Rope", RopeKernel, static_cast<unsigned>(params.batch.rows), kThreads, stream, params);
 }
 
 }  // namespace lockstep::cuda

@@ -110,7 +110,10 @@ void Engine::Restore(const StateSwap& swap) {
   Failpoint("keep.swap_in.after");
 }
 
-absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Engine::Step(const StepInput& input) {
+absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Engine::Step(const StepInput& input,
+                                                                       absl::FunctionRef<void()> meanwhile) {
+  const bool first = !ops_.runs_by_itself() || input.pieces.empty();
+  if (first) meanwhile();
   for (const StateSwap& swap : input.saves) Save(swap);
   for (int32_t s : input.reset_slots) ResetSlot(s);
   for (const StateSwap& swap : input.restores) Restore(swap);
@@ -151,6 +154,7 @@ absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Engine::Step(const Ste
     Sample(input, logits, begin, end);
   }
   for (const StateCopy& copy : input.copies) Copy(copy);
+  if (!first) meanwhile();
 
   std::vector<absl::StatusOr<SampledToken>> sampled = sampler_->Collect();
   ops_.Synchronize();

@@ -76,8 +76,10 @@ class Engine {
                                                         Backend& backend, const EngineConfig& config);
 
   // Returns one result per task, in order: the token drawn (or forced) with its log-probabilities. An error of the step
-  // itself is the device's and names the operation: nothing can be computed after it.
-  absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Step(const StepInput& input);
+  // itself is the device's and names the operation: nothing can be computed after it. `meanwhile` is called once: where
+  // the device runs by itself, when it has all of the step's work; else before that work.
+  absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Step(
+      const StepInput& input, absl::FunctionRef<void()> meanwhile = [] {});
 
   // Records every operation of the steps that follow; null: none. Only with a backend that does not replay steps.
   void set_trace(Trace* trace);

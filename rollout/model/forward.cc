@@ -25,14 +25,14 @@ int64_t Aligned(int64_t width) {
   return (width + kRowAlign - 1) / kRowAlign * kRowAlign;
 }
 
-// a | b | beta of a GDN layer.
-int64_t BetaColumn(const GdnShape& shape) {
-  return Aligned(2 * shape.value_heads);
+// q | k | v | g | a | b of a GDN layer.
+int64_t GdnInWidth(const GdnShape& shape) {
+  return shape.conv_channels() + shape.value_width() + 2 * shape.value_heads;
 }
 
 // The widest buffers any layer needs.
 struct Widths {
-  int64_t wide = 0, mixed = 0, conv = 0, ab = 0, g = 0;
+  int64_t wide = 0, mixed = 0, conv = 0, heads = 0;
 };
 Widths WidthsOf(const ModelSpec& spec) {
   Widths w;
@@ -40,11 +40,10 @@ Widths WidthsOf(const ModelSpec& spec) {
   w.mixed = spec.intermediate_size;
   for (const LayerSpec& layer : spec.layers) {
     if (IsGdn(layer)) {
-      w.wide = std::max(w.wide, layer.gdn.conv_channels() + layer.gdn.value_width());
+      w.wide = std::max(w.wide, GdnInWidth(layer.gdn));
       w.mixed = std::max(w.mixed, layer.gdn.value_width());
       w.conv = std::max(w.conv, layer.gdn.conv_channels());
-      w.ab = std::max(w.ab, BetaColumn(layer.gdn) + layer.gdn.value_heads);
-      w.g = std::max(w.g, layer.gdn.value_heads);
+      w.heads = std::max(w.heads, layer.gdn.value_heads);
     } else {
       w.wide = std::max(w.wide, AttentionWidth(layer) + 2 * KvWidth(layer));
       w.mixed = std::max(w.mixed, AttentionWidth(layer));
@@ -82,15 +81,15 @@ struct ForwardPass::Buffers {
     wide = carver.Take(max_rows, w.wide, type);
     mixed = carver.Take(max_rows, w.mixed, type);
     conv = carver.Take(max_rows, w.conv, type);
-    ab = carver.Take(max_rows, w.ab, type);
-    g = carver.Take(max_rows, w.g, DType::kF32);
+    beta = carver.Take(max_rows, w.heads, type);
+    g = carver.Take(max_rows, w.heads, DType::kF32);
     gathered = carver.Take(ops.max_logit_rows(), spec.hidden_size, ops.residual_dtype());
     head_in = carver.Take(ops.max_logit_rows(), spec.hidden_size, type);
     logits = carver.Take(ops.max_logit_rows(), spec.vocab_size, ops.logit_dtype());
   }
   Carver carver;
-  // wide: a fused projection or gate_up; mixed: what a mixer makes of it; ab: a | b | beta.
-  Rows residual, normed, branch, wide, mixed, conv, ab, g, gathered, head_in, logits;
+  // wide: a fused projection or gate_up; mixed: what a mixer makes of it.
+  Rows residual, normed, branch, wide, mixed, conv, beta, g, gathered, head_in, logits;
 };
 
 StateLayout MakeStateLayout(const ModelSpec& spec, const Ops& ops) {
@@ -237,14 +236,14 @@ void ForwardPass::GdnMixer(size_t index, const GdnWeights& weights, Rows in, con
   const LayerSpec& layer = spec_.layers[index];
   const GdnShape& shape = layer.gdn;
   const int64_t keys = shape.key_width(), values = shape.value_width(), heads = shape.value_heads;
-  const Rows projected = Take(buffers_->wide, in.rows, shape.conv_channels() + values);
-  ops_.Linear(in, *weights.qkv_g, projected);
-  Record(index, "qkv_g", projected, {{"q", keys}, {"k", keys}, {"v", values}, {"g", values}});
-  const Rows ab = Take(buffers_->ab, in.rows, BetaColumn(shape) + heads);
-  const Rows beta = ab.columns(BetaColumn(shape), heads);
+  const Rows projected = Take(buffers_->wide, in.rows, GdnInWidth(shape));
+  ops_.Linear(in, *weights.in, projected);
+  const int64_t before_ab = shape.conv_channels() + values;
+  Record(index, "qkv_g", projected.columns(0, before_ab), {{"q", keys}, {"k", keys}, {"v", values}, {"g", values}});
+  const Rows ab = projected.columns(before_ab, 2 * heads);
+  Record(index, "ab", ab, {{"a", heads}, {"b", heads}});
+  const Rows beta = Take(buffers_->beta, in.rows, heads);
   const Rows g = Take(buffers_->g, in.rows, heads);
-  ops_.Linear(in, *weights.ab, ab.columns(0, 2 * heads));
-  Record(index, "ab", ab.columns(0, 2 * heads), {{"a", heads}, {"b", heads}});
   ops_.GdnGates(ab.columns(0, heads), ab.columns(heads, heads), *weights.a_log, *weights.dt_bias, layer.gdn_neg_eigval,
                 beta, g);
   Record(index, "beta", beta);

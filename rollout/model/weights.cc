@@ -177,9 +177,8 @@ LayerWeights LoadLayer(Loader& loader, const NumericsProfile& profile, const Lay
   LayerWeights layer;
   if (spec.mixer == MixerKind::kGatedDeltaNet) {
     const std::string p = prefix + "linear_attn.";
-    layer.gdn.qkv_g =
-        loader.Linear({p + "q_proj.weight", p + "k_proj.weight", p + "v_proj.weight", p + "g_proj.weight"});
-    layer.gdn.ab = loader.Linear({p + "a_proj.weight", p + "b_proj.weight"});
+    layer.gdn.in = loader.Linear({p + "q_proj.weight", p + "k_proj.weight", p + "v_proj.weight", p + "g_proj.weight",
+                                  p + "a_proj.weight", p + "b_proj.weight"});
     layer.gdn.o = loader.Linear({p + "o_proj.weight"});
     layer.gdn.conv = loader.Conv(p + "conv1d.weight");
     // transformers creates A_log in fp32 whatever the model's dtype, and keeps what it loads into it in fp32.
@@ -208,8 +207,8 @@ int64_t LinearBytes(const std::unique_ptr<LinearWeight>& weight) {
 
 int64_t LayerBytes(const LayerWeights& layer) {
   int64_t bytes = 0;
-  for (const auto* weight : {&layer.attention.qkv, &layer.attention.o, &layer.gdn.qkv_g, &layer.gdn.ab, &layer.gdn.o,
-                             &layer.gate_up, &layer.down}) {
+  for (const auto* weight :
+       {&layer.attention.qkv, &layer.attention.o, &layer.gdn.in, &layer.gdn.o, &layer.gate_up, &layer.down}) {
     bytes += LinearBytes(*weight);
   }
   for (const auto* vector : {&layer.attention.q_norm, &layer.attention.k_norm, &layer.gdn.conv, &layer.gdn.a_log,

@@ -20,9 +20,9 @@ struct AttentionWeights {
 };
 
 struct GdnWeights {
-  std::unique_ptr<LinearWeight>
-      qkv_g;  // rows: q [key_width], k [key_width], v [value_width], g (output gate) [value_width]
-  std::unique_ptr<LinearWeight> ab;       // rows: a [value_heads], b [value_heads]
+  // Rows: q [key_width], k [key_width], v [value_width], g (output gate) [value_width], a and b [value_heads] each. One
+  // layer, since two of one row each would take as long as a whole one while few tokens are decoded.
+  std::unique_ptr<LinearWeight> in;
   std::unique_ptr<LinearWeight> o;        // [hidden, value_width]
   std::unique_ptr<VectorWeight> conv;     // [conv_channels, conv_width], channels [q | k | v], oldest tap first
   std::unique_ptr<VectorWeight> a_log;    // [value_heads]

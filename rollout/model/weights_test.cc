@@ -94,6 +94,7 @@ class RecordingOps : public Ops {
 
   absl::Status status() override { return absl::OkStatus(); }
   void Synchronize() override {}
+  bool runs_by_itself() const override { return false; }
   int64_t AvailableMemory() const override { return 0; }
   int64_t reserved_memory() const override { return 0; }
   absl::StatusOr<std::unique_ptr<DeviceMemory>> Allocate(int64_t) override { return absl::UnimplementedError(""); }
@@ -240,9 +241,8 @@ void ExpectLoaded(const ModelWeights& weights, const Tensors& t) {
     EXPECT_EQ(Values(layer.down), t.at(p + "mlp.down_proj.weight").second);
     if (t.contains(p + "linear_attn.A_log")) {
       const std::string m = p + "linear_attn.";
-      EXPECT_EQ(Values(layer.gdn.qkv_g),
-                Stack(t, {m + "q_proj.weight", m + "k_proj.weight", m + "v_proj.weight", m + "g_proj.weight"}));
-      EXPECT_EQ(Values(layer.gdn.ab), Stack(t, {m + "a_proj.weight", m + "b_proj.weight"}));
+      EXPECT_EQ(Values(layer.gdn.in), Stack(t, {m + "q_proj.weight", m + "k_proj.weight", m + "v_proj.weight",
+                                                m + "g_proj.weight", m + "a_proj.weight", m + "b_proj.weight"}));
       EXPECT_EQ(Values(layer.gdn.o), t.at(m + "o_proj.weight").second);
       EXPECT_EQ(Floats(layer.gdn.conv), t.at(m + "conv1d.weight").second);
       EXPECT_EQ(Floats(layer.gdn.a_log), t.at(m + "A_log").second);
@@ -259,7 +259,7 @@ void ExpectLoaded(const ModelWeights& weights, const Tensors& t) {
       EXPECT_EQ(Floats(layer.attention.k_norm), t.at(m + "k_norm.weight").second);
       EXPECT_EQ(Floats(layer.mixer_norm), t.at(p + "post_attention_layernorm.weight").second);
       EXPECT_EQ(Floats(layer.mlp_norm), t.at(p + "post_feedforward_layernorm.weight").second);
-      EXPECT_EQ(layer.gdn.qkv_g, nullptr);
+      EXPECT_EQ(layer.gdn.in, nullptr);
     }
   }
 }

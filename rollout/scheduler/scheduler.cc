@@ -176,6 +176,8 @@ void Scheduler::PlanPiece(Sequence& s, int64_t* budget, StepPlan& plan) {
   int64_t count = std::min(s.known - s.computed, *budget);
   if (disturb_ && count > 1 && Chance(50)) count = 1 + static_cast<int64_t>((*disturb_)() % count);
   if (count <= 0) return;
+  // A piece that is not the last ends with a page.
+  if (count > config_.page_size && count < s.known - s.computed) count -= (s.computed + count) % config_.page_size;
   if (!Grow(s, s.computed + count, plan)) {
     // Nothing ranks behind it and memory is full: it gives up its own pages, so that those before it go on.
     Preempt(s, plan);
@@ -183,6 +185,14 @@ void Scheduler::PlanPiece(Sequence& s, int64_t* budget, StepPlan& plan) {
   }
   *budget -= count;
   plan.pieces.push_back({s.spec.id, s.computed, count, s.computed + count == s.known});
+}
+
+int64_t Scheduler::PromptBudget(int64_t decoding) const {
+  // Less would take too many steps.
+  constexpr int64_t kLeast = 64;
+  const int64_t prompts = running() - decoding + std::min(waiting(), static_cast<int64_t>(free_slots_.size()));
+  if (config_.mixed_batch_tokens == 0 || decoding < prompts) return config_.max_batch_tokens;
+  return std::max(config_.mixed_batch_tokens - decoding, kLeast);
 }
 
 StepPlan Scheduler::Plan() {
@@ -201,6 +211,7 @@ StepPlan Scheduler::Plan() {
     }
   };
   round(true);
+  budget = std::min(budget, PromptBudget(static_cast<int64_t>(plan.pieces.size())));
   round(false);
   if (plan.preempted.empty() || running_.empty()) {
     for (const Rank& r : std::vector<Rank>(waiting_.begin(), waiting_.end())) {

@@ -30,6 +30,9 @@ struct SchedulerConfig {
   int64_t pages = 0;               // 0: no layer has a KV cache, and pages are not counted
   int64_t slots = 0;               // sequences that can hold a state at once
   int64_t max_batch_tokens = 512;  // rows of a step: decode rows first, prefill pieces in what is left
+  // Rows of a step while at least as many sequences decode as have a prompt to be computed: prompts then ride in decode
+  // steps, which read all weights for few rows, instead of halting them. 0: max_batch_tokens always.
+  int64_t mixed_batch_tokens = 0;
   // For tests of invariance: reorders, cuts pieces short, holds decode rows back and preempts at random. Results must
   // not change.
   std::optional<uint64_t> disturb_seed;
@@ -151,6 +154,8 @@ class Scheduler {
   void Start(Sequence& s);
   bool WaitsForLeader(const Sequence& s) const;
   void PlanPiece(Sequence& s, int64_t* budget, StepPlan& plan);
+  // Prompt rows for a step with `decoding` decode rows.
+  int64_t PromptBudget(int64_t decoding) const;
   void PlanForks(StepPlan& plan);
   void Disturb(StepPlan& plan);
   bool Chance(int percent);

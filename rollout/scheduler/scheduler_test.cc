@@ -127,6 +127,28 @@ TEST(Scheduler, DecodeRowsComeBeforePrefill) {
   EXPECT_EQ(plan.pieces[1].count, 7);
 }
 
+TEST(Scheduler, PromptsRideInDecodeStepsOnceMostSequencesDecode) {
+  Simulation sim({.page_size = 16, .pages = 1000, .slots = 8, .max_batch_tokens = 1024, .mixed_batch_tokens = 100});
+  for (SequenceId id = 1; id <= 4; ++id) sim.Add(id, 150, 50);
+  // None decodes yet: as much as fits.
+  EXPECT_EQ(sim.Step().pieces.size(), 4u);
+  sim.Add(5, 300, 5);
+  // 4 decode, 1 waits: its pieces fill 100 rows, the last row but one of a page left to the next piece.
+  StepPlan plan = sim.Step();
+  ASSERT_EQ(plan.pieces.size(), 5u);
+  EXPECT_EQ(plan.pieces[4].count, 96);
+  for (SequenceId id = 6; id <= 8; ++id) sim.Add(id, 150, 5);
+  // 4 decode, 4 have a prompt: as many, so they ride; then a fifth tips it.
+  plan = sim.Step();
+  EXPECT_EQ(plan.pieces.back().position, 96);
+  EXPECT_EQ(plan.pieces.back().count, 96);
+  sim.Remove(1);
+  plan = sim.Step();
+  int64_t rows = 0;
+  for (const PlannedPiece& piece : plan.pieces) rows += piece.count;
+  EXPECT_EQ(rows, 3 + (300 - 192) + 3 * 150);
+}
+
 TEST(Scheduler, HigherPriorityRunsFirst) {
   Simulation sim({.page_size = 16, .pages = 100, .slots = 1, .max_batch_tokens = 8});
   sim.Add(1, 4, 1);
@@ -194,6 +216,7 @@ TEST(Scheduler, RandomLoadsHoldEveryInvariantAndFinish) {
     const auto pick = [&](int64_t lo, int64_t hi) { return lo + static_cast<int64_t>(rng() % (hi - lo + 1)); };
     SchedulerConfig config{
         .page_size = 16 * pick(1, 4), .pages = 0, .slots = pick(1, 8), .max_batch_tokens = pick(1, 200)};
+    if (seed % 3 == 0) config.mixed_batch_tokens = pick(1, 200);
     config.pages = seed % 5 == 0 ? 0 : 200 / config.page_size + pick(1, 20);  // one sequence has at most 180 tokens
     if (seed % 2) config.disturb_seed = seed;
     Simulation sim(config);

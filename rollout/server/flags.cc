@@ -60,6 +60,10 @@ ABSL_FLAG(int64_t, page_size, 64, "Tokens per KV page. A multiple of 16 (cuda: o
 ABSL_FLAG(int64_t, max_batch_tokens, 0,
           "Tokens one step computes at most, decoding and prefill together. Larger: better throughput; smaller: "
           "steadier latency. 0: 512 on cpu, 4096 on cuda.");
+ABSL_FLAG(int64_t, mixed_batch_tokens, 0,
+          "Tokens of a step while at least as many sequences decode as have a prompt to compute: prompts then ride in "
+          "decode steps a piece at a time. Larger: sooner first tokens, less steady decoding. 0: max_batch_tokens on "
+          "cpu, 512 on cuda.");
 ABSL_FLAG(int64_t, max_sequences, 0, "Sequences that run at once. 0: 64 on cpu, 256 on cuda.");
 
 ABSL_FLAG(int64_t, max_waiting_sequences, 4096,
@@ -94,7 +98,7 @@ const std::vector<FlagGroup>& Groups() {
       {"Who", {"token_file", "control_token_file", "tls_cert", "tls_key"}},
       {"Engine",
        {"threads", "cuda_device", "cuda_graphs", "weights_receive", "nccl_library", "memory_fraction", "memory_gb",
-        "page_size", "max_batch_tokens", "max_sequences"}},
+        "page_size", "max_batch_tokens", "mixed_batch_tokens", "max_sequences"}},
       {"Limits",
        {"max_waiting_sequences", "max_prompt_tokens", "max_n", "max_request_bytes", "max_buffered_mb",
         "max_retained_mb", "reattach_seconds", "max_version_wait_seconds"}},
@@ -202,6 +206,7 @@ absl::StatusOr<WorkerOptions> ReadWorkerOptions() {
   options.weight_updates = receive == "staged";
   options.page_size = absl::GetFlag(FLAGS_page_size);
   options.max_batch_tokens = absl::GetFlag(FLAGS_max_batch_tokens);
+  options.mixed_batch_tokens = absl::GetFlag(FLAGS_mixed_batch_tokens);
   options.max_sequences = absl::GetFlag(FLAGS_max_sequences);
   options.memory_fraction = absl::GetFlag(FLAGS_memory_fraction);
   options.cuda_device = absl::GetFlag(FLAGS_cuda_device);

@@ -175,6 +175,8 @@ grpc::ServerUnaryReactor* RolloutService::GetLoad(grpc::CallbackServerContext* c
   response->set_preemptions(load.preemptions);
   response->set_non_finite_samples(load.non_finite_samples);
   response->set_last_step_ms(load.last_step_ms);
+  response->set_steps_ms(load.steps_ms);
+  response->set_host_ms(load.host_ms);
   response->set_buffered_bytes(registry_->buffered_bytes());
   response->set_retained_bytes(registry_->retained_bytes());
   FillWeightVersion(model_->worker->weight_version(), response->mutable_weight_version());

@@ -72,6 +72,7 @@ absl::StatusOr<LocalLoop> MakeLocalLoop(LocalModel& model, const LoopConfig& con
                                                           .pages = pages,
                                                           .slots = config.max_sequences,
                                                           .max_batch_tokens = config.max_batch_tokens,
+                                                          .mixed_batch_tokens = config.mixed_batch_tokens,
                                                           .disturb_seed = config.disturb_seed},
                                           model.token_bytes ? &*model.token_bytes : nullptr);
   return local;

@@ -37,8 +37,9 @@ absl::StatusOr<std::unique_ptr<LocalModel>> LoadLocalModel(const std::filesystem
 struct LoopConfig {
   int64_t page_size = 64;
   int64_t max_batch_tokens = 512;
-  int64_t max_sequences = 64;  // state slots
-  int64_t max_kv_tokens = 0;   // positions over all sequences; rounded up to pages
+  int64_t mixed_batch_tokens = 0;  // SchedulerConfig's
+  int64_t max_sequences = 64;      // state slots
+  int64_t max_kv_tokens = 0;       // positions over all sequences; rounded up to pages
   std::optional<uint64_t> disturb_seed;
 };
 

@@ -47,6 +47,7 @@ absl::Status Validate(const WorkerOptions& options) {
   LOCKSTEP_RETURN_IF_ERROR(CheckRange("threads", options.threads, 0, 1024));
   LOCKSTEP_RETURN_IF_ERROR(CheckRange("page_size", options.page_size, 16, 1024));
   LOCKSTEP_RETURN_IF_ERROR(CheckRange("max_batch_tokens", options.max_batch_tokens, 0, 65536));
+  LOCKSTEP_RETURN_IF_ERROR(CheckRange("mixed_batch_tokens", options.mixed_batch_tokens, 0, 65536));
   LOCKSTEP_RETURN_IF_ERROR(CheckRange("max_sequences", options.max_sequences, 0, 65536));
   LOCKSTEP_RETURN_IF_ERROR(CheckRange("max_waiting_sequences", options.max_waiting_sequences, 1, 1 << 24));
   // Written so that NaN fails too.
@@ -116,6 +117,8 @@ absl::StatusOr<ServingModel> MakeWorker(const WorkerOptions& options) {
                                             : cuda                       ? 4096
                                                                          : 512,
                                             max_sequences);
+  // A GPU reads the weights for hundreds of rows in little more than the time it takes for one; a CPU gains nothing.
+  const int64_t mixed_batch_tokens = options.mixed_batch_tokens == 0 && cuda ? 512 : options.mixed_batch_tokens;
   if (options.page_size % model.ops().kv_page_multiple() != 0) {
     return absl::InvalidArgumentError(absl::StrCat("--page_size: value ", options.page_size,
                                                    " is wrong; want a multiple of ", model.ops().kv_page_multiple()));
@@ -135,11 +138,12 @@ absl::StatusOr<ServingModel> MakeWorker(const WorkerOptions& options) {
                              : static_cast<int64_t>(fraction * static_cast<double>(model.ops().AvailableMemory())) -
                                    (cuda ? ForwardPass::BufferBytes(model.spec, model.ops(), max_batch_tokens) + nccl
                                          : staging);  // of which nothing is resident yet
-  LOCKSTEP_ASSIGN_OR_RETURN(
-      const LoopConfig config,
-      FitMemory(model,
-                {.page_size = options.page_size, .max_batch_tokens = max_batch_tokens, .max_sequences = max_sequences},
-                budget, /*min_tokens=*/options.page_size));
+  LOCKSTEP_ASSIGN_OR_RETURN(const LoopConfig config, FitMemory(model,
+                                                               {.page_size = options.page_size,
+                                                                .max_batch_tokens = max_batch_tokens,
+                                                                .mixed_batch_tokens = mixed_batch_tokens,
+                                                                .max_sequences = max_sequences},
+                                                               budget, /*min_tokens=*/options.page_size));
   LOCKSTEP_ASSIGN_OR_RETURN(LocalLoop local, MakeLocalLoop(model, config));
   LogMemory(local.engine->memory(), {.staging = staging, .inbox = inbox, .nccl = nccl}, config.page_size, !cuda);
 

@@ -29,7 +29,9 @@ struct WorkerOptions {
   double memory_fraction = 0;    // of the memory that is free once the weights are loaded; 0: 0.5 on cpu, 0.9 on cuda
   int64_t page_size = 64;        // tokens per KV page
   int64_t max_batch_tokens = 0;  // decode rows and prefill tokens of one step; 0: 512 on cpu, 4096 on cuda
-  int64_t max_sequences = 0;     // running at once; 0: 64 on cpu, 256 on cuda
+  // Of a step in which most sequences decode (SchedulerConfig); 0: max_batch_tokens on cpu, 512 on cuda.
+  int64_t mixed_batch_tokens = 0;
+  int64_t max_sequences = 0;  // running at once; 0: 64 on cpu, 256 on cuda
   int64_t max_waiting_sequences = 4096;
   bool weight_updates = true;  // keeps memory for a second set of weights, and for the buffers of broadcasts
 };

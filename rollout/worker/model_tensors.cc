@@ -90,8 +90,9 @@ class ModelTensors::Builder {
   void Layer(const std::string& prefix, const LayerSpec& spec, LayerWeights& layer) {
     if (spec.mixer == MixerKind::kGatedDeltaNet) {
       const std::string p = prefix + "linear_attn.";
-      Linear({p + "q_proj.weight", p + "k_proj.weight", p + "v_proj.weight", p + "g_proj.weight"}, *layer.gdn.qkv_g);
-      Linear({p + "a_proj.weight", p + "b_proj.weight"}, *layer.gdn.ab);
+      Linear({p + "q_proj.weight", p + "k_proj.weight", p + "v_proj.weight", p + "g_proj.weight", p + "a_proj.weight",
+              p + "b_proj.weight"},
+             *layer.gdn.in);
       Linear({p + "o_proj.weight"}, *layer.gdn.o);
       Add(p + "conv1d.weight", profile_.weights, {.vector = layer.gdn.conv.get()});
       Add(p + "A_log", profile_.a_log, {.vector = layer.gdn.a_log.get()});

@@ -94,6 +94,12 @@ void StepLoop::Submit(RequestSpec spec, std::shared_ptr<RequestSink> sink, absl:
 }
 
 void StepLoop::Abort(const std::string& request_id, std::optional<int32_t> sample, AbortReason reason, absl::Time now) {
+  AbortSamples(request_id, sample, reason, now);
+  Deliver();
+}
+
+void StepLoop::AbortSamples(const std::string& request_id, std::optional<int32_t> sample, AbortReason reason,
+                            absl::Time now) {
   auto it = requests_.find(request_id);
   if (it == requests_.end()) return;
   for (SequenceId id : std::vector<SequenceId>(it->second->live)) {
@@ -106,16 +112,24 @@ void StepLoop::Abort(const std::string& request_id, std::optional<int32_t> sampl
 void StepLoop::AbortAll(AbortReason reason, absl::Time now) {
   std::vector<std::string> ids;
   for (const auto& [id, request] : requests_) ids.push_back(id);
-  for (const std::string& id : ids) Abort(id, std::nullopt, reason, now);
+  for (const std::string& id : ids) AbortSamples(id, std::nullopt, reason, now);
+  Deliver();
 }
 
 absl::Time StepLoop::Expire(absl::Time now) {
+  const bool expired = !expiries_.empty() && expiries_.begin()->first <= now;
   while (!expiries_.empty() && expiries_.begin()->first <= now) {
     const std::string id = expiries_.begin()->second;
     const RequestSpec& spec = requests_.at(id)->spec;
-    Abort(id, std::nullopt, spec.deadline <= now ? AbortReason::kDeadline : AbortReason::kTimeBudget, now);
+    AbortSamples(id, std::nullopt, spec.deadline <= now ? AbortReason::kDeadline : AbortReason::kTimeBudget, now);
   }
+  if (expired) Deliver();
   return expiries_.empty() ? absl::InfiniteFuture() : expiries_.begin()->first;
+}
+
+void StepLoop::Deliver() {
+  outbox_.Deliver();
+  last_results_ = absl::InfinitePast();
 }
 
 WeightSwitchResult StepLoop::SwitchWeights(const WeightVersion& version, InFlightPolicy policy, absl::Time now) {
@@ -149,6 +163,7 @@ WeightSwitchResult StepLoop::SwitchWeights(const WeightVersion& version, InFligh
       ++counts.recomputed;
     }
   }
+  Deliver();
   weight_version_ = version;
   return counts;
 }
@@ -199,6 +214,7 @@ bool StepLoop::Step() {
     ++totals_.preemptions;
   }
   stalled_ = plan.empty() && !idle() && scheduler_.held() && scheduler_.started() == 0;
+  if (plan.empty()) Deliver();
   if (plan.empty() && plan.swapped_out.empty()) {
     LOCKSTEP_CHECK(idle() || stalled_ || !plan.preempted.empty() || scheduler_.config().disturb_seed,
                    "{} sequences wait and none can run", scheduler_.waiting());
@@ -236,12 +252,18 @@ bool StepLoop::Step() {
       copies_.push_back({fork.from_slot, fork.to_slot, fork.from_page, fork.to_page});
     }
   }
+  const auto meanwhile = [&] {
+    const absl::Time idle_since = last_results_ == absl::InfinitePast() ? start : last_results_;
+    totals_.host_ms += absl::ToDoubleMilliseconds(absl::Now() - idle_since);
+    outbox_.Deliver();
+  };
   absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> step = engine_.Step({.saves = saves_,
                                                                                  .reset_slots = plan.reset_slots,
                                                                                  .restores = restores_,
                                                                                  .pieces = pieces_,
                                                                                  .tasks = tasks_,
-                                                                                 .copies = copies_});
+                                                                                 .copies = copies_},
+                                                                                meanwhile);
   scheduler_.Apply(plan);
   if (!step.ok()) {
     failure_ = step.status();
@@ -251,6 +273,7 @@ bool StepLoop::Step() {
   std::vector<absl::StatusOr<SampledToken>>& results = *step;
 
   const absl::Time now = absl::Now();
+  last_results_ = now;
   for (size_t t = 0; t < results.size(); ++t) {
     auto it = sequences_.find(owners_[t].sequence);
     if (it == sequences_.end()) continue;  // ended by an earlier result of this step
@@ -269,7 +292,7 @@ bool StepLoop::Step() {
       PromptLogprobs batch = std::exchange(request.step_prompt_logprobs, {});
       batch.begin = request.next_prompt_logprob;
       request.next_prompt_logprob += static_cast<int64_t>(batch.logprobs.size());
-      request.sink->OnPromptLogprobs(std::move(batch));
+      outbox_.Add(request.sink, std::move(batch));
     }
   }
   for (const PlannedPiece& piece : plan.pieces) {
@@ -282,6 +305,8 @@ bool StepLoop::Step() {
   }
   ++totals_.steps;
   totals_.last_step_ms = absl::ToDoubleMilliseconds(absl::Now() - start);
+  totals_.steps_ms += totals_.last_step_ms;
+  if (idle()) Deliver();
   return true;
 }
 
@@ -305,7 +330,7 @@ void StepLoop::OnSampled(Sequence& sequence, absl::StatusOr<SampledToken> sample
   const int32_t token = sampled->token;
   SampleTokens out{.sample = sequence.sample, .offset = offset, .tokens = {token}, .logprobs = {}};
   out.logprobs.push_back(std::move(sampled->logprobs));
-  request.sink->OnTokens(std::move(out));
+  outbox_.Add(request.sink, std::move(out));
 
   if (std::optional<StopMatch> match = sequence.stop.Append(token)) {
     Finish(sequence, {.finish = FinishKind::kStop, .stop = *match}, now);
@@ -354,7 +379,7 @@ void StepLoop::Finish(Sequence& sequence, SampleResult result, absl::Time now) {
   } else {
     sequences_.erase(id);
   }
-  sink->OnSampleDone(sample, std::move(result));
+  outbox_.Add(sink, sample, std::move(result));
 }
 
 WorkerLoad StepLoop::Load() const {

@@ -17,6 +17,7 @@
 #include "rollout/engine/engine.h"
 #include "rollout/model/tokenizer.h"
 #include "rollout/scheduler/scheduler.h"
+#include "rollout/worker/outbox.h"
 #include "rollout/worker/request.h"
 #include "rollout/worker/stop.h"
 
@@ -39,8 +40,10 @@ class StepLoop {
   // Ends requests whose deadline or time budget has passed. Returns the next such time.
   absl::Time Expire(absl::Time now);
 
-  // Runs one step. False: no request is in flight, or the device has failed.
+  // Runs one step. False: no request is in flight, or the device has failed. What it found is handed to the sinks by
+  // the next Step(), while the device runs that one, or by Deliver(); all else here hands over what there is at once.
   bool Step();
+  void Deliver();
   // Not ok once the device has failed: every request was ended with this error, and no step can run again.
   const absl::Status& failure() const { return failure_; }
   // The device has failed elsewhere than in a step.
@@ -68,6 +71,7 @@ class StepLoop {
 
   void PlanPromptLogprobs(Sequence& sequence, int64_t piece_index, const PlannedPiece& piece);
   void PlanSample(Sequence& sequence, int64_t piece_index, const PlannedPiece& piece);
+  void AbortSamples(const std::string& request_id, std::optional<int32_t> sample, AbortReason reason, absl::Time now);
   void OnSampled(Sequence& sequence, absl::StatusOr<SampledToken> sampled, absl::Time now);
   void Finish(Sequence& sequence, SampleResult result, absl::Time now);
   void FinishAborted(Sequence& sequence, AbortReason reason, std::string message, absl::Time now);
@@ -84,6 +88,10 @@ class StepLoop {
   absl::Status failure_;
   bool stalled_ = false;
   WeightVersion weight_version_;
+
+  Outbox outbox_;
+  // When the step before had ended, if nothing has come between.
+  absl::Time last_results_ = absl::InfinitePast();
 
   // The step in preparation; members to keep their memory from step to step.
   struct TaskOwner {

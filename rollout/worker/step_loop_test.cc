@@ -131,6 +131,24 @@ TEST_F(StepLoopTest, DeadlineAndTimeBudgetKeepWhatWasGenerated) {
   EXPECT_EQ(loop().Load().state_slots_used, 0);
 }
 
+TEST_F(StepLoopTest, HandsOverWhatAStepFoundInTheNextOrWhenAsked) {
+  const auto sink = Submit(Request("a", 10, 4));
+  const std::vector<int32_t>& tokens = sink->samples()[0].tokens;
+  loop().Step();
+  EXPECT_EQ(tokens.size(), 0u);
+  loop().Step();
+  EXPECT_EQ(tokens.size(), 1u);
+  loop().Deliver();
+  EXPECT_EQ(tokens.size(), 2u);
+  loop().Step();
+  EXPECT_EQ(tokens.size(), 2u);
+  loop().Step();
+  EXPECT_EQ(tokens.size(), 4u) << "the last step's at once, since none follows";
+  EXPECT_TRUE(sink->samples()[0].done);
+  EXPECT_GT(loop().Load().host_ms, 0);
+  EXPECT_LT(loop().Load().host_ms, loop().Load().steps_ms);
+}
+
 TEST_F(StepLoopTest, AbortEndsOneSampleOrAll) {
   const auto sink = Submit(Request("a", 10, 1000, 3));
   for (int i = 0; i < 4; ++i) loop().Step();

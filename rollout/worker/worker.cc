@@ -165,6 +165,7 @@ void Worker::Run() {
   for (;;) {
     std::deque<Command> commands;
     bool stop;
+    if (loop_->idle() || paused_ || loop_->stalled()) loop_->Deliver();
     {
       absl::MutexLock lock(&mutex_);
       if (loop_->idle() || paused_ || loop_->stalled()) {

@@ -21,8 +21,7 @@ import torch.nn.functional as F
 SHAPES = {
     "gate_up": (3840, (11008, 11008)),
     "down": (11008, (3840,)),
-    "gdn_qkvg": (3840, (2880, 2880, 5760, 5760)),
-    "gdn_ab": (3840, (30, 30)),
+    "gdn_in": (3840, (2880, 2880, 5760, 5760, 30, 30)),
     "gdn_o": (5760, (3840,)),
     "attention_qkv": (3840, (3840, 3840, 3840)),
     "attention_o": (3840, (3840,)),
@@ -32,17 +31,16 @@ SHAPES = {
     "olmo3_gate_up": (4096, (11008, 11008)),
     "olmo3_down": (11008, (4096,)),
     "olmo3_head": (4096, (100278,)),
-    "tiny_qkvg": (256, (192, 192, 384, 384)),
-    "tiny_ab": (256, (2, 2)),
+    "tiny_in": (256, (192, 192, 384, 384, 2, 2)),
     "tiny_gate_up": (256, (768, 768)),
     "tiny_down": (768, (256,)),
     "tiny_head": (256, (512,)),
 }
 TRAINER_ROWS = 2048
 ROWS = (1, 2, 7, 16, 33, 64, 128, 200, 256, 288, 512, 2048)
-LONG_SHAPES = ("gdn_qkvg", "gdn_ab", "down", "gdn_o")
+LONG_SHAPES = ("gdn_in", "down", "gdn_o")
 LONG_ROWS = (8192, 16384)
-TIMED_SHAPES = ("gate_up", "down", "gdn_qkvg", "gdn_ab", "gdn_o", "attention_qkv", "attention_o", "head")
+TIMED_SHAPES = ("gate_up", "down", "gdn_in", "gdn_o", "attention_qkv", "attention_o", "head")
 TIMED_ROWS = (1, 16, 32, 64, 128, 256, 2048, 8192)
 ROTATED_BYTES = 260e6  # several times the L2 cache
 MARGIN = 8

@@ -156,8 +156,7 @@ std::unique_ptr<LocalModel> MakeRandomModel(ModelKind kind, const std::string& n
     lw.down = random.Linear(spec.hidden_size, spec.intermediate_size);
     if (layer.mixer == MixerKind::kGatedDeltaNet) {
       const GdnShape& g = layer.gdn;
-      lw.gdn.qkv_g = random.Linear(g.conv_channels() + g.value_width(), spec.hidden_size);
-      lw.gdn.ab = random.Linear(2 * g.value_heads, spec.hidden_size);
+      lw.gdn.in = random.Linear(g.conv_channels() + g.value_width() + 2 * g.value_heads, spec.hidden_size);
       lw.gdn.o = random.Linear(spec.hidden_size, g.value_width());
       lw.gdn.conv = random.Vector(g.conv_channels() * g.conv_width, 0, 0.5f);
       lw.gdn.a_log = random.Vector(g.value_heads, 0, 1, /*exact=*/true);

@@ -1,4 +1,4 @@
-// Launches a Gated DeltaNet kernel with its dynamic shared memory.
+// Launches a kernel with its dynamic shared memory.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -15,9 +15,8 @@ enum class LaunchOrder {
 };
 
 template <class... Parameters, class... Arguments>
-absl::Status LaunchGdnKernel(const char* name, void (*kernel)(Parameters...), dim3 blocks, int threads,
-                             size_t shared_bytes, LaunchOrder order, cudaStream_t stream,
-                             const Arguments&... arguments) {
+absl::Status LaunchKernel(const char* name, void (*kernel)(Parameters...), dim3 blocks, int threads,
+                          size_t shared_bytes, LaunchOrder order, cudaStream_t stream, const Arguments&... arguments) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
