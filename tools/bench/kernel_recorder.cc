@@ -39,8 +39,11 @@ void OnBufferCompleted(cupti::Context context, uint32_t stream, uint8_t* buffer,
   while (recorded.api.cuptiActivityGetNextRecord(buffer, valid_size, &record) == cupti::kSuccess) {
     if (record->kind != cupti::kConcurrentKernel) continue;
     const auto& kernel = *reinterpret_cast<const cupti::KernelActivity*>(record);
-    if (kernel.end == 0) ++recorded.lost;
-    recorded.launches.push_back({kernel.name == nullptr ? "?" : kernel.name, kernel.start, kernel.end});
+    if (kernel.end == 0) {
+      ++recorded.lost;
+    } else {
+      recorded.launches.push_back({kernel.name == nullptr ? "?" : kernel.name, kernel.start, kernel.end});
+    }
   }
   size_t dropped = 0;
   recorded.api.cuptiActivityGetNumDroppedRecords(context, stream, &dropped);

@@ -3,6 +3,7 @@
 // served figures beside a peer's.
 #include <algorithm>
 #include <cstdio>
+#include <exception>
 #include <filesystem>
 #include <fstream>
 #include <memory>
@@ -217,8 +218,13 @@ int main(int argc, char** argv) {
       "docs/performance.md says how floors are counted and how to read the profile.");
   absl::ParseCommandLine(argc, argv);
   spdlog::set_level(spdlog::level::warn);
-  if (const absl::Status status = lockstep::Bench(); !status.ok()) {
-    std::fprintf(stderr, "lockstep-bench: %s\n", std::string(status.message()).c_str());
+  try {
+    if (const absl::Status status = lockstep::Bench(); !status.ok()) {
+      std::fprintf(stderr, "lockstep-bench: %s\n", std::string(status.message()).c_str());
+      return 2;
+    }
+  } catch (const std::exception& error) {  // of the JSON library, and of memory that is not there
+    std::fprintf(stderr, "lockstep-bench: %s\n", error.what());
     return 2;
   }
   return 0;

@@ -62,7 +62,8 @@ ProfiledStep StepBetween(const WorkerLoad& before, const WorkerLoad& after, cons
   const int64_t prompt_rows = after.prefill_tokens - before.prefill_tokens;
   const int64_t prompts_done = after.prefill_tokens / shape.context - before.prefill_tokens / shape.context;
   const auto flops = [&](int64_t tokens) {
-    return static_cast<double>(tokens / shape.context) * traffic.PromptAttentionFlops(shape.context) +
+    const int64_t whole = tokens / shape.context;
+    return static_cast<double>(whole) * traffic.PromptAttentionFlops(shape.context) +
            traffic.PromptAttentionFlops(tokens % shape.context);
   };
   ProfiledStep step;
