@@ -156,15 +156,22 @@ def read_kernels(job, result):
 
 
 def read_bench(job, result):
-    """lockstep-bench's rows, as decode steps and as prefill."""
+    """lockstep-bench's rows, as decode steps and as prefill, each with its kernels where they were recorded."""
     rows = json.loads(job.json.read_text())["results"]
     if not rows:
         raise ValueError("no rows")
-    prefill = [{key: row[key] for key in ("model", "batch", "context", "prefill_tok_s")} for row in rows]
-    decode = [{key: value for key, value in row.items() if key != "prefill_tok_s"} for row in rows]
+    prefill = []
+    for row in rows:
+        prefill.append({key: row[key] for key in ("model", "batch", "context", "prefill_tok_s")})
+        if "prefill_kernels" in row:
+            prefill[-1]["kernels"] = row["prefill_kernels"]
+    decode = [{key: value for key, value in row.items() if not key.startswith("prefill_")} for row in rows]
     result.found = {"decode": decode, "prefill": prefill}
     ratios = [row["ratio"] for row in rows]
     result.summary = f"{len(rows)} points, {min(ratios):.2f} to {max(ratios):.2f} times the floor"
+    left_out = re.search(r"^profile: left out: .*", result.output, re.MULTILINE)
+    if left_out:
+        result.summary += f"; {left_out[0]}"
 
 
 def merge(measurement, found):

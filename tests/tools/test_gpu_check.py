@@ -48,6 +48,19 @@ def test_what_a_stopped_job_had_found_is_kept(tmp_path):
     assert len(result.found["decode"]) == 1 and "stopped" in result.broken and "1 points" in result.summary
 
 
+def test_bench_rows_keep_their_kernels_and_say_why_there_are_none(tmp_path):
+    report = tmp_path / "bench.json"
+    kernels, prefill_kernels = [{"kernel": "A", "us": 1.0}], [{"kernel": "B", "us": 2.0}]
+    row = BENCH | {"kernels": kernels, "prefill_kernels": prefill_kernels}
+    report.write_text(json.dumps({"results": [row, BENCH]}))
+    text = "echo 'profile: left out: no library'"
+    result = jobs.run_job(shell(text, json=report, read=jobs.read_bench), 5, io.StringIO())
+    assert [row.get("kernels") for row in result.found["decode"]] == [kernels, None]
+    assert [row.get("kernels") for row in result.found["prefill"]] == [prefill_kernels, None]
+    assert not any("prefill_kernels" in row or "prefill_tok_s" in row for row in result.found["decode"])
+    assert result.summary.endswith("times the floor; profile: left out: no library")
+
+
 def test_no_time_left_is_not_shown():
     result = jobs.run_job(shell("exit 0"), 0, io.StringIO())
     assert "no time left" in result.broken and result.status is None
