@@ -1,8 +1,8 @@
 """A stand-in for the one backward kernel that fla does not run on Hopper with Triton 3.4 to 3.7.0.
 
-There fla 0.5.2 raises instead of running chunk_bwd_dqkwg (Triton compiles it wrongly) unless tilelang is installed, so no
-Olmo Hybrid model has gradients. The same gradients in PyTorch, fp32 inside, registered as one of fla's own backends,
-let the checks here go on. For checks: it is slower than a kernel, the same for stock and aligned models.
+There fla 0.5.2 raises instead of running chunk_bwd_dqkwg (Triton compiles it wrongly) unless tilelang is installed, so
+no Olmo Hybrid model has gradients. The same gradients in PyTorch, fp32 inside, registered as one of fla's own backends,
+let the checks here go on. For checks alone: it is slower than a kernel, equally so for stock and aligned models.
 """
 
 import importlib.util
@@ -13,11 +13,11 @@ STAND_IN = "fla's, chunk_bwd_dqkwg in PyTorch (Triton {}, no tilelang)"
 
 
 def gradients(q, k, v, do, h, dh, dv, w, g, scale, rows, valid):
-    """dq, dk [N, K], dw [N, K], dg [N] of N = tokens x heads, each as its operand's [tokens, heads, ...]; fp32.
+    """dq, dk, dw: fp32 [tokens, heads, K]; dg: fp32 [tokens, heads].
 
-    q, k, w: [tokens, heads, K]. v, do, dv: [tokens, heads, V]. g: [tokens, heads], cumulated in its chunk, times log2(e).
-    h, dh: [chunks, heads, K, V], the state before each chunk, and the gradient of the one after it. rows, valid: int64
-    and bool [chunks, 64], the tokens of each chunk.
+    q, k, w: [tokens, heads, K]. v, do, dv: [tokens, heads, V]. g: [tokens, heads], cumulated in its chunk, times
+    log2(e). h, dh: [chunks, heads, K, V], the state before each chunk, and the gradient of the one after it. rows,
+    valid: int64 and bool [chunks, 64], the tokens of each chunk.
     """
 
     def chunks(x):
@@ -71,7 +71,7 @@ def chunk_rows(batch, length, chunk, boundaries, device):
 def install():
     """Registers it where fla would raise. Returns what the backward pass now is, in words; call it once."""
     import triton
-    from fla.ops.backends import BaseBackend, BackendRegistry
+    from fla.ops.backends import BackendRegistry, BaseBackend
     from fla.utils import IS_NVIDIA_HOPPER, TRITON_ABOVE_3_4_0, TRITON_ABOVE_3_7_1
 
     raises = IS_NVIDIA_HOPPER and TRITON_ABOVE_3_4_0 and not TRITON_ABOVE_3_7_1
