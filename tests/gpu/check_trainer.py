@@ -7,10 +7,10 @@
               left-padded, stock and aligned. Promise: aligned, every token is equal in bits in all three layouts. Stock
               is reported, with the fault that lockstep.parity names.
 2. gradients  Of a mean token loss, every parameter: |g - g_stock| / |g_stock| (L2), g_stock the stock model's over a
-              batch. Noise is the stock model's own at two other batch shapes: 64 tokens more behind each sequence, which
-              the loss leaves out, and half the batch at a time. Promise: median and 99th percentile over the parameters,
-              of the aligned model over the batch and over the same sequences packed, are at most --noise_allowance times
-              the larger of noise's.
+              batch. Noise is the stock model's own at two other batch shapes: 64 tokens more behind each sequence,
+              which the loss leaves out, and one sequence at a time. Promise: median and 99th percentile over the
+              parameters, of the aligned model over the batch and over the same sequences packed, are at most
+              --noise_allowance times the larger of noise's.
 3. cost       Forward, and forward with backward, aligned over stock on one batch, unpadded and packed. Reported only.
 
 Where fla refuses its backward pass (Hopper with Triton 3.4 to 3.7.0), fla_backward.py stands in for one of its kernels.
@@ -62,8 +62,9 @@ def scored(arguments):
     with Worker.start(arguments.binary, arguments.model, shlex.split(arguments.worker_flags)) as worker:
         info = worker.info()
         generator = numpy.random.default_rng(arguments.seed)
-        wanted = arguments.tokens if "parity" in arguments.parts else 0
-        lengths = choose_lengths(arguments.lengths, wanted + len(arguments.lengths)) if wanted else ()
+        lengths = []
+        if "parity" in arguments.parts:  # a sequence's first token has no log-probability
+            lengths = [n + 1 for n in choose_lengths([n - 1 for n in arguments.lengths], arguments.tokens)]
         sequences = [generator.integers(0, info.model.vocab_size, n) for n in lengths]
         begin = time.perf_counter()
         try:
@@ -260,10 +261,9 @@ def gradient_rows(arguments, modes, ids):
     reference = {}
     whole = as_batch(ids)
     backward(model, [whole], lambda name, gradient: reference.update({name: gradient.to("cpu", copy=True)}))
-    half = len(ids) // 2
     comparisons = [
         ("stock", "noise: 64 tokens more behind", [with_tail(ids, vocab_size)]),
-        ("stock", "noise: half the batch at a time", [as_batch(ids[:half]), as_batch(ids[half:])]),
+        ("stock", "noise: one sequence at a time", [as_batch(one) for one in ids.split(1)]),
         ("aligned", "aligned", [whole]),
         ("aligned", "aligned, packed", [as_packed(ids)]),
     ]
@@ -431,7 +431,7 @@ def parse_arguments(argv=None):
     parser.add_argument(
         "--rows", type=int, default=4, help="documents of a packed row, rows of a padded batch (default: 4)"
     )
-    parser.add_argument("--batch", type=int, default=4, help="sequences of gradients and timings, even (default: 4)")
+    parser.add_argument("--batch", type=int, default=4, help="sequences of gradients and timings (default: 4)")
     parser.add_argument("--batch_length", type=int, default=768, help="tokens of each (default: 768, for 80 GB)")
     parser.add_argument("--noise_allowance", type=float, default=1.5, help="default: 1.5")
     parser.add_argument("--repeats", type=int, default=5, help="of a timing (default: 5)")
@@ -443,10 +443,8 @@ def parse_arguments(argv=None):
     arguments.parts = arguments.parts.split(",")
     if set(arguments.parts) - set(PARTS):
         parser.error(f"--parts {','.join(arguments.parts)}: want some of {', '.join(PARTS)}")
-    if arguments.batch < 2 or arguments.batch % 2 or arguments.batch_length < 2:
-        parser.error(
-            f"--batch {arguments.batch} --batch_length {arguments.batch_length}: want an even batch, 2 tokens at least"
-        )
+    if arguments.batch < 2 or arguments.batch_length < 2:
+        parser.error(f"--batch {arguments.batch} --batch_length {arguments.batch_length}: want 2 of each at least")
     arguments.shape = arguments.shape or pathlib.Path(arguments.model).name
     return arguments
 
