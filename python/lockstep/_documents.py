@@ -231,10 +231,12 @@ def supports(model: Any) -> bool:
     transformers = sys.modules.get("transformers")
     if transformers is None or not isinstance(model, transformers.PreTrainedModel) or not hasattr(model, "lm_head"):
         return False
-    config = model.config
-    return (
-        config.model_type in MODEL_TYPES and set(config.layer_types) <= _KINDS and config._attn_implementation == "sdpa"
-    )
+    config, modeling = model.config, sys.modules[type(model).__module__]
+    if config.model_type not in MODEL_TYPES or config._attn_implementation != "sdpa":
+        return False
+    kinds = set(config.layer_types)
+    recurrent = "linear_attention" not in kinds or all(hasattr(modeling, name) for name in _RECURRENT)
+    return kinds <= _KINDS and recurrent
 
 
 def installed(model: Any) -> bool:

@@ -179,3 +179,9 @@ def test_models_it_does_not_know(tiny_model):
     eager = transformers.AutoModelForCausalLM.from_pretrained(tiny_model, dtype="auto", attn_implementation="eager")
     trainer.align(eager)
     assert not _documents.installed(eager)
+
+
+def test_transformers_without_a_function_to_replace(tiny_model, monkeypatch):
+    model = TransformersTrainer(tiny_model, device="cpu", dtype="float32").model
+    monkeypatch.delattr(f"{type(model).__module__}.causal_conv1d_fn")
+    assert not _documents.supports(model)
