@@ -4,12 +4,15 @@
     python/examples/grpo.py --check                          # starts build/cpu/bin/lockstep-worker; about a minute
     python/examples/grpo.py --worker HOST:PORT --control HOST:PORT
     python/examples/grpo.py --noise 1                        # a control: perturbs the behaviour logprobs
+    python/examples/grpo.py --device cuda --transport nccl --binary build/cuda/bin/lockstep-worker \\
+        --worker_flags "--backend cuda --numerics hf --cuda_device 1"       # learner on GPU 0, worker on GPU 1
 
 The task: "What is 25+58? " wants "83" and the end of the text. The checkpoint knows sums in other words and answers this
 question wrongly most of the time. Reward 1 or 0. Problems with (7 a + b) mod 5 = 0 are held out: never trained on.
 
 Loss: REINFORCE with advantages within each group, weighted by min(trainer / behaviour, --truncate) per token (truncated
-importance sampling), the behaviour's log-probabilities as the worker returned them.
+importance sampling), the behaviour's log-probabilities as the worker returned them. With --device cuda the model is
+bf16 and aligned (lockstep.trainer.align), fp32 masters are AdamW's, and both sides compute the same bits.
 
 Exit status: 0; 1: --check found something wrong; 130, 143: ended by Ctrl-C or SIGTERM, with the worker it had started.
 """
@@ -25,6 +28,7 @@ import pathlib
 import platform
 import random
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -42,7 +46,8 @@ if importlib.util.find_spec("lockstep") is None:
 
 from lockstep import RolloutClient, SamplingParams, WeightPublisher, parity, text  # noqa: E402
 from lockstep.hf import TransformersTrainer  # noqa: E402
-from lockstep.trainer import logprobs  # noqa: E402
+from lockstep.metrics import same_bits  # noqa: E402
+from lockstep.trainer import align, logprobs  # noqa: E402
 
 # What --check wants: the rise of the mean reward and of held-out accuracy, and |trainer - rollout| with fp32 on both
 # sides of a CPU (docs/learners.md).
@@ -59,6 +64,16 @@ def parse_arguments(argv=None):
     parser.add_argument(
         "--binary", default=str(ROOT / "build/cpu/bin/lockstep-worker"), help="started without --worker"
     )
+    parser.add_argument("--worker_flags", default="--numerics fp32", help="of its start (default: --numerics fp32)")
+    parser.add_argument("--device", default="cpu", help="the learner's, as torch names it (default: cpu)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: bfloat16 on a GPU, float32 on a CPU")
+    parser.add_argument(
+        "--align",
+        action=argparse.BooleanOptionalAction,
+        help="lockstep.trainer.align the model (default: on a GPU)",
+    )
+    parser.add_argument("--transport", choices=("stream", "nccl"), default="stream", help="of the weights")
+    parser.add_argument("--nccl_library", help="of this process (default: torch's)")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--prompts", type=int, default=24, help="groups a step")
     parser.add_argument("--group", type=int, default=16, help="samples of each prompt")
@@ -75,6 +90,9 @@ def parse_arguments(argv=None):
     arguments = parser.parse_args(argv)
     if bool(arguments.worker) != bool(arguments.control):
         parser.error("--worker and --control go together")
+    on_gpu = torch.device(arguments.device).type != "cpu"
+    arguments.dtype = arguments.dtype or ("bfloat16" if on_gpu else "float32")
+    arguments.align = on_gpu if arguments.align is None else arguments.align
     return arguments
 
 
@@ -84,7 +102,7 @@ def running_worker(arguments):
     if arguments.worker:
         yield arguments.worker, arguments.control
         return
-    command = [arguments.binary, "--model", arguments.model, "--numerics", "fp32"]
+    command = [arguments.binary, "--model", arguments.model, *shlex.split(arguments.worker_flags)]
     command += ["--listen", "127.0.0.1:0", "--control_listen", "127.0.0.1:0"]
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True)
@@ -152,19 +170,42 @@ class Sums:
         return problems
 
 
+class MasterAdamW:
+    """AdamW over fp32 masters of a model in fewer bits, whose own steps of learning_rate would be rounded away."""
+
+    def __init__(self, model, learning_rate):
+        self.parameters = list(model.parameters())
+        self.masters = [p.detach().float().clone() for p in self.parameters]
+        self.adamw = torch.optim.AdamW(self.masters, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+
+    def step(self):
+        """One step with the gradients of the model, which are cleared, clipped to norm 1."""
+        for parameter, master in zip(self.parameters, self.masters, strict=True):
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+            parameter.grad = None
+        torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
+        self.adamw.step()
+        with torch.no_grad():
+            for parameter, master in zip(self.parameters, self.masters, strict=True):
+                parameter.copy_(master)
+
+
 class Learner:
     def __init__(self, arguments, client, publisher_of):
         self.arguments, self.client = arguments, client
+        self.device = torch.device(arguments.device)
         self.tokenizer = text.load_tokenizer(arguments.model)
         transformers.logging.set_verbosity_error()
         transformers.logging.disable_progress_bar()
-        self.model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=torch.float32)
-        self.model.train()
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=arguments.learning_rate, betas=(0.9, 0.95), weight_decay=0.0
-        )
+        dtype = getattr(torch, arguments.dtype)
+        model = transformers.AutoModelForCausalLM.from_pretrained(arguments.model, dtype=dtype)
+        self.model = model.to(self.device).train()
+        info = next(iter(client.info().values()))
+        if arguments.align:
+            print(align(self.model, info))
+        self.optimizer = MasterAdamW(self.model, arguments.learning_rate)
         self.publisher = publisher_of(self.model)
-        self.epoch = next(iter(client.info().values())).weight_version.epoch + 1
+        self.epoch = info.weight_version.epoch + 1
 
     def rewards(self, rollouts, problems):
         answers = text.decode(self.tokenizer, rollouts.tokens)
@@ -200,20 +241,21 @@ class Learner:
         if not useful.any():
             useful[: a.group] = True
         batch = rollouts.padded(pad_id=1, framework="torch")
-        batch = type(batch)(*(getattr(batch, f.name)[useful] for f in dataclasses.fields(batch)))
+        batch = type(batch)(*(getattr(batch, f.name)[useful].to(self.device) for f in dataclasses.fields(batch)))
         logits = self.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False).logits
         new = logprobs(logits[:, :-1], batch.input_ids[:, 1:])
         mask, behaviour = batch.completion_mask[:, 1:], batch.logprobs[:, 1:]
         difference = (new.detach() - behaviour)[mask].abs()
+        equal = same_bits(new.detach()[mask].cpu().numpy(), behaviour[mask].cpu().numpy())
         if a.noise:
-            behaviour = behaviour + a.noise * torch.randn(behaviour.shape)
+            behaviour = behaviour + a.noise * torch.randn(behaviour.shape).to(self.device)
         weight = (new.detach() - behaviour).exp().clamp(max=a.truncate)
-        advantage = torch.from_numpy(advantages.reshape(-1, 1)[useful])
+        advantage = torch.from_numpy(advantages.reshape(-1, 1)[useful]).to(self.device)
         loss = -(weight * advantage * new)[mask].sum() / sum(map(len, rollouts.tokens))
-        self.optimizer.zero_grad()
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
         trained = time.perf_counter()
         report = self.publish(number + 1)
         return {
@@ -221,6 +263,8 @@ class Learner:
             "reward": float(rewards.mean()),
             "mismatch_mean": float(difference.mean()),
             "mismatch_max": float(difference.max()),
+            "tokens": int(equal.size),
+            "bit_equal": float(equal.mean()),
             "versions": sorted(versions),
             "staleness": max(number - version[1] for version in versions) if number else 0,
             "generate_s": generated - begin,
@@ -258,7 +302,7 @@ def curve(rewards, height=8):
 
 
 def train(arguments):
-    """One run: the record that --measurements writes, and with --check the parity of the trained weights.
+    """One run: the record that --measurements writes, with --check the parity of the trained weights, and the steps.
 
     reward_first, reward_last: means over the first 3 and the last 5 steps.
     """
@@ -268,9 +312,9 @@ def train(arguments):
     with running_worker(arguments) as (data, control), RolloutClient(data) as client, contextlib.ExitStack() as stack:
         board = stack.enter_context(open_tensorboard(arguments.tensorboard)) if arguments.tensorboard else None
         learner = Learner(
-            arguments, client, lambda model: stack.enter_context(WeightPublisher(control, manifest_from=model))
+            arguments, client, lambda model: stack.enter_context(make_publisher(arguments, control, model))
         )
-        learner.publish(0)  # the learner's fp32 weights, whatever the worker had
+        learner.publish(0)  # the learner's weights, whatever the worker had
         heldout = Sums(1234).draw(arguments.heldout, heldout=True)
         first = learner.accuracy(heldout)
         print(f"held-out accuracy before: {first:.3f}", flush=True)
@@ -289,21 +333,33 @@ def train(arguments):
             trainer = TransformersTrainer(learner.model.eval())
             report = parity.check(client, trainer, control=control, thresholds=MISMATCH, seed=arguments.seed)
     rewards = [row["reward"] for row in rows]
-    return {
-        "device": device_text(),
-        "seed": arguments.seed,
-        "steps": arguments.steps,
-        "noise": arguments.noise,
-        "truncate": arguments.truncate,
-        "reward_first": float(np.mean(rewards[:3])),
-        "reward_last": float(np.mean(rewards[-5:])),
-        "heldout_first": first,
-        "heldout_last": last,
-        "mismatch_mean": float(np.mean([row["mismatch_mean"] for row in rows])),
-        "mismatch_max": max(row["mismatch_max"] for row in rows),
-        "seconds": seconds,
-        "rewards": [round(reward, 4) for reward in rewards],
-    }, report
+    return (
+        {
+            "device": device_text(),
+            "seed": arguments.seed,
+            "steps": arguments.steps,
+            "noise": arguments.noise,
+            "truncate": arguments.truncate,
+            "reward_first": float(np.mean(rewards[:3])),
+            "reward_last": float(np.mean(rewards[-5:])),
+            "heldout_first": first,
+            "heldout_last": last,
+            "mismatch_mean": float(np.mean([row["mismatch_mean"] for row in rows])),
+            "mismatch_max": max(row["mismatch_max"] for row in rows),
+            "bit_equal": float(np.average([row["bit_equal"] for row in rows], weights=[row["tokens"] for row in rows])),
+            "seconds": seconds,
+            "rewards": [round(reward, 4) for reward in rewards],
+        },
+        report,
+        rows,
+    )
+
+
+def make_publisher(arguments, control, model):
+    options = {"transport": arguments.transport}
+    if arguments.transport == "nccl":
+        options |= {"device": arguments.device, "nccl_library": arguments.nccl_library}
+    return WeightPublisher(control, manifest_from=model, **options)
 
 
 def faults(run, report):
@@ -389,7 +445,7 @@ def main(argv=None):
     if arguments.measurements:
         read_measurements(arguments.measurements)
     with ending_on_signals():
-        run, report = train(arguments)
+        run, report, _ = train(arguments)
     print("\n" + curve(run["rewards"]))
     print(
         f"\nreward {run['reward_first']:.3f} -> {run['reward_last']:.3f}, held-out accuracy {run['heldout_first']:.3f} -> {run['heldout_last']:.3f}; "

@@ -37,14 +37,31 @@ class _Partial:
 
 
 class Assembly:
-    """The samples of one prompt."""
+    """The samples of one prompt.
 
-    def __init__(self, prompt_index: int, first: int, n: int, seed: int, kinds: tuple[str, ...], kept: bool = False):
+    prompt_kinds: of the prompt's log-probabilities, () for none; prompt_length: tokens.
+    """
+
+    def __init__(
+        self,
+        prompt_index: int,
+        first: int,
+        n: int,
+        seed: int,
+        kinds: tuple[str, ...],
+        kept: bool = False,
+        prompt_kinds: tuple[str, ...] = (),
+        prompt_length: int = 0,
+    ):
         self.prompt_index, self.seed, self.kinds, self.kept = prompt_index, seed, kinds, kept
+        self.prompt_kinds, self.prompt_length = prompt_kinds, prompt_length
+        self._prompt: dict[str, list[float]] = {kind: [] for kind in prompt_kinds}
         self.partials = {index: _Partial() for index in range(first, first + n)}
 
     def add(self, message: pb.GenerateResponse, worker: str) -> int:
         """Takes one message; returns the number of new tokens."""
+        if message.HasField("prompt_logprobs"):
+            self._add_prompt(message.prompt_logprobs, worker)
         if not (message.token_ids or message.HasField("done")):
             return 0
         partial = self.partials.get(message.sample_index)
@@ -72,6 +89,38 @@ class Assembly:
                 )
             partial.done, partial.worker = message.done, worker
         return len(message.token_ids)
+
+    def _add_prompt(self, part: pb.PromptLogprobs, worker: str) -> None:
+        values = {kind: getattr(part.logprobs, kind) for kind in self.prompt_kinds}
+        counts = {len(v) for v in values.values()}
+        end = part.begin + max(counts, default=0)
+        if part.begin != self.next_prompt_position or len(counts) != 1 or end > self.prompt_length:
+            text = f"prompt log-probabilities of {part.begin} to {end - 1}, want {self.next_prompt_position} to {self.prompt_length - 1} at most"
+            raise WorkerDefect(text, worker=worker)
+        for kind, added in values.items():
+            self._prompt[kind].extend(added)
+
+    @property
+    def next_prompt_position(self) -> int:
+        """The first position whose log-probabilities have not come."""
+        return 1 + min(map(len, self._prompt.values()), default=0)
+
+    @property
+    def wants_prompt(self) -> bool:
+        return bool(self.prompt_kinds) and self.next_prompt_position < self.prompt_length
+
+    def restart_prompt(self) -> None:
+        """Another request gives the prompt's log-probabilities from the start."""
+        self._prompt = {kind: [] for kind in self.prompt_kinds}
+
+    def prompt_logprobs(self) -> dict[str, np.ndarray]:
+        """By kind, fp32 [P - 1]; fewer only where all samples were aborted before they had come."""
+        if self.wants_prompt and any(
+            p.done is not None and p.done.finish_reason != pb.FINISH_REASON_ABORTED for p in self.partials.values()
+        ):
+            text = f"{self.next_prompt_position - 1} prompt log-probabilities of {self.prompt_length - 1}"
+            raise WorkerDefect(text, worker=next(iter(self.partials.values())).worker)
+        return {kind: np.array(values, np.float32) for kind, values in self._prompt.items()}
 
     @staticmethod
     def _add_kept(partial: _Partial, message: pb.GenerateResponse, worker: str) -> None:

@@ -198,6 +198,7 @@ class RolloutClient:
         logprobs: str | Sequence[str] = "temperature",
         top_logprobs: int = 0,
         kept_token_ids: bool = False,
+        prompt_logprobs: bool = False,
         timeout: float | None = None,
         time_budget_s: float = 0.0,
         min_weight_version: tuple[int, int] | None = None,
@@ -211,6 +212,8 @@ class RolloutClient:
         logprobs: kinds, of which Rollouts.logprobs gives the first: "temperature" (log_softmax(logits / T), what a
           policy-gradient loss uses), "raw", "processed"; () for none. top_logprobs: also the k best tokens, 0 to 64.
         kept_token_ids: also which ids masks and filters (top_p, top_k, ...) left to draw from: Sample.kept.
+        prompt_logprobs: also those of the prompts' own tokens, of the kinds "raw" and "temperature" among `logprobs`:
+          Rollouts.prompt_logprobs. In bits what score() gives.
         time_budget_s: after it the samples end as "aborted" with what they have. 0: none.
         session_id: one for all prompts or one for each; prompts of a session go to one worker.
         progress: a tqdm bar; None: if tqdm is there, standard error is a terminal, and the call takes a while.
@@ -226,6 +229,9 @@ class RolloutClient:
             raise InvalidRequest(f"session_id: {len(sessions)} for {len(prompts)} prompts")
         if n < 1:
             raise InvalidRequest(f"n: {n}, want at least 1")
+        prompt_kinds = tuple(kind for kind in kinds if kind != "processed") if prompt_logprobs else ()
+        if prompt_logprobs and not prompt_kinds:
+            raise InvalidRequest(f"prompt_logprobs: with logprobs={logprobs!r}, want 'raw' or 'temperature' among them")
         deadline = time.monotonic() + (self._timeout if timeout is None else timeout)
         template = pb.GenerateRequest(
             sampling=sampling.to_proto(),
@@ -239,6 +245,8 @@ class RolloutClient:
             template.logprobs.CopyFrom(
                 pb.LogprobOptions(kinds=kinds.values(), top_k=top_logprobs, kept_token_ids=kept_token_ids)
             )
+        if prompt_logprobs:
+            template.logprobs.prompt.SetInParent()  # every position
         if min_weight_version is not None:
             template.min_weight_version.CopyFrom(
                 pb.WeightVersion(epoch=min_weight_version[0], step=min_weight_version[1])
@@ -249,7 +257,8 @@ class RolloutClient:
 
             async def one(index: int, first: int) -> Assembly:
                 seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
-                assembly = Assembly(index, first, n, seed, tuple(kinds), kept_token_ids)
+                length = len(prompts[index])
+                assembly = Assembly(index, first, n, seed, tuple(kinds), kept_token_ids, prompt_kinds, length)
                 request = pb.GenerateRequest()
                 request.CopyFrom(template)
                 request.prompt_token_ids.extend(prompts[index].tolist())
@@ -267,7 +276,8 @@ class RolloutClient:
                 jobs.append(one(index, first))
             assemblies = await _all(jobs)
         samples = [assembly.sample(index) for assembly in assemblies for index in sorted(assembly.partials)]
-        return Rollouts(prompts, samples, n, tuple(kinds))
+        of_prompts = [assembly.prompt_logprobs() for assembly in assemblies] if prompt_logprobs else None
+        return Rollouts(prompts, samples, n, tuple(kinds), of_prompts)
 
     async def _fill(
         self, assembly: Assembly, request: pb.GenerateRequest, first: int, n: int, deadline: float, lost: int = 0
@@ -292,6 +302,11 @@ class RolloutClient:
         for index in left:
             again = pb.GenerateRequest()
             again.CopyFrom(request)
+            if request.logprobs.HasField("prompt"):
+                if jobs or not assembly.wants_prompt:
+                    again.logprobs.ClearField("prompt")  # of one request only, and not twice
+                else:
+                    assembly.restart_prompt()
             del again.generated_prefix_ids[:]
             again.generated_prefix_ids.extend(assembly.tokens(index))
             jobs.append(self._fill(assembly, again, index, 1, deadline, lost + 1))
@@ -369,6 +384,8 @@ class RolloutClient:
             again.attach.samples.extend(
                 pb.Attach.SampleOffset(sample_index=i, offset=assembly.offset(i)) for i in wanted
             )
+            if request.logprobs.HasField("prompt"):
+                again.attach.prompt_position = assembly.next_prompt_position
             try:
                 call = self._stub(worker.address).Generate(again, timeout=_left(deadline))
                 try:

@@ -150,7 +150,7 @@ def check(
         else:
             tagged = list(getattr(trainer, layout)(sequences))
             values = [_checked(v, s) for (_, v), s in zip(tagged, sequences, strict=True)]
-            findings += _layout_fault(layout, [tag for tag, _ in tagged], values, alone)
+            findings += layout_fault(layout, [tag for tag, _ in tagged], values, alone)
         results.append(_result(layout, rollouts, values, thresholds or Thresholds(), tokenizer))
     version = rollouts[0].version_spans[0].weights or (0, 0)
     temperature = 1.0 if sampling.temperature is None else sampling.temperature
@@ -200,10 +200,13 @@ def _bf16_output(values: Sequence[np.ndarray]) -> list[str]:
     ]
 
 
-def _layout_fault(
+def layout_fault(
     layout: str, tags: Sequence[int], values: Sequence[np.ndarray], alone: Sequence[np.ndarray]
 ) -> list[str]:
-    """The trainer in this layout against itself, each sequence alone: the worker has no part in it."""
+    """What is wrong with a trainer in a layout, against its own values of each sequence alone; empty: equal in bits.
+
+    layout: "packed" or "left_padded"; tags and values as that method of the trainer yields them.
+    """
     differences = [np.abs(v.astype(np.float64) - a) for v, a in zip(values, alone, strict=True)]
     differing = sum(int((~same_bits(v, a)).sum()) for v, a in zip(values, alone, strict=True))
     if not differing:

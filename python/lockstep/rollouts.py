@@ -76,6 +76,9 @@ class Rollouts:
     samples: list[Sample]
     n: int
     kinds: tuple[str, ...]  # of log-probabilities; `logprobs` are of the first
+    # For each prompt, by kind (raw, temperature), fp32 [P - 1]: of its tokens from the second on, fewer where all its
+    # samples were aborted before. None: not asked for.
+    prompt_logprobs: list[dict[str, np.ndarray]] | None = None
 
     def __len__(self) -> int:
         return len(self.samples)

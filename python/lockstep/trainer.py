@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from . import _documents
+
 # What profiles hf and hf-flash were compared with in bits (docs/numerics.md).
 VERIFIED = {"torch": "2.11", "transformers": "5.17", "flash-linear-attention": "0.5.2"}
 
@@ -41,11 +43,18 @@ class AlignReport:
 
 
 def align(model: torch.nn.Module, worker: Any = None) -> AlignReport:
-    """Makes a transformers model's forward pass a function of the prefix, as far as settings can; reports the rest.
+    """Makes a transformers model's forward pass a function of the prefix, as far as it can; reports the rest.
 
     Sets, for the whole process, the two PyTorch settings under which no matrix product splits its sum:
     torch.backends.cuda.preferred_blas_library("cublaslt") and matmul.allow_bf16_reduced_precision_reduction =
-    (False, False). On a machine without a GPU nothing is set. The model is not changed.
+    (False, False). On a machine without a GPU nothing is set.
+
+    Gives an Olmo Hybrid or Olmo 3 model (causal LM, SDPA) a forward pass in which each document of a packed or padded
+    batch is computed as if it were alone; a batch without boundaries and padding takes the stock one. Boundaries are
+    cu_seq_lens_q of one row, or position_ids that do not go up by one; padding is what attention_mask says, and its
+    logits are zeros, or after a row's end whatever comes out. This holds for calls without a cache: use_cache=True or
+    past_key_values leave the call to transformers, None counts as False where there are boundaries or padding inside.
+    ValueError for cu_seq_lens_q with several rows or with padding. unalign() takes all of it back.
 
     worker: rollout.proto's GetInfoResponse (one of RolloutClient.info()'s values), to check against its profile.
     """
@@ -57,10 +66,15 @@ def align(model: torch.nn.Module, worker: Any = None) -> AlignReport:
 
     on_gpu = any(p.is_cuda for p in model.parameters())
     if torch.cuda.is_available():
+        global _before
+        _before = _before or _blas()
         torch.backends.cuda.preferred_blas_library("cublaslt")
         torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)
         settings.append('torch.backends.cuda.preferred_blas_library("cublaslt")')
         settings.append("torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = (False, False)")
+    if _documents.supports(model):
+        _documents.install(model)
+        settings.append("packed and padded batches: every document as if it were alone")
     numerics = worker.numerics if worker is not None else None
     gpu_profile = numerics is None or numerics.profile in ("hf", "hf-flash")
     if numerics is not None and gpu_profile and not on_gpu:
@@ -131,12 +145,19 @@ def align(model: torch.nn.Module, worker: Any = None) -> AlignReport:
             f"sliding layers of {config.sliding_window} tokens",
             "From that length on the trainer itself is no function of the prefix: equal bits only below it",
         )
-    if "linear_attention" in layers:
+    if not _documents.installed(model):
         report(
             "check",
-            "recurrent layers",
-            "Pass packed batches with boundaries that reach convolution and GDN (cu_seqlens), others unpadded or padded on the right: left padding shifts the chunks",
+            "packed and padded batches are computed as the model does it",
+            "Pass sequences alone, or of one length: masks and padding are other programs than the worker's",
         )
+    if "linear_attention" in layers:
+        if _documents.installed(model):
+            report(
+                "check",
+                "recurrent layers",
+                "Packed rows need boundaries: cu_seq_lens_q, or position_ids that begin again at each document",
+            )
         if on_gpu and importlib.util.find_spec("fla") is None:
             report(
                 "wrong",
@@ -154,6 +175,24 @@ def align(model: torch.nn.Module, worker: Any = None) -> AlignReport:
             if not found.startswith(version):
                 report("check", f"{package} {found}, compared in bits was {version}", "Run `lockstep parity`")
     return AlignReport(settings, findings)
+
+
+_before: tuple[Any, Any] | None = None  # PyTorch's settings before the first align()
+
+
+def _blas() -> tuple[Any, Any]:
+    matmul = torch.backends.cuda.matmul
+    return torch.backends.cuda.preferred_blas_library(), matmul.allow_bf16_reduced_precision_reduction
+
+
+def unalign(model: torch.nn.Module) -> None:
+    """Takes align() back: PyTorch's settings as they were before the first one, and the model's own forward pass."""
+    global _before
+    if _before is not None:
+        torch.backends.cuda.preferred_blas_library(_before[0])
+        torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = _before[1]
+        _before = None
+    _documents.remove(model)
 
 
 def misaligned(model: torch.nn.Module) -> list[str]:

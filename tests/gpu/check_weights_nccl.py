@@ -47,7 +47,10 @@ PIECE_BYTES = 1 << 30
 
 def torch_nccl():
     """The library that this process has: ranks of two versions do not come together."""
-    spec = importlib.util.find_spec("nvidia.nccl")
+    try:
+        spec = importlib.util.find_spec("nvidia.nccl")
+    except ModuleNotFoundError:  # no wheel of nvidia's at all
+        spec = None
     folders = spec.submodule_search_locations if spec else []
     return next((str(p) for f in folders for p in [pathlib.Path(f) / "lib" / "libnccl.so.2"] if p.exists()), "libnccl.so.2")
 

@@ -77,9 +77,11 @@ def shortest_sequence(model, attention, masked=False):
     return (math.ceil(blocks / model.config.num_attention_heads) - 1) * 64 + 1
 
 
-def pin_fla_configurations():
+def pin_fla_configurations(backward=False):
     """One configuration for each of fla's forward kernels instead of a search among them: the search takes a minute,
     and the configurations differ in speed only (but for three of l2norm's 25, which a search may pick).
+
+    backward: for those of the backward pass too.
     """
     kernels = {
         "fla.ops.gated_delta_rule.chunk_fwd": ["chunk_gated_delta_rule_fwd_kkt_solve_kernel"],
@@ -89,6 +91,11 @@ def pin_fla_configurations():
         "fla.modules.l2norm": ["l2norm_fwd_kernel"],
         "fla.ops.utils.cumsum": ["chunk_local_cumsum_scalar_kernel"],
     }
+    if backward:
+        kernels["fla.ops.gated_delta_rule.wy_fast"].append("prepare_wy_repr_bwd_kernel")
+        kernels["fla.ops.common.chunk_delta_h"].append("chunk_gated_delta_rule_bwd_kernel_dhu_blockdim64")
+        kernels["fla.ops.common.chunk_o"] += ["chunk_bwd_kernel_dqkwg", "chunk_bwd_kernel_dv_local"]
+        kernels["fla.modules.l2norm"].append("l2norm_bwd_kernel")
     for module, names in kernels.items():
         for name in names:
             kernel = getattr(importlib.import_module(module), name)

@@ -11,7 +11,9 @@ from dropping_proxy import DroppingProxy
 
 import lockstep
 from lockstep import RolloutClient, SamplingParams
+from lockstep._assembly import Assembly
 from lockstep._pool import Pool
+from lockstep.v1 import rollout_pb2 as pb
 
 PROMPTS = [[5, 6, 7], [100, 200, 300, 400], [9]]
 
@@ -66,6 +68,49 @@ def test_kept_token_ids(client):
     plain = SamplingParams(seed=4, max_tokens=3, ignore_eos=True)
     assert client.generate(PROMPTS, plain, logprobs=(), kept_token_ids=True)[0].kept == [None] * 3
     assert client.generate(PROMPTS, plain)[0].kept is None
+
+
+def same_prompts(a, b):
+    for x, y in zip(a.prompt_logprobs, b.prompt_logprobs, strict=True):
+        assert x.keys() == y.keys()
+        assert all(np.array_equal(x[kind].view(np.int32), y[kind].view(np.int32)) for kind in x)
+
+
+def test_prompt_logprobs(client):
+    """Of every prompt position but the first, in bits what score() gives; the samples are as without them."""
+    prompts = [*PROMPTS, np.random.default_rng(0).integers(0, 1024, 700)]
+    params = SamplingParams(temperature=0.7, seed=3, max_tokens=4, ignore_eos=True)
+    rollouts = client.generate(prompts, params, n=2, logprobs=("processed", "temperature", "raw"), prompt_logprobs=True)
+    assert [set(of) for of in rollouts.prompt_logprobs] == [{"temperature", "raw"}] * 4
+    for kind in ("temperature", "raw"):
+        scores = client.score(prompts, kind=kind, temperature=0.7)
+        for prompt, of, score in zip(prompts, rollouts.prompt_logprobs, scores, strict=True):
+            assert of[kind].dtype == np.float32 and of[kind].shape == (len(prompt) - 1,)
+            assert np.array_equal(of[kind].view(np.int32), score.view(np.int32))
+    plain = client.generate(prompts, params, n=2, logprobs="processed")
+    same(rollouts, plain)
+    assert plain.prompt_logprobs is None
+    with pytest.raises(lockstep.InvalidRequest, match="prompt_logprobs: .*want 'raw' or 'temperature'"):
+        client.generate(prompts, params, logprobs="processed", prompt_logprobs=True)
+
+
+def test_prompt_logprobs_come_whole_and_once():
+    def part(begin, values):
+        return pb.GenerateResponse(prompt_logprobs=dict(begin=begin, logprobs=dict(raw=values)))
+
+    assembly = Assembly(0, 0, 1, 0, ("raw",), False, ("raw",), 4)
+    assert assembly.add(part(1, [-1.0, -2.0]), "w") == 0 and assembly.next_prompt_position == 3
+    for wrong in (part(2, [-2.0]), part(4, [-4.0]), part(3, [-3.0, -4.0])):
+        with pytest.raises(lockstep.WorkerDefect, match="want 3 to 3"):
+            assembly.add(wrong, "w")
+    done = pb.Done(finish_reason=pb.FINISH_REASON_LENGTH)
+    assembly.add(pb.GenerateResponse(done=done), "w")
+    with pytest.raises(lockstep.WorkerDefect, match="2 prompt log-probabilities of 3"):
+        assembly.prompt_logprobs()
+    assert assembly.wants_prompt
+    assembly.restart_prompt()
+    assembly.add(part(1, [-1.0, -2.0, -3.0]), "w")
+    assert assembly.prompt_logprobs()["raw"].tolist() == [-1, -2, -3] and not assembly.wants_prompt
 
 
 def test_padded(client):
@@ -161,7 +206,9 @@ def test_a_killed_worker_loses_and_doubles_nothing(start_worker, tiny_model, on_
     options = {"on_loss": on_loss, "reattach_s": 0.3, "health_interval": 0.5, "timeout": 120}
     with RolloutClient([w.data for w in workers], **options) as client:
         result = {}
-        thread = threading.Thread(target=lambda: result.update(r=client.generate(prompts, params, n=2)))
+        thread = threading.Thread(
+            target=lambda: result.update(r=client.generate(prompts, params, n=2, prompt_logprobs=True))
+        )
         thread.start()
         time.sleep(0.8)
         busy = client.load()
@@ -171,7 +218,9 @@ def test_a_killed_worker_loses_and_doubles_nothing(start_worker, tiny_model, on_
         rollouts = result["r"]
         assert {s.worker for s in rollouts} == {workers[1].data}
         assert all(len(s) == 1500 for s in rollouts)
-        same(rollouts, client.generate(prompts, params, n=2))
+        again = client.generate(prompts, params, n=2, prompt_logprobs=True)
+        same(rollouts, again)
+        same_prompts(rollouts, again)
         for sample in rollouts:
             spans = sample.version_spans
             assert spans[0].begin == 0 and spans[-1].end == 1500
@@ -232,12 +281,14 @@ def test_a_broken_connection_is_read_on(start_fake):
     params = SamplingParams(seed=4, max_tokens=400, ignore_eos=True)
     proxy = DroppingProxy(fake.data)
     with RolloutClient(fake.data) as direct, RolloutClient(proxy.address, reattach_s=10) as client:
-        want = direct.generate([[1, 2, 3]], params, n=3)
+        want = direct.generate([[1, 2, 3]], params, n=3, prompt_logprobs=True)
         before = direct.load()[fake.data].generated_tokens
         dropped = []
         for seconds in (0.7, 1.4):
             threading.Timer(seconds, lambda: dropped.append(proxy.drop())).start()
-        same(client.generate([[1, 2, 3]], params, n=3), want)
+        got = client.generate([[1, 2, 3]], params, n=3, prompt_logprobs=True)
+        same(got, want)
+        same_prompts(got, want)
         assert len(dropped) == 2 and all(dropped)
         assert direct.load()[fake.data].generated_tokens == before + 1200, "re-attached, not generated again"
     proxy.close()

@@ -106,9 +106,9 @@ def test_layouts(client, model):
 def test_a_shifted_chunk_grid_is_named():
     alone = [np.full(9, -1.0, np.float32) for _ in range(4)]
     values = [alone[0], alone[1] + np.float32(0.01), alone[2], alone[3] - np.float32(0.02)]
-    (finding,) = parity._layout_fault("left_padded", [0, 5, 64, 100], values, alone)
+    (finding,) = parity.layout_fault("left_padded", [0, 5, 64, 100], values, alone)
     assert "left padding shifts the chunk grid" in finding and "18 of 36" in finding
-    assert parity._layout_fault("left_padded", [0, 5, 64, 100], alone, alone) == []
+    assert parity.layout_fault("left_padded", [0, 5, 64, 100], alone, alone) == []
 
 
 def test_stale_weights(model):
