@@ -4,6 +4,7 @@
 #include <numeric>
 #include <utility>
 
+#include "absl/time/clock.h"
 #include "rollout/base/check.h"
 #include "rollout/base/failpoint.h"
 #include "rollout/base/status.h"
@@ -140,6 +141,7 @@ absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Engine::Step(const Ste
 
   const StepRows padded =
       ops_.BeginStep({tokens_, positions_, pieces_, logit_rows_, kv_->bytes() > 0 ? config_.page_size : 0});
+  begun_ = absl::Now();
   if (trace_ != nullptr) trace_->BeginStep(positions_, logit_rows_);
   ops_.RunStep(this, [&] {
     forward_->Run(padded.rows, kv_layers_, state_layers_);

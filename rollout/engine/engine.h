@@ -10,6 +10,7 @@
 
 #include "absl/functional/function_ref.h"
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 #include "kernels/ops.h"
 #include "rollout/engine/backend.h"
 #include "rollout/model/forward.h"
@@ -81,6 +82,9 @@ class Engine {
   absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Step(
       const StepInput& input, absl::FunctionRef<void()> meanwhile = [] {});
 
+  // When the last step with rows was handed to the device: its batch, before its operations.
+  absl::Time begun() const { return begun_; }
+
   // Records every operation of the steps that follow; null: none. Only with a backend that does not replay steps.
   void set_trace(Trace* trace);
 
@@ -112,6 +116,7 @@ class Engine {
   std::vector<GdnLayer> state_layers_;  // by layer; base is null for attention layers
   MemoryPlan memory_;
   Trace* trace_ = nullptr;
+  absl::Time begun_ = absl::InfinitePast();
   // The step in preparation; members to keep their memory from step to step.
   std::vector<int32_t> tokens_;
   std::vector<int64_t> positions_;

@@ -252,18 +252,14 @@ bool StepLoop::Step() {
       copies_.push_back({fork.from_slot, fork.to_slot, fork.from_page, fork.to_page});
     }
   }
-  const auto meanwhile = [&] {
-    const absl::Time idle_since = last_results_ == absl::InfinitePast() ? start : last_results_;
-    totals_.host_ms += absl::ToDoubleMilliseconds(absl::Now() - idle_since);
-    outbox_.Deliver();
-  };
+  const absl::Time idle_since = last_results_ == absl::InfinitePast() ? start : last_results_;
   absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> step = engine_.Step({.saves = saves_,
                                                                                  .reset_slots = plan.reset_slots,
                                                                                  .restores = restores_,
                                                                                  .pieces = pieces_,
                                                                                  .tasks = tasks_,
                                                                                  .copies = copies_},
-                                                                                meanwhile);
+                                                                                [this] { outbox_.Deliver(); });
   scheduler_.Apply(plan);
   if (!step.ok()) {
     failure_ = step.status();
@@ -274,6 +270,7 @@ bool StepLoop::Step() {
 
   const absl::Time now = absl::Now();
   last_results_ = now;
+  if (!plan.empty()) totals_.host_ms += absl::ToDoubleMilliseconds(engine_.begun() - idle_since);
   for (size_t t = 0; t < results.size(); ++t) {
     auto it = sequences_.find(owners_[t].sequence);
     if (it == sequences_.end()) continue;  // ended by an earlier result of this step

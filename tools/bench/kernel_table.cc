@@ -31,8 +31,7 @@ std::vector<LinearProduct> LinearProducts(const ModelSpec& spec, const ModelWeig
   for (size_t i = 0; i < spec.layers.size(); ++i) {
     const LayerWeights& w = weights.layers[i];
     if (spec.layers[i].mixer == MixerKind::kGatedDeltaNet) {
-      products.push_back(Product("gdn qkv_g", *w.gdn.qkv_g));
-      products.push_back(Product("gdn ab", *w.gdn.ab));
+      products.push_back(Product("gdn in", *w.gdn.in));
       products.push_back(Product("gdn o", *w.gdn.o));
     } else {
       products.push_back(Product("attention qkv", *w.attention.qkv));
