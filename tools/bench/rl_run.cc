@@ -71,6 +71,7 @@ absl::StatusOr<double> RunWhole(const LocalModel& model, StepLoop& loop, const R
     loop.Submit(std::move(r), requests.back().second, absl::Now());
   }
   while (loop.Step()) {
+    loop.Deliver();  // the sinks tell which samples end
     for (const auto& [id, sink] : requests) {
       LOCKSTEP_RETURN_IF_ERROR(sink->error());
       for (const int32_t sample : sink->TakeReached()) loop.Abort(id, sample, AbortReason::kClient, absl::Now());
