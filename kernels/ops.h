@@ -150,19 +150,42 @@ struct GdnLayer {
 
 constexpr int64_t kGdnChunk = 64;
 
-// Room on the device for new weights beside those in use. Used by one thread at a time, which may be another than the
-// step loop's.
+// Where new weights go: room on the device beside those in use, or (LiveWeights) the place of those in use. Used by one
+// thread at a time, which may be another than the step loop's.
 class WeightStage {
  public:
   virtual ~WeightStage() = default;
   virtual int64_t bytes() const = 0;
-  // `data` is free on return.
+  // `data`, whole values of one tensor, is free on return.
   virtual absl::Status Write(int64_t offset, std::span<const std::byte> data) = 0;
   // All that was written is there.
   virtual absl::Status Finish() = 0;
-  // Of the device; written bytes may be stored into weights from here.
-  virtual const std::byte* data() const = 0;
-  virtual std::byte* data() = 0;
+  // The device's address of bytes of one tensor; null where its values do not lie there row by row, so that only Write
+  // reaches them.
+  virtual std::byte* Address(int64_t offset, int64_t bytes) = 0;
+};
+
+// A tensor among the weights in use: one of the three is set.
+struct WeightPlace {
+  LinearWeight* linear = nullptr;  // rows from first_row on
+  int64_t first_row = 0;
+  EmbeddingTable* embedding = nullptr;
+  VectorWeight* vector = nullptr;
+  int64_t rows = 0;
+  int64_t cols = 0;           // 1 for a vector
+  DType dtype = DType::kF32;  // in which the weight is held
+  int64_t offset = 0;         // of its first byte, in what Write, Address and Read call offset
+
+  int64_t bytes() const { return rows * cols * DTypeBytes(dtype); }
+};
+
+// The weights in use, addressed as a stage is. No step may run from the first Write, or the first use of an Address, to
+// the Finish after the last.
+class LiveWeights : public WeightStage {
+ public:
+  // Whole values of one tensor, as they are in use; waits for them. By any one thread, while nothing is written; steps
+  // may run.
+  virtual absl::Status Read(int64_t offset, std::span<std::byte> to) = 0;
 };
 
 // Values of one tensor in an inbox, on their way into a stage. Indices of values are multiples of 4, and so is `count`
@@ -174,7 +197,7 @@ struct InboxValues {
   int64_t sent_index = 0;      // of the first value in the tensor as it was sent
   int64_t held_index = 0;      // of the first value in what digests of held values count
   DType held = DType::kF32;    // rounded to this first, to nearest and ties to even
-  int64_t to = 0;              // offset in the stage, in bytes, aligned to 8
+  int64_t to = 0;              // offset in the stage, in bytes; its address is aligned to 8
   DType stored = DType::kF32;  // there; holds every value of `held`
   int64_t tally = -1;          // to which the values count; -1: none
 };
@@ -259,6 +282,8 @@ class Ops {
 
   // RESOURCE_EXHAUSTED if there is not as much memory.
   virtual absl::StatusOr<std::unique_ptr<WeightStage>> MakeWeightStage(int64_t bytes) = 0;
+  // `places` in ascending order of offset, without overlap; their weights must outlive it.
+  virtual absl::StatusOr<std::unique_ptr<LiveWeights>> MakeLiveWeights(std::span<const WeightPlace> places) = 0;
   // Two buffers of buffer_bytes (a multiple of 256) and `tallies` tallies. RESOURCE_EXHAUSTED if there is not as much
   // memory.
   virtual absl::StatusOr<std::unique_ptr<WeightInbox>> MakeWeightInbox(int64_t buffer_bytes, int64_t tallies) = 0;

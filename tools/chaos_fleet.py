@@ -17,10 +17,17 @@ FIRED = re.compile(r"failpoint (\S+?)=(\S+) at hit (\d+)")
 # Passed many times in an update: by what the version's tensors give. The others once, or as traffic has it.
 PER_CHUNK = ("weights.push.chunk", "weights.push.received")
 PER_STREAM = ("weights.push.before", "weights.push.answer")
-PER_TENSOR = ("weights.push.staged", "weights.install.slot")
+PER_TENSOR = ("weights.push.staged", "weights.install.slot", "weights.shadow.slot")
 PER_BUCKET = ("weights.receive.bucket", "weights.receive.converted")
-# Places that the other transport alone comes to.
-ONLY = {"stream": ("weights.push.",), "nccl": ("weights.join.", "weights.receive.")}
+# Places that only one of the transports, or one of the worker's --weights_receive, comes to.
+ONLY = {
+    "stream": ("weights.push.",),
+    "nccl": ("weights.join.", "weights.receive."),
+    "staged": ("weights.install.slot",),
+    "direct": ("weights.hold.", "weights.restore.", "weights.shadow."),
+}
+# Passed when a worker starts, before it is ready, as often as in an update: faults come after that.
+AT_START = ("weights.shadow.",)
 # Not in every update: armed from the start of every process, so that whatever comes first fires.
 RARE = (
     "weights.commit.policy",
@@ -28,6 +35,9 @@ RARE = (
     "weights.rollback.before",
     "weights.rollback.answer",
     "weights.lease.expired",
+    "weights.restore.before",
+    "weights.restore.slot",
+    "weights.restore.after",
     "control.pause.before",
     "control.pause.answer",
     "control.resume.before",
@@ -37,7 +47,10 @@ RARE = (
     "keep.swap_in.before",
     "keep.swap_in.after",
 )
-DEVICE = ("weights.install.before", "weights.install.slot", "weights.install.after")  # an error there ends the worker
+# An error there ends the worker.
+DEVICE = tuple(
+    f"weights.{what}.{where}" for what in ("install", "restore", "shadow") for where in ("before", "slot", "after")
+)
 
 
 def failpoints(binary):
@@ -106,6 +119,7 @@ class Coverage:
 
     def hit(self, name, update):
         each = self.per_update.get(name, 1)
+        update += name.startswith(AT_START)
         return update * each + self.rng.randrange(each) + 1
 
 

@@ -80,6 +80,7 @@ class Receiver {
         bytes += piece.bytes;
       }
       LOCKSTEP_RETURN_IF_ERROR(group.Broadcast(pieces, member_.join.root, inbox_.stream(), options_.deadline));
+      LOCKSTEP_RETURN_IF_ERROR(update_.BeforeStaging(options_.version));
       LOCKSTEP_RETURN_IF_ERROR(inbox_.Stage(which, Arrived(buckets[b])));
       LOCKSTEP_RETURN_IF_ERROR(update_.NoteProgress(options_.version, bytes));
       LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.receive.converted"));

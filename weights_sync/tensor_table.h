@@ -1,7 +1,8 @@
-// The tensors a worker's weights are made of, and a second place to put new ones. weights_sync knows these, not a
-// model.
+// The tensors a worker's weights are made of, and where new ones go: a second place, or that of those that serve.
+// weights_sync knows these, not a model.
 #pragma once
 
+#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -80,6 +81,25 @@ class TensorInbox {
   virtual absl::StatusOr<std::vector<ArrivedTensor>> Close() = 0;
 };
 
+// A copy, in host memory, of the version that serves, for tables whose new values take its place as they arrive.
+// Restore and Write are called one at a time, by one thread, and neither while Stage or an open inbox is at work.
+class TensorShadow {
+ public:
+  virtual ~TensorShadow() = default;
+  // What was staged since BeginUpdate has never been: what serves is that of before in every bit, read back and
+  // compared. No step may run. CANCELLED: as asked. Any other error: what serves is no version's.
+  virtual absl::Status Restore(const std::atomic<bool>& cancelled) = 0;
+  // What was staged since BeginUpdate is what serves, and what the next Restore brings back. Steps may run. CANCELLED:
+  // as asked. Any other error: the device failed, or what serves is not what was staged.
+  virtual absl::Status Write(const std::atomic<bool>& cancelled) = 0;
+
+  // Of the Restore or Write that goes on, or went on last. At any time.
+  struct Progress {
+    int64_t done = 0, total = 0;  // bytes
+  };
+  virtual Progress progress() const = 0;
+};
+
 // BeginUpdate, Stage and Finish are called one at a time, from any thread; the rest at any time.
 class TensorTable {
  public:
@@ -87,7 +107,10 @@ class TensorTable {
   virtual std::span<const TensorSlot> slots() const = 0;
   // Forgets what was staged.
   virtual void BeginUpdate() = 0;
-  // Converts the rows to the slot's held dtype and puts them into the second place. `data` is free on return.
+  // Null: there is a second place, and what serves stays untouched. Else no step may run from the first Stage, or the
+  // inbox's, to the update's commit or the shadow's Restore.
+  virtual TensorShadow* shadow() { return nullptr; }
+  // Converts the rows to the slot's held dtype and puts them where new values go. `data` is free on return.
   virtual absl::Status Stage(const ArrivedRows& rows) = 0;
   // For transports that fill memory themselves; null: there is none. Between BeginUpdate and Finish.
   virtual TensorInbox* inbox() = 0;

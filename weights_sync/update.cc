@@ -10,6 +10,7 @@
 #include "absl/strings/str_join.h"
 #include "absl/time/clock.h"
 #include "kernels/host_values.h"
+#include "rollout/base/check.h"
 #include "rollout/base/failpoint.h"
 #include "rollout/base/status.h"
 
@@ -19,6 +20,8 @@ namespace {
 constexpr size_t kShown = 10;
 // A receive ends soon after its update was dropped.
 constexpr absl::Duration kDroppedReceiveWait = absl::Seconds(10);
+// For what an update overwrote to be put back: many times what the largest model takes.
+constexpr absl::Duration kRestoreWait = absl::Seconds(120);
 
 }  // namespace
 
@@ -32,8 +35,84 @@ const char* UpdateStateName(UpdateState state) {
       return "VERIFIED";
     case UpdateState::kCommitting:
       return "COMMITTING";
+    case UpdateState::kRestoring:
+      return "RESTORING";
   }
   return "unknown";
+}
+
+WeightUpdate::WeightUpdate(TensorTable* table, WeightVersion serving, StepGate* gate)
+    : table_(*table), shadow_(table->shadow()), gate_(gate), serving_(serving) {
+  LOCKSTEP_CHECK(shadow_ == nullptr || gate_ != nullptr, "a table without a second place needs a gate for the steps");
+  if (shadow_ != nullptr) keeper_ = std::thread([this] { Keep(); });
+}
+
+WeightUpdate::~WeightUpdate() {
+  if (!keeper_.joinable()) return;
+  {
+    absl::MutexLock lock(&mutex_);
+    ending_ = true;
+  }
+  keeper_.join();
+}
+
+void WeightUpdate::Keep() {
+  while (true) {
+    bool restore;
+    absl::Status status;
+    {
+      absl::MutexLock lock(&mutex_);
+      const auto called = [this]()
+                              ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return ending_ || upkeep_ != Upkeep::kNone; };
+      mutex_.Await(absl::Condition(&called));
+      if (ending_) return;
+      restore = upkeep_ == Upkeep::kRestore;
+      // A receive that was dropped may still write.
+      status = AwaitInbox(absl::Now() + kDroppedReceiveWait, "the dropped receive has not ended");
+    }
+    if (status.ok()) status = restore ? shadow_->Restore(ending_) : shadow_->Write(ending_);
+    if (ending_) return;
+    if (!status.ok()) {
+      status = absl::Status(status.code(), absl::StrCat(restore ? "what an update overwrote could not be restored: "
+                                                                : "the weights that serve could not be copied: ",
+                                                        status.message(), "; this worker must be started again"));
+      gate_->FailSteps(status);
+    } else if (restore) {
+      gate_->ReleaseSteps();
+    }
+    absl::MutexLock lock(&mutex_);
+    upkeep_ = Upkeep::kNone;
+    if (!status.ok()) lost_ = status;
+  }
+}
+
+absl::Status WeightUpdate::AwaitShadow(absl::Time deadline, const char* what) {
+  const auto done = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return upkeep_ == Upkeep::kNone; };
+  if (mutex_.AwaitWithDeadline(absl::Condition(&done), deadline)) return lost_;
+  const TensorShadow::Progress progress = shadow_->progress();
+  return absl::UnavailableError(
+      absl::StrCat(what, ": the copy of the version that serves ",
+                   upkeep_ == Upkeep::kRestore ? "restores what an update overwrote" : "is still being written", ", ",
+                   progress.done, " of ", progress.total, " bytes so far; try again"));
+}
+
+absl::Status WeightUpdate::AwaitRestored(const char* what) {
+  return upkeep_ == Upkeep::kRestore ? AwaitShadow(absl::Now() + kRestoreWait, what) : absl::OkStatus();
+}
+
+absl::Status WeightUpdate::Hold(Open& open) {
+  if (shadow_ == nullptr || open.holds) return absl::OkStatus();
+  LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.hold.before"));
+  LOCKSTEP_RETURN_IF_ERROR(gate_->HoldSteps());
+  open.holds = true;
+  Failpoint("weights.hold.held");
+  return absl::OkStatus();
+}
+
+absl::Status WeightUpdate::BeforeStaging(const WeightVersion& version) {
+  absl::MutexLock lock(&mutex_);
+  LOCKSTEP_ASSIGN_OR_RETURN(Open * open, Get(version, UpdateState::kReceiving));
+  return Hold(*open);
 }
 
 void WeightUpdate::DropExpired() {
@@ -45,6 +124,10 @@ void WeightUpdate::DropExpired() {
 
 void WeightUpdate::Drop() {
   *open_->dropped = true;
+  if (open_->holds) {
+    upkeep_ = Upkeep::kRestore;
+    undone_ = open_->version;
+  }
   open_.reset();
 }
 
@@ -76,15 +159,26 @@ absl::StatusOr<WeightUpdate::Open*> WeightUpdate::Get(const WeightVersion& versi
   return open_.get();
 }
 
+absl::Status WeightUpdate::CheckVersion(const WeightVersion& version) const {
+  if (version > serving_) return absl::OkStatus();
+  return absl::FailedPreconditionError(absl::StrCat("version: ", VersionText(version), " is not after ",
+                                                    VersionText(serving_),
+                                                    ", which serves; a restarted run opens a new epoch"));
+}
+
 absl::StatusOr<std::vector<int64_t>> WeightUpdate::Begin(const WeightVersion& version, Manifest manifest,
-                                                         absl::Duration lease) {
+                                                         absl::Duration lease, absl::Time deadline) {
   absl::MutexLock lock(&mutex_);
   DropExpired();
-  if (version <= serving_) {
-    return absl::FailedPreconditionError(absl::StrCat("version: ", VersionText(version), " is not after ",
-                                                      VersionText(serving_),
-                                                      ", which serves; a restarted run opens a new epoch"));
+  LOCKSTEP_RETURN_IF_ERROR(CheckVersion(version));
+  // Of an update that was dropped, or committed.
+  while (open_ == nullptr && (receiving_ || upkeep_ != Upkeep::kNone)) {
+    LOCKSTEP_RETURN_IF_ERROR(AwaitInbox(std::min(deadline, absl::Now() + kDroppedReceiveWait),
+                                        "Begin: a receive of an earlier update is still under way; try again"));
+    LOCKSTEP_RETURN_IF_ERROR(AwaitShadow(deadline, "Begin"));
   }
+  LOCKSTEP_RETURN_IF_ERROR(lost_);
+  LOCKSTEP_RETURN_IF_ERROR(CheckVersion(version));
   if (open_ != nullptr) {
     if (open_->version != version || open_->manifest != manifest) {
       return absl::FailedPreconditionError(absl::StrCat(
@@ -102,9 +196,6 @@ absl::StatusOr<std::vector<int64_t>> WeightUpdate::Begin(const WeightVersion& ve
     return absl::FailedPreconditionError(absl::StrCat("manifest.base_version: ", VersionText(*manifest.base_version),
                                                       "; version ", VersionText(serving_), " serves"));
   }
-  // Of an update that was dropped.
-  LOCKSTEP_RETURN_IF_ERROR(AwaitInbox(absl::Now() + kDroppedReceiveWait, "Begin"));
-  if (open_ != nullptr) return absl::FailedPreconditionError("another update was begun meanwhile");
   auto open = std::make_unique<Open>();
   LOCKSTEP_ASSIGN_OR_RETURN(open->places, PlaceTensors(manifest, table_.slots()));
   LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.begin.checked"));
@@ -143,6 +234,8 @@ absl::Status WeightUpdate::Push(const WeightVersion& version, int64_t tensor, in
   const int64_t known = std::min(arriving.received - offset, size);
   data = data.subspan(known);
   if (data.empty()) return absl::OkStatus();
+  // Before the tensor is whole, so that a failure leaves it to be sent on.
+  if (arriving.received + static_cast<int64_t>(data.size()) == total) LOCKSTEP_RETURN_IF_ERROR(Hold(*open));
   if (arriving.bytes.empty()) {
     const auto partial =
         std::count_if(open->arriving.begin(), open->arriving.end(), [](const Arriving& a) { return !a.bytes.empty(); });
@@ -170,7 +263,7 @@ absl::Status WeightUpdate::AwaitInbox(absl::Time deadline, const char* what) {
                                deadline)) {
     return absl::OkStatus();
   }
-  return absl::UnavailableError(absl::StrCat(what, ": another receive is still under way; try again"));
+  return absl::UnavailableError(what);
 }
 
 absl::StatusOr<Receive> WeightUpdate::BeginReceive(const WeightVersion& version, std::vector<int64_t> tensors,
@@ -178,7 +271,7 @@ absl::StatusOr<Receive> WeightUpdate::BeginReceive(const WeightVersion& version,
   if (table_.inbox() == nullptr) return absl::UnimplementedError("this worker takes weights over the stream only");
   absl::MutexLock lock(&mutex_);
   LOCKSTEP_RETURN_IF_ERROR(Get(version, UpdateState::kReceiving).status());
-  LOCKSTEP_RETURN_IF_ERROR(AwaitInbox(deadline, "Receive"));
+  LOCKSTEP_RETURN_IF_ERROR(AwaitInbox(deadline, "Receive: another one is still under way; try again"));
   LOCKSTEP_ASSIGN_OR_RETURN(Open * open, Get(version, UpdateState::kReceiving));
   const int64_t count = static_cast<int64_t>(open->places.size());
   if (tensors.empty()) {
@@ -304,7 +397,9 @@ absl::Status WeightUpdate::Verify(const WeightVersion& version, std::span<const 
   }
   if (!wrong.empty()) {
     Drop();
-    return absl::DataLossError(absl::StrCat("the update to ", VersionText(version), " was rolled back: ", list(wrong)));
+    const absl::Status restored = AwaitRestored("the old weights are not back yet");
+    return absl::DataLossError(absl::StrCat("the update to ", VersionText(version), " was rolled back: ", list(wrong),
+                                            restored.ok() ? "" : "; ", restored.message()));
   }
   LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.verify.compared"));
   LOCKSTEP_RETURN_IF_ERROR(table_.Finish());
@@ -333,17 +428,23 @@ absl::Status WeightUpdate::Commit(const WeightVersion& version, const std::funct
   }
   serving_ = version;
   open_.reset();
+  if (shadow_ != nullptr) upkeep_ = Upkeep::kWrite;
   return absl::OkStatus();
 }
 
 absl::StatusOr<bool> WeightUpdate::Rollback(const WeightVersion& version) {
   absl::MutexLock lock(&mutex_);
   DropExpired();
-  if (open_ == nullptr || open_->version != version) return false;
+  if (open_ == nullptr || open_->version != version) {
+    // Dropped before: also by the lease, or by a call whose answer was lost.
+    LOCKSTEP_RETURN_IF_ERROR(AwaitRestored("Rollback"));
+    return false;
+  }
   if (open_->state == UpdateState::kCommitting) {
     return absl::FailedPreconditionError(absl::StrCat("the update to ", VersionText(version), " is COMMITTING"));
   }
   Drop();
+  LOCKSTEP_RETURN_IF_ERROR(AwaitRestored("Rollback"));
   return true;
 }
 
@@ -351,6 +452,11 @@ UpdateStatus WeightUpdate::status() {
   absl::MutexLock lock(&mutex_);
   DropExpired();
   UpdateStatus status{.serving = serving_};
+  if (upkeep_ != Upkeep::kNone) status.shadow = shadow_->progress();
+  if (upkeep_ == Upkeep::kRestore) {
+    status.state = UpdateState::kRestoring;
+    status.open = undone_;
+  }
   if (open_ == nullptr) return status;
   status.state = open_->state;
   status.open = open_->version;

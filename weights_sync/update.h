@@ -2,7 +2,10 @@
 //
 //   SERVING --Begin--> RECEIVING --Verify--> VERIFIED --Commit--> SERVING
 //
-// Bytes go to the table's second place; only Commit touches what serves, and only through `install`.
+// Bytes go to the table's second place; only Commit touches what serves, and only through `install`. With a table that
+// has no second place (TensorTable::shadow) they go where what serves is: steps are held from the first of them on, and
+// an update that is dropped is RESTORING until its shadow has put back what it overwrote. After Commit the shadow is
+// written anew beside the steps, and the next Begin waits for that.
 #pragma once
 
 #include <atomic>
@@ -12,6 +15,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
@@ -20,21 +24,24 @@
 #include "absl/time/time.h"
 #include "weights_sync/digest.h"
 #include "weights_sync/manifest.h"
+#include "weights_sync/step_gate.h"
 #include "weights_sync/tensor_table.h"
 #include "weights_sync/version.h"
 
 namespace lockstep {
 
-enum class UpdateState : uint8_t { kServing, kReceiving, kVerified, kCommitting };
+enum class UpdateState : uint8_t { kServing, kReceiving, kVerified, kCommitting, kRestoring };
 const char* UpdateStateName(UpdateState state);
 
 struct UpdateStatus {
   UpdateState state = UpdateState::kServing;
   WeightVersion serving;
-  WeightVersion open;         // kServing: the default
+  WeightVersion open;         // kServing: the default. kRestoring: that which is undone
   absl::Duration lease_left;  // kServing: zero
   int64_t received_bytes = 0;
   int64_t total_bytes = 0;
+  // Of the shadow that is being written, or that restores; both zero: neither.
+  TensorShadow::Progress shadow;
 };
 
 // What a transport that fills memory itself will bring; see WeightUpdate::BeginReceive.
@@ -52,11 +59,16 @@ inline constexpr size_t kMaxPartialTensors = 16;
 // Thread-safe.
 class WeightUpdate {
  public:
-  // `table` must outlive it.
-  WeightUpdate(TensorTable* table, WeightVersion serving) : table_(*table), serving_(serving) {}
+  // `table` and `gate` must outlive it. `gate`: of whoever computes with the table's weights; used, and needed, where
+  // the table has a shadow.
+  WeightUpdate(TensorTable* table, WeightVersion serving, StepGate* gate);
+  // Ends the shadow's work wherever it is.
+  ~WeightUpdate();
 
-  // Bytes received so far of each tensor. The same version and manifest as those of the open update: it goes on.
-  absl::StatusOr<std::vector<int64_t>> Begin(const WeightVersion& version, Manifest manifest, absl::Duration lease);
+  // Bytes received so far of each tensor. The same version and manifest as those of the open update: it goes on. Waits
+  // for the shadow until `deadline`; then it is UNAVAILABLE and says how far that is.
+  absl::StatusOr<std::vector<int64_t>> Begin(const WeightVersion& version, Manifest manifest, absl::Duration lease,
+                                             absl::Time deadline = absl::InfiniteFuture());
   // Bytes of tensor `tensor` of the open update's manifest, where its received bytes end. Bytes that are there already
   // (a stream that was sent again) are skipped.
   absl::Status Push(const WeightVersion& version, int64_t tensor, int64_t offset, std::span<const std::byte> data);
@@ -67,6 +79,8 @@ class WeightUpdate {
   absl::StatusOr<Receive> BeginReceive(const WeightVersion& version, std::vector<int64_t> tensors, absl::Time deadline);
   // The sender lives: renews the lease.
   absl::Status Renew(const WeightVersion& version);
+  // What is in the inbox's buffer is about to be staged: holds the steps where that overwrites what serves.
+  absl::Status BeforeStaging(const WeightVersion& version);
   // So many bytes of the receive under way have come, or are coming. Renews the lease.
   absl::Status NoteProgress(const WeightVersion& version, int64_t bytes);
   // `arrived`: OK once the inbox is idle and has all values: they count as received. Its error otherwise.
@@ -79,7 +93,8 @@ class WeightUpdate {
   // possible. Its error leaves the update VERIFIED. A version that already serves is OK without it; one that another
   // call is committing waits for that call.
   absl::Status Commit(const WeightVersion& version, const std::function<absl::Status()>& install);
-  // Whether there was one to drop. FAILED_PRECONDITION while it is being committed.
+  // Whether there was one to drop. FAILED_PRECONDITION while it is being committed. Where it overwrote what serves,
+  // that is restored on return.
   absl::StatusOr<bool> Rollback(const WeightVersion& version);
   // Drops an update whose lease is over. Call it now and then.
   void ExpireLease();
@@ -103,6 +118,7 @@ class WeightUpdate {
     UpdateState state = UpdateState::kReceiving;
     std::shared_ptr<std::atomic<bool>> dropped = std::make_shared<std::atomic<bool>>(false);
     int64_t arriving_bytes = 0;  // of the receive under way
+    bool holds = false;          // the steps, for it overwrites what serves
     absl::Duration lease;
     absl::Time expires;
   };
@@ -110,18 +126,37 @@ class WeightUpdate {
   // The open update if it is `version`'s and its state is `want`; renews its lease.
   absl::StatusOr<Open*> Get(const WeightVersion& version, UpdateState want) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void DropExpired() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
-  // Forgets the open update; a receive under way is told.
+  // Forgets the open update; a receive under way is told. What it overwrote is restored by the keeper: AwaitShadow.
   void Drop() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Before the first value that overwrites what serves.
+  absl::Status Hold(Open& open) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Whether Begin may open it, as far as versions go.
+  absl::Status CheckVersion(const WeightVersion& version) const ABSL_SHARED_LOCKS_REQUIRED(mutex_);
+  // Until the shadow neither restores nor is written. UNAVAILABLE: not by `deadline`. Its error: what serves is lost.
+  absl::Status AwaitShadow(absl::Time deadline, const char* what) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Until what a dropped update overwrote is back, with a deadline of its own.
+  absl::Status AwaitRestored(const char* what) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // The shadow's thread.
+  void Keep();
   absl::Status AwaitInbox(absl::Time deadline, const char* what) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   absl::Status StageWhole(Open& open, size_t tensor) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   static std::vector<int64_t> ReceivedOf(const Open& open);
 
+  enum class Upkeep : uint8_t { kNone, kRestore, kWrite };
+
   TensorTable& table_;
+  TensorShadow* const shadow_;  // null: the table has a second place
+  StepGate* const gate_;
+  std::atomic<bool> ending_ = false;
   absl::Mutex mutex_;
   WeightVersion serving_ ABSL_GUARDED_BY(mutex_);
   std::unique_ptr<Open> open_ ABSL_GUARDED_BY(mutex_);
   bool receiving_ ABSL_GUARDED_BY(mutex_) = false;  // somebody owes an EndReceive
   std::vector<int64_t> inbox_tensors_ ABSL_GUARDED_BY(mutex_);
+  Upkeep upkeep_ ABSL_GUARDED_BY(mutex_) = Upkeep::kNone;  // what the keeper does, or is to do
+  WeightVersion undone_ ABSL_GUARDED_BY(mutex_);           // kRestore: the update's
+  absl::Status lost_ ABSL_GUARDED_BY(mutex_);              // why no version serves any more
+  std::thread keeper_;
 };
 
 }  // namespace lockstep

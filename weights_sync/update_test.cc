@@ -3,15 +3,18 @@
 #include <gtest/gtest.h>
 
 #include <array>
+#include <atomic>
 #include <cstring>
 #include <limits>
 #include <map>
+#include <optional>
 #include <random>
 #include <thread>
 
 #include "absl/strings/match.h"
 #include "absl/synchronization/notification.h"
 #include "absl/time/clock.h"
+#include "rollout/base/status.h"
 
 namespace lockstep {
 namespace {
@@ -37,14 +40,82 @@ class FakeInbox final : public TensorInbox {
   absl::Status open_status;
 };
 
-// Two tensors of 4 and 6 floats, kept as they come.
+// Counts what it is told.
+class FakeGate final : public StepGate {
+ public:
+  absl::Status HoldSteps() override {
+    if (!hold_status.ok()) return hold_status;
+    held = true;
+    return absl::OkStatus();
+  }
+  void ReleaseSteps() override { held = false; }
+  void FailSteps(absl::Status why) override {
+    absl::MutexLock lock(&mutex_);
+    failure_ = std::move(why);
+  }
+  absl::Status failure() {
+    absl::MutexLock lock(&mutex_);
+    return failure_;
+  }
+
+  std::atomic<bool> held = false;
+  absl::Status hold_status;
+
+ private:
+  absl::Mutex mutex_;
+  absl::Status failure_;
+};
+
+// Of the two tensors that FakeTable's direct form has; restores, and is written, when the test lets it.
+class FakeShadow final : public TensorShadow {
+ public:
+  using Values = std::map<size_t, std::vector<float>>;
+  FakeShadow(Values* serving, FakeGate* gate) : serving_(*serving), gate_(*gate) {}
+  absl::Status Restore(const std::atomic<bool>& cancelled) override {
+    LOCKSTEP_RETURN_IF_ERROR(Await(cancelled));
+    EXPECT_TRUE(gate_.held) << "restored while steps run";
+    serving_ = copy;
+    return restore_status;
+  }
+  absl::Status Write(const std::atomic<bool>& cancelled) override {
+    LOCKSTEP_RETURN_IF_ERROR(Await(cancelled));
+    copy = serving_;
+    return absl::OkStatus();
+  }
+  Progress progress() const override { return {.done = 3, .total = 40}; }
+
+  Values copy;
+  std::atomic<bool> blocked = false;
+  absl::Status restore_status;
+
+ private:
+  absl::Status Await(const std::atomic<bool>& cancelled) const {
+    for (; blocked; absl::SleepFor(absl::Milliseconds(1))) {
+      if (cancelled) return absl::CancelledError("");
+    }
+    return absl::OkStatus();
+  }
+  Values& serving_;
+  FakeGate& gate_;
+};
+
+// Two tensors of 4 and 6 floats, kept as they come: beside those that serve, or in their place.
 class FakeTable final : public TensorTable {
  public:
+  explicit FakeTable(FakeGate* gate = nullptr) : gate_(gate) {
+    if (gate == nullptr) return;
+    serving = {{0, std::vector<float>(4)}, {1, std::vector<float>(6)}};
+    fake_shadow_.emplace(&serving, gate);
+    fake_shadow_->copy = serving;
+  }
   std::span<const TensorSlot> slots() const override { return slots_; }
   void BeginUpdate() override { second = serving; }
+  TensorShadow* shadow() override { return fake_shadow_ ? &*fake_shadow_ : nullptr; }
+  FakeShadow& fake_shadow() { return *fake_shadow_; }
   absl::Status Stage(const ArrivedRows& rows) override {
+    EXPECT_TRUE(gate_ == nullptr || gate_->held) << "what serves is overwritten while steps run";
     if (!stage_status.ok()) return stage_status;
-    std::vector<float>& to = second[rows.slot];
+    std::vector<float>& to = gate_ != nullptr ? serving[rows.slot] : second[rows.slot];
     to.resize(rows.slot == 0 ? 4 : 6);
     std::memcpy(to.data(), rows.data, to.size() * sizeof(float));
     return absl::OkStatus();
@@ -53,13 +124,21 @@ class FakeTable final : public TensorTable {
   FakeInbox& fake_inbox() { return inbox_; }
   absl::Status Finish() override { return absl::OkStatus(); }
   absl::StatusOr<std::vector<uint64_t>> ServingDigests() override { return std::vector<uint64_t>(); }
-  void Install() { serving = second; }
+  void Install() {
+    if (gate_ == nullptr) {
+      serving = second;
+    } else {
+      gate_->ReleaseSteps();
+    }
+  }
 
   std::map<size_t, std::vector<float>> serving, second;
   absl::Status stage_status;
   bool has_inbox = true;
 
  private:
+  FakeGate* const gate_;
+  std::optional<FakeShadow> fake_shadow_;
   FakeInbox inbox_;
   std::vector<TensorSlot> slots_ = {{.name = "a", .shape = {4}}, {.name = "b", .shape = {2, 3}}};
 };
@@ -76,6 +155,7 @@ std::vector<std::byte> Bytes(const std::vector<float>& values) {
 
 class UpdateTest : public ::testing::Test {
  protected:
+  explicit UpdateTest(bool direct = false) : table(direct ? &gate : nullptr) {}
   // The values that version `step` sends.
   static std::vector<float> Values(int64_t step, int tensor) {
     std::vector<float> values(tensor == 0 ? 4 : 6);
@@ -99,8 +179,9 @@ class UpdateTest : public ::testing::Test {
     ASSERT_TRUE(Send(step, 1).ok());
   }
 
+  FakeGate gate;
   FakeTable table;
-  WeightUpdate update{&table, {}};
+  WeightUpdate update{&table, {}, &gate};
 };
 
 TEST_F(UpdateTest, OneUpdate) {
@@ -238,8 +319,15 @@ TEST_F(UpdateTest, CommitSentAgainEndsAsTheFirstDoes) {
   EXPECT_EQ(update.serving(), (WeightVersion{0, 1}));
 }
 
+class UpdateInBothModes : public UpdateTest, public ::testing::WithParamInterface<bool> {
+ protected:
+  UpdateInBothModes() : UpdateTest(GetParam()) {}
+};
+INSTANTIATE_TEST_SUITE_P(Modes, UpdateInBothModes, ::testing::Bool(),
+                         [](const auto& mode) { return mode.param ? "Direct" : "Staged"; });
+
 // Random calls against the state machine written down a second time, as plainly as it can be.
-TEST_F(UpdateTest, RandomCallsFollowTheModel) {
+TEST_P(UpdateInBothModes, RandomCallsFollowTheModel) {
   enum State { kServing, kReceiving, kVerified };
   struct Model {
     State state = kServing;
@@ -308,12 +396,155 @@ TEST_F(UpdateTest, RandomCallsFollowTheModel) {
     const UpdateStatus status = update.status();
     ASSERT_EQ(static_cast<int>(status.state), static_cast<int>(model.state));
     ASSERT_EQ(status.serving, (WeightVersion{0, model.serving}));
-    if (model.serving > 0) {
-      ASSERT_EQ(table.serving[0], Values(model.serving, 0)) << "only a commit changes what serves";
+    const bool overwritten = GetParam() && model.state != kServing && (model.sent[0] || model.sent[1]);
+    ASSERT_EQ(gate.held.load(), overwritten) << "call " << call;
+    if (model.serving > 0 && !overwritten) {
+      ASSERT_EQ(table.serving[0], Values(model.serving, 0)) << "only a commit changes what steps see";
       ASSERT_EQ(table.serving[1], Values(model.serving, 1));
     }
   }
   EXPECT_GT(commits, 80);
+}
+
+class DirectTest : public UpdateTest {
+ protected:
+  DirectTest() : UpdateTest(true) {}
+  void Commit1() {
+    Receive(1);
+    ASSERT_TRUE(update.Verify({0, 1}, Digests(1)).ok());
+    ASSERT_TRUE(Commit(1).ok());
+  }
+  // Until it is `state`, 10 s at most.
+  bool Becomes(UpdateState state) {
+    const absl::Time deadline = absl::Now() + absl::Seconds(10);
+    while (update.status().state != state && absl::Now() < deadline) absl::SleepFor(absl::Milliseconds(1));
+    return update.status().state == state;
+  }
+};
+
+TEST_F(DirectTest, StepsStandFromTheFirstWholeTensorToTheCommit) {
+  ASSERT_TRUE(update.Begin({0, 1}, Whole(), absl::Minutes(1)).ok());
+  const std::vector<std::byte> bytes = Bytes(Values(1, 0));
+  ASSERT_TRUE(update.Push({0, 1}, 0, 0, std::span(bytes).first(8)).ok());
+  EXPECT_FALSE(gate.held) << "nothing is overwritten yet";
+  ASSERT_TRUE(Send(1, 0).ok());
+  EXPECT_TRUE(gate.held);
+  ASSERT_TRUE(Send(1, 1).ok());
+  ASSERT_TRUE(update.Verify({0, 1}, Digests(1)).ok());
+  EXPECT_TRUE(gate.held);
+  ASSERT_TRUE(Commit(1).ok());
+  EXPECT_FALSE(gate.held);
+}
+
+TEST_F(DirectTest, WhatFailsToHoldIsSentAgain) {
+  ASSERT_TRUE(update.Begin({0, 1}, Whole(), absl::Minutes(1)).ok());
+  gate.hold_status = absl::UnavailableError("stopping");
+  EXPECT_TRUE(absl::IsUnavailable(Send(1, 0)));
+  EXPECT_EQ(update.status().received_bytes, 0);
+  gate.hold_status = absl::OkStatus();
+  ASSERT_TRUE(Send(1, 0).ok());
+}
+
+TEST_F(DirectTest, WhateverDropsTheUpdateBringsTheOldVersionBack) {
+  Commit1();
+  const auto begin = [&](absl::Duration lease) {
+    const auto begun = update.Begin({0, 2}, Whole(), lease);
+    return begun.ok() && Send(2, 0).ok();
+  };
+  const auto restored = [&] {
+    return !gate.held && table.serving[0] == Values(1, 0) && table.serving[1] == Values(1, 1);
+  };
+  ASSERT_TRUE(begin(absl::Minutes(1)));
+  EXPECT_NE(table.serving[0], Values(1, 0));
+  EXPECT_TRUE(update.Rollback({0, 2}).value());
+  EXPECT_TRUE(restored());
+
+  ASSERT_TRUE(begin(absl::Minutes(1)));
+  ASSERT_TRUE(Send(2, 1).ok());
+  EXPECT_TRUE(absl::IsDataLoss(update.Verify({0, 2}, std::vector<uint64_t>{1, 2})));
+  EXPECT_TRUE(restored());
+
+  ASSERT_TRUE(begin(absl::Minutes(1)));
+  table.stage_status = absl::InternalError("the device");
+  EXPECT_TRUE(absl::IsInternal(Send(2, 1)));
+  table.stage_status = absl::OkStatus();
+  ASSERT_TRUE(Becomes(UpdateState::kServing));
+  EXPECT_TRUE(restored());
+
+  ASSERT_TRUE(begin(absl::Milliseconds(20)));
+  ASSERT_TRUE(Becomes(UpdateState::kServing));
+  EXPECT_TRUE(restored());
+
+  ASSERT_TRUE(begin(absl::Minutes(1)));
+  ASSERT_TRUE(Send(2, 1).ok());
+  ASSERT_TRUE(update.Verify({0, 2}, Digests(2)).ok());
+  ASSERT_TRUE(Commit(2).ok());
+  EXPECT_EQ(table.serving[0], Values(2, 0));
+}
+
+TEST_F(DirectTest, BeginWaitsForTheShadowAndSaysHowFarItIs) {
+  table.fake_shadow().blocked = true;
+  Commit1();
+  EXPECT_EQ(update.status().shadow.total, 40);
+  const absl::Status late =
+      update.Begin({0, 2}, Whole(), absl::Minutes(1), absl::Now() + absl::Milliseconds(20)).status();
+  EXPECT_TRUE(absl::IsUnavailable(late));
+  EXPECT_TRUE(absl::StrContains(late.message(), "still being written, 3 of 40 bytes")) << late;
+  EXPECT_TRUE(absl::IsFailedPrecondition(update.Begin({0, 1}, Whole(), absl::Minutes(1)).status())) << "at once";
+  absl::Status begun;
+  std::thread waiting([&] { begun = update.Begin({0, 2}, Whole(), absl::Minutes(1)).status(); });
+  absl::SleepFor(absl::Milliseconds(20));
+  EXPECT_EQ(update.status().state, UpdateState::kServing);
+  table.fake_shadow().blocked = false;
+  waiting.join();
+  ASSERT_TRUE(begun.ok()) << begun;
+  EXPECT_EQ(table.fake_shadow().copy[0], Values(1, 0));
+  EXPECT_EQ(update.status().shadow.total, 0);
+}
+
+TEST_F(DirectTest, RestoringShowsAndNothingBeginsMeanwhile) {
+  Receive(1);
+  table.fake_shadow().blocked = true;
+  absl::StatusOr<bool> dropped;
+  std::thread rollback([&] { dropped = update.Rollback({0, 1}); });
+  ASSERT_TRUE(Becomes(UpdateState::kRestoring));
+  EXPECT_EQ(update.status().open, (WeightVersion{0, 1}));
+  EXPECT_TRUE(gate.held);
+  EXPECT_TRUE(absl::IsUnavailable(
+      update.Begin({0, 2}, Whole(), absl::Minutes(1), absl::Now() + absl::Milliseconds(10)).status()));
+  EXPECT_TRUE(absl::IsNotFound(Send(1, 0)));
+  table.fake_shadow().blocked = false;
+  rollback.join();
+  EXPECT_TRUE(dropped.value());
+  EXPECT_FALSE(gate.held);
+}
+
+TEST_F(DirectTest, AReceiveThatWasDroppedEndsBeforeAnythingIsRestored) {
+  ASSERT_TRUE(update.Begin({0, 1}, Whole(), absl::Minutes(1)).ok());
+  ASSERT_TRUE(update.BeginReceive({0, 1}, {}, absl::Now()).ok());
+  EXPECT_FALSE(gate.held);
+  ASSERT_TRUE(update.BeforeStaging({0, 1}).ok());
+  EXPECT_TRUE(gate.held);
+  table.serving[0] = Values(1, 0);
+  absl::StatusOr<bool> dropped;
+  std::thread rollback([&] { dropped = update.Rollback({0, 1}); });
+  ASSERT_TRUE(Becomes(UpdateState::kRestoring));
+  EXPECT_TRUE(absl::IsNotFound(update.BeforeStaging({0, 1})));
+  absl::SleepFor(absl::Milliseconds(20));
+  EXPECT_EQ(update.status().state, UpdateState::kRestoring);
+  EXPECT_FALSE(update.EndReceive({0, 1}, absl::CancelledError("")).ok());
+  rollback.join();
+  EXPECT_TRUE(dropped.ok()) << dropped.status();
+  EXPECT_EQ(table.serving[0], std::vector<float>(4));
+}
+
+TEST_F(DirectTest, WhatCannotBeRestoredNeverServes) {
+  Receive(1);
+  table.fake_shadow().restore_status = absl::DataLossError("a: digest");
+  EXPECT_TRUE(absl::IsDataLoss(update.Rollback({0, 1}).status()));
+  EXPECT_TRUE(gate.held);
+  EXPECT_TRUE(absl::StrContains(gate.failure().message(), "could not be restored: a: digest")) << gate.failure();
+  EXPECT_TRUE(absl::IsDataLoss(update.Begin({0, 2}, Whole(), absl::Minutes(1)).status()));
 }
 
 class ReceiveTest : public UpdateTest {

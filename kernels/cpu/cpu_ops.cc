@@ -14,6 +14,7 @@
 #include "kernels/cpu/gdn_state.h"
 #include "kernels/cpu/kv_cache.h"
 #include "kernels/cpu/linear.h"
+#include "kernels/cpu/live_weights.h"
 #include "kernels/cpu/rms_norm.h"
 #include "kernels/cpu/rope.h"
 #include "kernels/cpu/swiglu.h"
@@ -98,6 +99,21 @@ absl::StatusOr<std::unique_ptr<VectorWeight>> CpuOps::PackVector(std::span<const
 absl::StatusOr<std::unique_ptr<WeightStage>> CpuOps::MakeWeightStage(int64_t bytes) {
   LOCKSTEP_ASSIGN_OR_RETURN(Arena arena, Arena::Map(bytes));
   return std::make_unique<CpuWeightStage>(std::move(arena));
+}
+absl::StatusOr<std::unique_ptr<LiveWeights>> CpuOps::MakeLiveWeights(std::span<const WeightPlace> places) {
+  std::vector<CpuWeightPlace> found;
+  for (const WeightPlace& place : places) {
+    CpuWeightPlace& to = found.emplace_back();
+    to = {.offset = place.offset, .bytes = place.bytes(), .first_row = place.first_row, .dtype = place.dtype};
+    if (place.linear != nullptr) {
+      to.linear = static_cast<CpuLinearWeight*>(place.linear);
+    } else if (place.embedding != nullptr) {
+      to.memory = CpuEmbeddingMemory(*place.embedding);
+    } else {
+      to.memory = reinterpret_cast<std::byte*>(static_cast<CpuVector&>(*place.vector).values());
+    }
+  }
+  return std::make_unique<CpuLiveWeights>(context_, std::move(found));
 }
 absl::StatusOr<std::unique_ptr<WeightInbox>> CpuOps::MakeWeightInbox(int64_t buffer_bytes, int64_t tallies) {
   return CpuWeightInbox::Create(buffer_bytes, tallies);

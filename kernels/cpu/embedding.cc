@@ -55,7 +55,7 @@ class CpuTiedTable final : public CpuRowTable {
   int64_t hidden() const override { return head_.in_features(); }
   int64_t bytes() const override { return 0; }
   DType dtype() const override { return head_.layout() == PanelLayout::kF32 ? DType::kF32 : DType::kBF16; }
-  void Read(int64_t row, float* to) const override { ReadFeature(head_, row, to); }
+  void Read(int64_t row, float* to) const override { ReadFeature(head_, row, 0, hidden(), to); }
 
  private:
   const CpuLinearWeight& head_;
@@ -87,6 +87,10 @@ void CpuStoreEmbedding(const CpuContext& ctx, const HostMatrix& table, Embedding
       }
     }
   });
+}
+
+std::byte* CpuEmbeddingMemory(EmbeddingTable& table) {
+  return static_cast<CpuEmbeddingTable&>(table).row<std::byte>(0);
 }
 
 std::unique_ptr<EmbeddingTable> CpuTieEmbedding(const LinearWeight& head) {

@@ -26,12 +26,13 @@ void PackF32(const float* values, int64_t count, float* to) {
   for (int64_t i = 0; i < count; ++i) to[i * kPanelFeatures] = values[i];
 }
 
-void PackHalves(const float* values, int64_t count, bool low, uint32_t* to) {
-  for (int64_t i = 0; i < count; ++i) {
-    const uint32_t bits = F32ToBf16(values[i]);
-    uint32_t& word = to[i * (kPanelFeatures / 2)];
-    word = low ? (word & 0xFFFF0000u) | bits : (word & 0xFFFFu) | bits << 16;
-  }
+void PutHalf(float value, bool high, uint32_t& word) {
+  const uint32_t bits = F32ToBf16(value);
+  word = high ? (word & 0xFFFFu) | bits << 16 : (word & 0xFFFF0000u) | bits;
+}
+
+void PackHalves(const float* values, int64_t count, bool high, uint32_t* to) {
+  for (int64_t i = 0; i < count; ++i) PutHalf(values[i], high, to[i * (kPanelFeatures / 2)]);
 }
 
 void PackPairs(const float* values, int64_t count, uint32_t* to) {
@@ -61,7 +62,7 @@ void PackPanel(const std::array<SourceRow, kPanelFeatures>& sources, int64_t beg
           PackF32(values.data(), n, reinterpret_cast<float*>(to) + k * kPanelFeatures + j);
           break;
         case PanelLayout::kBf16Halves:
-          PackHalves(values.data(), n, j >= 16, reinterpret_cast<uint32_t*>(to) + k * (kPanelFeatures / 2) + j % 16);
+          PackHalves(values.data(), n, j < 16, reinterpret_cast<uint32_t*>(to) + k * (kPanelFeatures / 2) + j % 16);
           break;
         case PanelLayout::kBf16Pairs:
           PackPairs(values.data(), n, reinterpret_cast<uint32_t*>(to) + k / 2 * kPanelFeatures + j);
@@ -73,22 +74,45 @@ void PackPanel(const std::array<SourceRow, kPanelFeatures>& sources, int64_t beg
 
 }  // namespace
 
-void ReadFeature(const CpuLinearWeight& weight, int64_t feature, float* to) {
+void WriteFeature(CpuLinearWeight& weight, int64_t feature, int64_t begin, int64_t end, const float* from) {
+  std::byte* panel = weight.panel(feature / kPanelFeatures);
+  const int64_t j = feature % kPanelFeatures;
+  auto* floats = reinterpret_cast<float*>(panel) + j;
+  auto* halves = reinterpret_cast<uint32_t*>(panel) + j % 16;
+  auto* pairs = reinterpret_cast<uint32_t*>(panel) + j;
+  for (int64_t k = begin; k < end; ++k) {
+    const float value = from[k - begin];
+    switch (weight.layout()) {
+      case PanelLayout::kF32:
+        floats[k * kPanelFeatures] = value;
+        break;
+      case PanelLayout::kBf16Halves:
+        PutHalf(value, j < 16, halves[k * (kPanelFeatures / 2)]);
+        break;
+      case PanelLayout::kBf16Pairs:
+        PutHalf(value, k % 2 != 0, pairs[k / 2 * kPanelFeatures]);
+        break;
+    }
+  }
+}
+
+void ReadFeature(const CpuLinearWeight& weight, int64_t feature, int64_t begin, int64_t end, float* to) {
   const std::byte* panel = weight.panel(feature / kPanelFeatures);
   const int64_t j = feature % kPanelFeatures;
   const auto* floats = reinterpret_cast<const float*>(panel) + j;
   const auto* halves = reinterpret_cast<const uint32_t*>(panel) + j % 16;
   const auto* pairs = reinterpret_cast<const uint32_t*>(panel) + j;
-  for (int64_t k = 0; k < weight.in_features(); ++k) {
+  for (int64_t k = begin; k < end; ++k) {
+    float& value = to[k - begin];
     switch (weight.layout()) {
       case PanelLayout::kF32:
-        to[k] = floats[k * kPanelFeatures];
+        value = floats[k * kPanelFeatures];
         break;
       case PanelLayout::kBf16Halves:
-        to[k] = Bf16ToF32(static_cast<uint16_t>(halves[k * (kPanelFeatures / 2)] >> (j < 16 ? 16 : 0)));
+        value = Bf16ToF32(static_cast<uint16_t>(halves[k * (kPanelFeatures / 2)] >> (j < 16 ? 16 : 0)));
         break;
       case PanelLayout::kBf16Pairs:
-        to[k] = Bf16ToF32(static_cast<uint16_t>(pairs[k / 2 * kPanelFeatures] >> (k % 2 * 16)));
+        value = Bf16ToF32(static_cast<uint16_t>(pairs[k / 2 * kPanelFeatures] >> (k % 2 * 16)));
         break;
     }
   }

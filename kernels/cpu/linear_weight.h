@@ -47,8 +47,10 @@ class CpuLinearWeight final : public LinearWeight {
   const AlignedBuffer data_;
 };
 
-// to[k] = the weight's value for output `feature` and input k: exactly what was packed. to: [in_features].
-void ReadFeature(const CpuLinearWeight& weight, int64_t feature, float* to);
+// to[k - begin] = the weight's value for output `feature` and input k, begin <= k < end: exactly what was packed.
+void ReadFeature(const CpuLinearWeight& weight, int64_t feature, int64_t begin, int64_t end, float* to);
+// The other way; rounded to what the layout holds. Two threads may write features of one panel only one at a time.
+void WriteFeature(CpuLinearWeight& weight, int64_t feature, int64_t begin, int64_t end, const float* from);
 
 // The layout that a profile's linear program reads.
 PanelLayout PanelLayoutOf(const NumericsProfile& profile);

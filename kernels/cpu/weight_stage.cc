@@ -40,13 +40,19 @@ absl::Status CpuWeightInbox::Store(const InboxValues& values, WeightStage& stage
   LOCKSTEP_CHECK(values.to >= 0 && values.to + values.count * DTypeBytes(values.stored) <= stage.bytes() &&
                      values.sent_index % 4 == 0 && values.held_index % 4 == 0,
                  "{} values at {} of {} bytes", values.count, values.to, stage.bytes());
+  const int64_t stored_bytes = DTypeBytes(values.stored);
   std::vector<std::byte> held(std::min(values.count, kBlock) * held_bytes);
+  std::byte* const address = stage.Address(values.to, values.count * stored_bytes);
+  std::vector<std::byte> stored(address != nullptr ? 0 : std::min(values.count, kBlock) * stored_bytes);
   for (int64_t done = 0; done < values.count; done += kBlock) {
     const int64_t count = std::min(kBlock, values.count - done);
     const std::byte* from = values.from + done * sent_bytes;
     ConvertValues(from, values.sent, count, values.held, held.data());
-    ConvertValues(held.data(), values.held, count, values.stored,
-                  stage.data() + values.to + done * DTypeBytes(values.stored));
+    std::byte* const to = address != nullptr ? address + done * stored_bytes : stored.data();
+    ConvertValues(held.data(), values.held, count, values.stored, to);
+    if (address == nullptr) {
+      LOCKSTEP_RETURN_IF_ERROR(stage.Write(values.to + done * stored_bytes, std::span(to, count * stored_bytes)));
+    }
     if (values.tally < 0) continue;
     ValueTally& tally = tallies_[values.tally];
     tally.sent_sum += DigestSum(from, count * sent_bytes, (values.sent_index + done) * sent_bytes / 8);

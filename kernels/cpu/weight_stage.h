@@ -22,8 +22,7 @@ class CpuWeightStage final : public WeightStage {
     return absl::OkStatus();
   }
   absl::Status Finish() override { return absl::OkStatus(); }
-  const std::byte* data() const override { return arena_.data(); }
-  std::byte* data() override { return arena_.data(); }
+  std::byte* Address(int64_t offset, int64_t) override { return arena_.data() + offset; }
 
  private:
   Arena arena_;

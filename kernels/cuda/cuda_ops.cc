@@ -344,6 +344,32 @@ absl::StatusOr<std::unique_ptr<VectorWeight>> CudaOps::PackVector(std::span<cons
 absl::StatusOr<std::unique_ptr<WeightStage>> CudaOps::MakeWeightStage(int64_t bytes) {
   return CudaWeightStage::Create(bytes);
 }
+absl::StatusOr<std::unique_ptr<LiveWeights>> CudaOps::MakeLiveWeights(std::span<const WeightPlace> places) {
+  std::vector<StageRegion> regions;
+  for (const WeightPlace& place : places) {
+    StageRegion& region = regions.emplace_back(StageRegion{.offset = place.offset, .bytes = place.bytes()});
+    DType dtype = DType::kBF16;
+    if (place.linear != nullptr) {
+      auto& weight = static_cast<CudaLinearWeight&>(*place.linear);
+      LOCKSTEP_CHECK(place.cols == weight.in_features() && place.first_row + place.rows <= weight.out_features(),
+                     "[{}, {}] at row {} of [{}, {}]", place.rows, place.cols, place.first_row, weight.out_features(),
+                     weight.in_features());
+      region.data = weight.memory() + place.first_row * place.cols * DTypeBytes(dtype);
+    } else if (place.embedding != nullptr) {
+      auto& table = static_cast<CudaEmbeddingTable&>(*place.embedding);
+      LOCKSTEP_CHECK(place.bytes() == table.bytes(), "{} bytes of an embedding of {}", place.bytes(), table.bytes());
+      dtype = table.dtype();
+      region.data = table.memory();
+    } else {
+      auto& vector = static_cast<CudaVector&>(*place.vector);
+      LOCKSTEP_CHECK(place.bytes() == vector.bytes(), "{} bytes of a vector of {}", place.bytes(), vector.bytes());
+      dtype = vector.dtype();
+      region.data = vector.memory();
+    }
+    LOCKSTEP_CHECK(place.dtype == dtype, "values of {} for a weight of {}", DTypeName(place.dtype), DTypeName(dtype));
+  }
+  return CudaWeightStage::CreateLive(std::move(regions));
+}
 absl::StatusOr<std::unique_ptr<WeightInbox>> CudaOps::MakeWeightInbox(int64_t buffer_bytes, int64_t tallies) {
   return CudaWeightInbox::Create(buffer_bytes, tallies);
 }

@@ -57,6 +57,7 @@ class CudaOps final : public Ops {
   absl::StatusOr<std::unique_ptr<VectorWeight>> PackVector(std::span<const float> values, bool exact) override;
 
   absl::StatusOr<std::unique_ptr<WeightStage>> MakeWeightStage(int64_t bytes) override;
+  absl::StatusOr<std::unique_ptr<LiveWeights>> MakeLiveWeights(std::span<const WeightPlace> places) override;
   absl::StatusOr<std::unique_ptr<WeightInbox>> MakeWeightInbox(int64_t buffer_bytes, int64_t tallies) override;
   void StoreLinear(const HostMatrix& from, int64_t first_row, LinearWeight& to) override;
   void StoreEmbedding(const HostMatrix& from, EmbeddingTable& to) override;

@@ -61,8 +61,7 @@ absl::Status CudaWeightInbox::Arrived() {
 
 absl::Status CudaWeightInbox::Store(const InboxValues& values, WeightStage& stage) {
   const int64_t size = values.count * DTypeBytes(values.stored);
-  LOCKSTEP_CHECK(values.to >= 0 && size <= stage.bytes() - values.to && values.tally < tally_count_,
-                 "{} bytes at {} of {}, tally {} of {}", size, values.to, stage.bytes(), values.tally, tally_count_);
+  LOCKSTEP_CHECK(values.tally < tally_count_, "tally {} of {}", values.tally, tally_count_);
   LOCKSTEP_RETURN_IF_ERROR(UseOnThisThread());
   auto* tallies = reinterpret_cast<ValueTally*>(tallies_->data());
   return LaunchStoreValues({.from = values.from,
@@ -71,7 +70,7 @@ absl::Status CudaWeightInbox::Store(const InboxValues& values, WeightStage& stag
                             .sent_index = values.sent_index,
                             .held_index = values.held_index,
                             .held = values.held,
-                            .to = stage.data() + values.to,
+                            .to = stage.Address(values.to, size),
                             .stored = values.stored,
                             .tally = values.tally < 0 ? nullptr : tallies + values.tally},
                            convert_);

@@ -1,15 +1,22 @@
-// Values through the device's inbox against the CPU's, and the digest of the whole against weights_sync's own.
+// Values through the device's inbox against the CPU's, beside the weights in use and in their place; and the weights in
+// use read, overwritten and put back.
 #include "kernels/cuda/weight_inbox.h"
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstring>
+#include <memory>
 #include <random>
+#include <vector>
 
 #include "kernels/cpu/weight_stage.h"
+#include "kernels/cuda/cuda_ops.h"
 #include "kernels/cuda/weight_stage.h"
 #include "kernels/digest_math.h"
+#include "kernels/host_values.h"
 #include "rollout/base/memory.h"
+#include "rollout/base/thread_pool.h"
 
 namespace lockstep::cuda {
 namespace {
@@ -53,7 +60,8 @@ class WeightInboxTest : public ::testing::Test {
 
   std::vector<std::byte> DeviceStage() {
     std::vector<std::byte> bytes(kStageBytes);
-    EXPECT_EQ(cudaMemcpy(bytes.data(), stage_->data(), kStageBytes, cudaMemcpyDeviceToHost), cudaSuccess);
+    EXPECT_EQ(cudaMemcpy(bytes.data(), stage_->Address(0, kStageBytes), kStageBytes, cudaMemcpyDeviceToHost),
+              cudaSuccess);
     return bytes;
   }
 
@@ -129,7 +137,7 @@ TEST_F(WeightInboxTest, EqualsTheCpu) {
         EXPECT_EQ((*tallies)[2].non_finite, 0u);
         EXPECT_EQ((*tallies)[1].sent_sum, 0u);
         const std::vector<std::byte> stage = DeviceStage();
-        EXPECT_EQ(std::memcmp(stage.data(), cpu_stage_->data(), kStageBytes), 0);
+        EXPECT_EQ(std::memcmp(stage.data(), cpu_stage_->Address(0, kStageBytes), kStageBytes), 0);
       }
     }
   }
@@ -145,6 +153,143 @@ TEST_F(WeightInboxTest, CountsWhatIsNotFinite) {
   const auto tallies = inbox_->Tallies();
   ASSERT_TRUE(tallies.ok());
   EXPECT_EQ((*tallies)[0].non_finite, 3u);
+}
+
+// Weights in use, of every kind, as the backend makes them.
+class LiveWeightsTest : public WeightInboxTest {
+ protected:
+  void SetUp() override {
+    WeightInboxTest::SetUp();
+    if (IsSkipped() || HasFatalFailure()) return;
+    const auto profile = FindNumericsProfile("hf");
+    ASSERT_TRUE(profile.ok());
+    profile_ = *profile;
+    auto ops = CudaOps::Create(profile_, &threads_, {});
+    ASSERT_TRUE(ops.ok()) << ops.status();
+    ops_ = *std::move(ops);
+    const std::vector<std::byte> a = Values(DType::kBF16, 24 * kCols), b = Values(DType::kBF16, 40 * kCols);
+    const HostMatrix parts[] = {{a.data(), 24, kCols, DType::kBF16}, {b.data(), 40, kCols, DType::kBF16}};
+    auto linear = ops_->PackLinear(parts);
+    ASSERT_TRUE(linear.ok()) << linear.status();
+    linear_ = *std::move(linear);
+    const std::vector<std::byte> table = Values(DType::kBF16, 50 * kCols);
+    auto embedding = ops_->PackEmbedding({table.data(), 50, kCols, DType::kBF16});
+    ASSERT_TRUE(embedding.ok()) << embedding.status();
+    embedding_ = *std::move(embedding);
+    auto vector = ops_->PackVector(std::vector<float>(30, 0.25f), /*exact=*/true);
+    ASSERT_TRUE(vector.ok()) << vector.status();
+    vector_ = *std::move(vector);
+    places_ = {
+        {.linear = linear_.get(), .rows = 24, .cols = kCols, .dtype = DType::kBF16, .offset = 0},
+        {.linear = linear_.get(), .first_row = 24, .rows = 40, .cols = kCols, .dtype = DType::kBF16, .offset = 1 << 16},
+        {.embedding = embedding_.get(), .rows = 50, .cols = kCols, .dtype = DType::kBF16, .offset = 2 << 16},
+        {.vector = vector_.get(), .rows = 30, .cols = 1, .dtype = DType::kF32, .offset = 3 << 16}};
+    auto live = ops_->MakeLiveWeights(places_);
+    ASSERT_TRUE(live.ok()) << live.status();
+    live_ = *std::move(live);
+  }
+
+  std::vector<std::byte> Read(const WeightPlace& place) {
+    std::vector<std::byte> bytes(place.bytes());
+    EXPECT_TRUE(live_->Read(place.offset, bytes).ok());
+    return bytes;
+  }
+  // What the steps read, past LiveWeights.
+  std::vector<std::byte> InUse(const WeightPlace& place) {
+    std::vector<std::byte> bytes(place.bytes());
+    ops_->CopyToHost(bytes.data(), live_->Address(place.offset, place.bytes()), place.bytes());
+    EXPECT_TRUE(ops_->status().ok());
+    return bytes;
+  }
+  // As an update in place does it: through the inbox, from fp32.
+  void Receive(const WeightPlace& place, const std::vector<std::byte>& sent, DType held) {
+    ASSERT_TRUE(inbox_->Acquire(0).ok());
+    ASSERT_EQ(cudaMemcpyAsync(inbox_->buffer(0), sent.data(), sent.size(), cudaMemcpyHostToDevice,
+                              static_cast<cudaStream_t>(inbox_->stream())),
+              cudaSuccess);
+    ASSERT_TRUE(inbox_->Arrived().ok());
+    const InboxValues values = {.from = inbox_->buffer(0),
+                                .count = place.rows * place.cols,
+                                .held = held,
+                                .to = place.offset,
+                                .stored = place.dtype,
+                                .tally = 0};
+    ASSERT_TRUE(inbox_->Store(values, *live_).ok());
+    ASSERT_TRUE(inbox_->Release(0).ok());
+    absl::StatusOr<bool> idle = false;
+    while (idle.ok() && !*idle) idle = inbox_->Idle();
+    ASSERT_TRUE(idle.ok()) << idle.status();
+  }
+
+  static constexpr int64_t kCols = 64;
+  ThreadPool threads_{1};
+  NumericsProfile profile_;
+  std::unique_ptr<CudaOps> ops_;
+  std::unique_ptr<LinearWeight> linear_;
+  std::unique_ptr<EmbeddingTable> embedding_;
+  std::unique_ptr<VectorWeight> vector_;
+  std::vector<WeightPlace> places_;
+  std::unique_ptr<LiveWeights> live_;
+};
+
+TEST_F(LiveWeightsTest, ReadGivesWhatStepsReadAndWriteChangesThatPlaceAlone) {
+  for (size_t written = 0; written < places_.size(); ++written) {
+    std::vector<std::vector<std::byte>> before;
+    for (const WeightPlace& place : places_) {
+      before.push_back(Read(place));
+      EXPECT_EQ(before.back(), InUse(place));
+    }
+    const WeightPlace& place = places_[written];
+    const std::vector<std::byte> values = Values(place.dtype, place.rows * place.cols);
+    // In two pieces that meet within a row.
+    const int64_t cut = static_cast<int64_t>(values.size()) / 2 / 8 * 8 + 4;
+    ASSERT_TRUE(live_->Write(place.offset, std::span(values).first(cut)).ok());
+    ASSERT_TRUE(live_->Write(place.offset + cut, std::span(values).subspan(cut)).ok());
+    ASSERT_TRUE(live_->Finish().ok());
+    for (size_t i = 0; i < places_.size(); ++i) {
+      EXPECT_EQ(InUse(places_[i]), i == written ? values : before[i]) << written << " " << i;
+    }
+  }
+}
+
+TEST_F(LiveWeightsTest, AShadowUndoesWhatTheInboxWroteAndFollowsWhatIsCommitted) {
+  ASSERT_TRUE(inbox_->Reset().ok());
+  for (const size_t which : {size_t{1}, size_t{2}, size_t{3}}) {
+    const WeightPlace& place = places_[which];
+    const std::vector<std::byte> shadow = Read(place), sent = Values(DType::kF32, place.rows * place.cols);
+    const DType held = place.vector != nullptr ? DType::kF32 : DType::kBF16;
+    Receive(place, sent, held);
+    std::vector<std::byte> want(place.bytes());
+    ConvertValues(sent.data(), DType::kF32, place.rows * place.cols, place.dtype, want.data());
+    EXPECT_EQ(InUse(place), want);
+    ASSERT_NE(want, shadow);
+    // Rolled back.
+    ASSERT_TRUE(live_->Write(place.offset, shadow).ok());
+    ASSERT_TRUE(live_->Finish().ok());
+    EXPECT_EQ(InUse(place), shadow);
+    // Sent again and committed: the next shadow.
+    Receive(place, sent, held);
+    EXPECT_EQ(Read(place), want);
+  }
+}
+
+// More than the page-locked buffers hold at once.
+TEST_F(LiveWeightsTest, LongTensorsComeAndGoWhole) {
+  const int64_t rows = 70 << 13;  // 70 MiB
+  std::vector<std::byte> values = Values(DType::kBF16, rows * kCols);
+  auto weight = ops_->PackLinear(std::vector<HostMatrix>{{values.data(), rows, kCols, DType::kBF16}});
+  ASSERT_TRUE(weight.ok()) << weight.status();
+  const WeightPlace place = {.linear = weight->get(), .rows = rows, .cols = kCols, .dtype = DType::kBF16};
+  auto live = ops_->MakeLiveWeights({&place, 1});
+  ASSERT_TRUE(live.ok()) << live.status();
+  std::vector<std::byte> read(values.size());
+  ASSERT_TRUE((*live)->Read(0, read).ok());
+  EXPECT_EQ(std::memcmp(read.data(), values.data(), read.size()), 0);
+  std::reverse(values.begin(), values.end());
+  ASSERT_TRUE((*live)->Write(0, values).ok());
+  ASSERT_TRUE((*live)->Finish().ok());
+  ASSERT_TRUE((*live)->Read(0, read).ok());
+  EXPECT_EQ(std::memcmp(read.data(), values.data(), read.size()), 0);
 }
 
 TEST_F(WeightInboxTest, RefusesWhatItCannotRead) {

@@ -40,6 +40,8 @@ inline constexpr std::array kFailpoints = {
     FailpointPlace{"weights.receive.bucket", true},     // announced; the broadcast is not entered
     FailpointPlace{"weights.receive.converted", true},  // a bucket is, or will be, in the stage
     FailpointPlace{"weights.receive.arrived", true},    // all is staged; counts as received, not answered
+    FailpointPlace{"weights.hold.before", true},        // direct: the first value is about to overwrite what serves
+    FailpointPlace{"weights.hold.held", false},         // steps stand still; nothing is overwritten yet
     FailpointPlace{"weights.verify.before", true},
     FailpointPlace{"weights.verify.compared", true},  // digests are good; still RECEIVING
     FailpointPlace{"weights.verify.answer", true},    // VERIFIED, not answered
@@ -57,6 +59,14 @@ inline constexpr std::array kFailpoints = {
     FailpointPlace{"weights.rollback.before", true},
     FailpointPlace{"weights.rollback.answer", true},
     FailpointPlace{"weights.lease.expired", false},  // before the update is dropped
+    // Direct: what was overwritten is put back; an error: it cannot be, and the worker ends.
+    FailpointPlace{"weights.restore.before", true},
+    FailpointPlace{"weights.restore.slot", true},   // before each tensor
+    FailpointPlace{"weights.restore.after", true},  // all compared; steps stand still
+    // Direct: the copy of what serves is written; an error is the device's: the worker ends.
+    FailpointPlace{"weights.shadow.before", true},
+    FailpointPlace{"weights.shadow.slot", true},  // before each tensor
+    FailpointPlace{"weights.shadow.after", true},
     FailpointPlace{"control.pause.before", true},
     FailpointPlace{"control.pause.answer", true},
     FailpointPlace{"control.resume.before", true},

@@ -113,6 +113,9 @@ class RecordingOps : public Ops {
   absl::StatusOr<std::unique_ptr<WeightStage>> MakeWeightStage(int64_t) override {
     return absl::UnimplementedError("no stage");
   }
+  absl::StatusOr<std::unique_ptr<LiveWeights>> MakeLiveWeights(std::span<const WeightPlace>) override {
+    return absl::UnimplementedError("no live weights");
+  }
   void StoreLinear(const HostMatrix&, int64_t, LinearWeight&) override { FAIL(); }
   void StoreEmbedding(const HostMatrix&, EmbeddingTable&) override { FAIL(); }
   void StoreVector(const std::byte*, VectorWeight&) override { FAIL(); }

@@ -43,7 +43,8 @@ ABSL_FLAG(std::string, tls_key, "", "Private key (PEM) of --tls_cert.");
 
 ABSL_FLAG(std::string, weights_receive, "staged",
           "How new weights arrive. staged: beside those that serve, in memory of the same size; generation goes on. "
-          "off: not at all, and without that memory.");
+          "direct: in their place, which takes no device memory but stops generation from the first byte to Commit; a "
+          "copy in host memory undoes an update that fails. off: not at all, and without that memory.");
 ABSL_FLAG(std::string, nccl_library, "",
           "NCCL's library, for weights by broadcast; loaded when a learner first asks for it. Empty: libnccl.so.2 from "
           "the loader's path.");
@@ -199,11 +200,13 @@ absl::StatusOr<WorkerOptions> ReadWorkerOptions() {
   options.threads = absl::GetFlag(FLAGS_threads);
   options.memory_gb = absl::GetFlag(FLAGS_memory_gb);
   const std::string receive = absl::GetFlag(FLAGS_weights_receive);
-  if (receive != "staged" && receive != "off") {
+  if (receive != "staged" && receive != "direct" && receive != "off") {
     return absl::InvalidArgumentError(
-        absl::StrCat("--weights_receive: value \"", receive, "\"; want staged or off (direct is not in this version)"));
+        absl::StrCat("--weights_receive: value \"", receive, "\"; want staged, direct or off"));
   }
-  options.weight_updates = receive == "staged";
+  options.weights_receive = receive == "staged"   ? WeightsReceive::kStaged
+                            : receive == "direct" ? WeightsReceive::kDirect
+                                                  : WeightsReceive::kOff;
   options.page_size = absl::GetFlag(FLAGS_page_size);
   options.max_batch_tokens = absl::GetFlag(FLAGS_max_batch_tokens);
   options.mixed_batch_tokens = absl::GetFlag(FLAGS_mixed_batch_tokens);

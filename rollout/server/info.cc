@@ -112,6 +112,7 @@ void FillInfo(const ServingModel& model, const RequestContext& context, const st
   out->set_has_tokenizer(model.has_tokenizer);
   FillNumerics(model.profile, response->mutable_numerics());
   FillLimits(context, response->mutable_limits());
+  response->set_weights_receive(ProtoReceive(model.weights_receive));
   v1::BuildInfo* build = response->mutable_build();
   build->set_version(LOCKSTEP_VERSION);
   build->set_commit(LOCKSTEP_COMMIT);
@@ -119,6 +120,18 @@ void FillInfo(const ServingModel& model, const RequestContext& context, const st
   build->set_cpu_target(std::string(kCpuTarget));
   build->set_backend(backend);
   build->set_device(model.device);
+}
+
+v1::WeightsReceive ProtoReceive(WeightsReceive receive) {
+  switch (receive) {
+    case WeightsReceive::kOff:
+      return v1::WEIGHTS_RECEIVE_OFF;
+    case WeightsReceive::kStaged:
+      return v1::WEIGHTS_RECEIVE_STAGED;
+    case WeightsReceive::kDirect:
+      return v1::WEIGHTS_RECEIVE_DIRECT;
+  }
+  return v1::WEIGHTS_RECEIVE_UNSPECIFIED;
 }
 
 std::string VersionLine() {

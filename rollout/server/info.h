@@ -12,6 +12,8 @@ namespace lockstep {
 void FillInfo(const ServingModel& model, const RequestContext& context, const std::string& backend,
               v1::GetInfoResponse* response);
 
+v1::WeightsReceive ProtoReceive(WeightsReceive receive);
+
 // "lockstep-worker 0.1.0 (commit, compiler)".
 std::string VersionLine();
 

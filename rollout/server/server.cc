@@ -146,6 +146,8 @@ RolloutServer::~RolloutServer() {
   data_server_.reset();
   control_server_.reset();
   tasks_->Stop();
+  // An update may be at work on the worker's weights.
+  weights_.reset();
   // The worker holds requests, which count their bytes in the registry.
   model_.worker.reset();
 }

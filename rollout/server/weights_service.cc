@@ -11,6 +11,7 @@
 #include "rollout/base/failpoint.h"
 #include "rollout/base/status.h"
 #include "rollout/server/check_range.h"
+#include "rollout/server/info.h"
 #include "rollout/server/receive_call.h"
 #include "rollout/server/respond.h"
 #include "rollout/server/stream_reactor.h"
@@ -21,6 +22,8 @@ namespace lockstep {
 namespace {
 
 constexpr int64_t kDefaultLeaseMs = 60'000, kMinLeaseMs = 1'000, kMaxLeaseMs = 3'600'000;
+// For the copy of the version that serves, where the client sets no earlier deadline.
+constexpr absl::Duration kMaxBeginWait = absl::Seconds(120);
 constexpr int64_t kMaxFinishMs = 3'600'000;
 constexpr int64_t kMaxChunkBytes = 1 << 20;
 constexpr int64_t kDefaultJoinMs = 60'000, kMinJoinMs = 1'000, kMaxJoinMs = 600'000;
@@ -63,6 +66,8 @@ v1::UpdateState ToProto(UpdateState state) {
       return v1::UPDATE_STATE_VERIFIED;
     case UpdateState::kCommitting:
       return v1::UPDATE_STATE_COMMITTING;
+    case UpdateState::kRestoring:
+      return v1::UPDATE_STATE_RESTORING;
   }
   return v1::UPDATE_STATE_UNSPECIFIED;
 }
@@ -122,7 +127,7 @@ absl::StatusOr<WeightSwitch> SwitchOf(const v1::CommitRequest& request) {
 
 WeightsService::WeightsService(ServingModel* model, const std::string& nccl_library, PortToken token)
     : model_(*model),
-      update_(model->tensors, model->worker->weight_version()),
+      update_(model->tensors, model->worker->weight_version(), model->control),
       groups_(nccl_library, [this] { return model_.tensors->inbox()->UseOnThisThread(); }),
       token_(std::move(token)) {}
 
@@ -136,8 +141,10 @@ grpc::Status WeightsService::Begin(grpc::ServerContext* context, const v1::Begin
     LOCKSTEP_ASSIGN_OR_RETURN(Manifest manifest, ManifestOf(request->manifest()));
     const int64_t lease = request->lease_ms() == 0 ? kDefaultLeaseMs : request->lease_ms();
     LOCKSTEP_RETURN_IF_ERROR(CheckRange("lease_ms", lease, kMinLeaseMs, kMaxLeaseMs));
-    LOCKSTEP_ASSIGN_OR_RETURN(const std::vector<int64_t> received,
-                              update_.Begin(version, std::move(manifest), absl::Milliseconds(lease)));
+    LOCKSTEP_ASSIGN_OR_RETURN(
+        const std::vector<int64_t> received,
+        update_.Begin(version, std::move(manifest), absl::Milliseconds(lease),
+                      std::min(absl::FromChrono(context->deadline()), absl::Now() + kMaxBeginWait)));
     LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.begin.answer"));
     response->mutable_received_bytes()->Add(received.begin(), received.end());
     response->set_lease_ms(lease);
@@ -295,6 +302,8 @@ grpc::Status WeightsService::GetStatus(grpc::ServerContext* context, const v1::G
   response->set_lease_left_ms(absl::ToInt64Milliseconds(status.lease_left));
   response->set_received_bytes(status.received_bytes);
   response->set_total_bytes(status.total_bytes);
+  response->set_shadow_bytes(status.shadow.done);
+  response->set_shadow_total_bytes(status.shadow.total);
   return grpc::Status::OK;
 }
 
@@ -320,6 +329,7 @@ grpc::Status WeightsService::GetDigests(grpc::ServerContext* context, const v1::
       LOCKSTEP_ASSIGN_OR_RETURN(digests, model_.tensors->ServingDigests());
     } while (version != update_.serving());
     FillWeightVersion(version, response->mutable_weight_version());
+    response->set_weights_receive(ProtoReceive(model_.weights_receive));
     for (size_t s = 0; s < slots.size(); ++s) {
       if (!wanted[s]) continue;
       v1::TensorDigest* tensor = response->add_tensors();

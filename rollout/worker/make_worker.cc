@@ -69,14 +69,19 @@ constexpr int64_t kCpuInboxBytes = int64_t{4} << 20;
 constexpr int64_t kNcclBytes = int64_t{512} << 20;
 
 struct UpdateMemory {
-  int64_t staging = 0, inbox = 0, nccl = 0;
-  int64_t total() const { return staging + inbox + nccl; }
+  int64_t staging = 0, shadow = 0, inbox = 0, nccl = 0;
+  // On a CPU the shadow is of the same memory as the rest.
+  int64_t total(bool on_cpu) const { return staging + inbox + nccl + (on_cpu ? shadow : 0); }
 };
 
 void LogMemory(const MemoryPlan& plan, const UpdateMemory& update, int64_t page_size, bool on_cpu) {
   const auto mb = [](int64_t bytes) { return absl::StrFormat("%10.1f MB", static_cast<double>(bytes) * 1e-6); };
   spdlog::info("memory: weights      {}", mb(plan.weights));
   if (update.staging > 0) spdlog::info("memory: staging      {}  for weight updates", mb(update.staging));
+  if (update.shadow > 0) {
+    spdlog::info("memory: shadow       {}  of the weights, to undo an update that fails{}", mb(update.shadow),
+                 on_cpu ? "" : "; in host memory, not in the total");
+  }
   if (update.inbox > 0) spdlog::info("memory: inbox        {}  for weights by broadcast", mb(update.inbox));
   if (update.nccl > 0) spdlog::info("memory: NCCL         {}  left free for its communicators", mb(update.nccl));
   spdlog::info("memory: activations  {}", mb(plan.activations));
@@ -85,7 +90,7 @@ void LogMemory(const MemoryPlan& plan, const UpdateMemory& update, int64_t page_
                plan.kv_pages, page_size, plan.kv_page);
   spdlog::info("memory: states       {}  {} slots of {} bytes", mb(plan.state_slot * plan.state_slots),
                plan.state_slots, plan.state_slot);
-  spdlog::info("memory: total        {}{}", mb(plan.total() + update.total()),
+  spdlog::info("memory: total        {}{}", mb(plan.total() + update.total(on_cpu)),
                on_cpu ? "  (cache, states and staging become resident as they are used)" : "");
 }
 
@@ -123,15 +128,18 @@ absl::StatusOr<ServingModel> MakeWorker(const WorkerOptions& options) {
     return absl::InvalidArgumentError(absl::StrCat("--page_size: value ", options.page_size,
                                                    " is wrong; want a multiple of ", model.ops().kv_page_multiple()));
   }
-  if (options.weight_updates) {
+  const bool updates = options.weights_receive != WeightsReceive::kOff;
+  if (updates) {
     LOCKSTEP_ASSIGN_OR_RETURN(owned->tensors,
                               ModelTensors::Create(options.model_dir, model.spec, model.weights, model.ops(),
-                                                   cuda ? kCudaInboxBytes : kCpuInboxBytes));
+                                                   {.direct = options.weights_receive == WeightsReceive::kDirect,
+                                                    .inbox_bytes = cuda ? kCudaInboxBytes : kCpuInboxBytes}));
   }
   const int64_t staging = owned->tensors == nullptr ? 0 : owned->tensors->staging_bytes();
+  const int64_t shadow = owned->tensors == nullptr ? 0 : owned->tensors->shadow_bytes();
   const int64_t inbox = owned->tensors == nullptr ? 0 : owned->tensors->inbox_bytes();
   // NCCL allocates when a learner has workers join.
-  const int64_t nccl = cuda && options.weight_updates ? kNcclBytes : 0;
+  const int64_t nccl = cuda && updates ? kNcclBytes : 0;
   const double fraction = options.memory_fraction > 0 ? options.memory_fraction : cuda ? 0.9 : 0.5;
   const int64_t budget = options.memory_gb > 0
                              ? static_cast<int64_t>(options.memory_gb * 1e9)
@@ -145,7 +153,8 @@ absl::StatusOr<ServingModel> MakeWorker(const WorkerOptions& options) {
                                                                 .max_sequences = max_sequences},
                                                                budget, /*min_tokens=*/options.page_size));
   LOCKSTEP_ASSIGN_OR_RETURN(LocalLoop local, MakeLocalLoop(model, config));
-  LogMemory(local.engine->memory(), {.staging = staging, .inbox = inbox, .nccl = nccl}, config.page_size, !cuda);
+  LogMemory(local.engine->memory(), {.staging = staging, .shadow = shadow, .inbox = inbox, .nccl = nccl},
+            config.page_size, !cuda);
 
   ServingModel serving;
   serving.name = std::filesystem::weakly_canonical(options.model_dir).filename().string();
@@ -159,6 +168,7 @@ absl::StatusOr<ServingModel> MakeWorker(const WorkerOptions& options) {
           : std::min(model.spec.max_position, local.engine->config().pages * config.page_size);
   owned->engine = std::move(local.engine);
   serving.tensors = owned->tensors.get();
+  serving.weights_receive = options.weights_receive;
   if (owned->tensors != nullptr)
     serving.install_weights = [tensors = owned->tensors.get()] { return tensors->Install(); };
   auto worker = std::make_unique<Worker>(std::move(local.loop), options.max_waiting_sequences, owned);

@@ -11,6 +11,7 @@
 #include "absl/status/statusor.h"
 #include "kernels/numerics.h"
 #include "rollout/model/spec.h"
+#include "rollout/worker/model_tensors.h"
 #include "rollout/worker/request.h"
 #include "weights_sync/tensor_table.h"
 
@@ -33,7 +34,8 @@ struct WorkerOptions {
   int64_t mixed_batch_tokens = 0;
   int64_t max_sequences = 0;  // running at once; 0: 64 on cpu, 256 on cuda
   int64_t max_waiting_sequences = 4096;
-  bool weight_updates = true;  // keeps memory for a second set of weights, and for the buffers of broadcasts
+  // kStaged keeps memory for a second set of weights, kDirect host memory for a copy; both for buffers of broadcasts
+  WeightsReceive weights_receive = WeightsReceive::kStaged;
 };
 
 struct ServingModel {
@@ -41,6 +43,7 @@ struct ServingModel {
   // Of `worker`, and what it stands on; null: it cannot be held (a fake one), its weights stay as they are.
   WorkerControl* control = nullptr;
   TensorTable* tensors = nullptr;
+  WeightsReceive weights_receive = WeightsReceive::kOff;
   std::function<absl::Status()> install_weights;  // what is staged in `tensors`; for WorkerControl::SwitchWeights
   std::string name;                               // last component of the checkpoint's path
   ModelSpec spec;

@@ -2,9 +2,12 @@
 
 #include <algorithm>
 #include <map>
+#include <numeric>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
+#include "absl/time/clock.h"
+#include "absl/time/time.h"
 #include "kernels/digest_math.h"
 #include "kernels/host_values.h"
 #include "rollout/base/check.h"
@@ -20,6 +23,7 @@ namespace {
 
 constexpr int64_t kBlock = int64_t{1} << 18;  // values converted at a time
 constexpr int64_t kAlign = 256;               // bytes; of a slot in the stage
+constexpr absl::Duration kInboxWait = absl::Seconds(10);
 
 // Calls visit(values, first) for blocks of the values, converted; `first` is the index of a block's first value.
 template <class Visit>
@@ -146,7 +150,7 @@ class ModelTensors::Inbox final : public TensorInbox {
             absl::StrCat("manifest: rows ", tensor.first_row, " to ", tensor.first_row + tensor.rows, " of ", slot.name,
                          " begin or end within a group of 4 values; want the tensor whole, or over the stream"));
       }
-      table_.staged_[tensor.slot] = Staged();
+      table_.staged_[tensor.slot] = Staged{.touched = true};
     }
     return inbox_->Reset();
   }
@@ -166,14 +170,11 @@ class ModelTensors::Inbox final : public TensorInbox {
                             .held = slot.held,
                             .tally = static_cast<int64_t>(piece.tensor)};
       // A tied head brings the values of what it is tied to: Verify compares the two.
-      size_t to = slot.tied_to >= 0 ? static_cast<size_t>(slot.tied_to) : tensor.slot;
-      while (true) {
+      for (const size_t to : table_.WrittenSlots(slot.tied_to >= 0 ? static_cast<size_t>(slot.tied_to) : tensor.slot)) {
         const Target& target = table_.targets_[to];
         values.stored = target.dtype;
         values.to = target.offset + values.held_index * DTypeBytes(target.dtype);
         LOCKSTEP_RETURN_IF_ERROR(inbox_->Store(values, *table_.stage_));
-        if (target.also < 0) break;
-        to = static_cast<size_t>(target.also);
         values.tally = -1;
       }
     }
@@ -214,9 +215,113 @@ class ModelTensors::Inbox final : public TensorInbox {
   std::vector<ExpectedTensor> tensors_;
 };
 
+// Of the slots that have a place among the weights that serve.
+class ModelTensors::Shadow final : public TensorShadow {
+ public:
+  Shadow(ModelTensors& table, WeightShadow shadow, std::vector<size_t> slots)
+      : table_(table), shadow_(std::move(shadow)), slots_(std::move(slots)) {}
+
+  int64_t bytes() const { return shadow_.bytes(); }
+  Progress progress() const override { return {.done = shadow_.done(), .total = shadow_.total()}; }
+
+  absl::Status WriteAll() {
+    std::vector<size_t> all(slots_.size());
+    std::iota(all.begin(), all.end(), 0);
+    return shadow_.Write(all, /*cancelled=*/false);
+  }
+
+  absl::Status Restore(const std::atomic<bool>& cancelled) override {
+    LOCKSTEP_RETURN_IF_ERROR(AwaitInbox());
+    LOCKSTEP_RETURN_IF_ERROR(table_.stage_->Finish());
+    return shadow_.Restore(Touched(), cancelled);
+  }
+
+  absl::Status Write(const std::atomic<bool>& cancelled) override {
+    const std::vector<size_t> touched = Touched();
+    LOCKSTEP_RETURN_IF_ERROR(shadow_.Write(touched, cancelled));
+    // The next update's Begin waits for this: staged_ is as the commit left it.
+    for (const size_t t : touched) {
+      const TensorSlot& slot = table_.slots_[slots_[t]];
+      if (slot.tied_to >= 0) continue;
+      const Target& target = table_.targets_[slots_[t]];
+      Digester digester;
+      LOCKSTEP_RETURN_IF_ERROR(ForEachBlock(shadow_.data(t), target.dtype, Elements(slot), slot.held,
+                                            [&](std::span<const std::byte> values, int64_t) {
+                                              digester.Add(values);
+                                              return absl::OkStatus();
+                                            }));
+      if (digester.Finish() != table_.staged_[slots_[t]].digest) {
+        return absl::DataLossError(absl::StrCat(slot.name, ": what serves has not the digest of what arrived"));
+      }
+    }
+    return absl::OkStatus();
+  }
+
+ private:
+  // Indices of the shadow's tensors whose values the update has, or may have, written.
+  std::vector<size_t> Touched() const {
+    std::vector<size_t> touched;
+    for (size_t t = 0; t < slots_.size(); ++t) {
+      const int64_t tied = table_.slots_[slots_[t]].tied_to;
+      if (table_.staged_[slots_[t]].touched || (tied >= 0 && table_.staged_[tied].touched)) touched.push_back(t);
+    }
+    return touched;
+  }
+
+  // Of a receive that was dropped, conversions may be under way.
+  absl::Status AwaitInbox() {
+    if (table_.inbox_ == nullptr) return absl::OkStatus();
+    for (const absl::Time deadline = absl::Now() + kInboxWait; absl::Now() < deadline;
+         absl::SleepFor(absl::Milliseconds(1))) {
+      LOCKSTEP_ASSIGN_OR_RETURN(const bool idle, table_.inbox_->Idle());
+      if (idle) return absl::OkStatus();
+    }
+    return absl::DeadlineExceededError(
+        absl::StrCat("the dropped receive's values still arrive after ", absl::FormatDuration(kInboxWait)));
+  }
+
+  ModelTensors& table_;
+  WeightShadow shadow_;
+  const std::vector<size_t> slots_;  // by tensor of the shadow
+};
+
+ModelTensors::ModelTensors(std::filesystem::path dir, const ModelSpec& spec, Ops& ops)
+    : dir_(std::move(dir)), spec_(spec), ops_(ops) {}
+
+absl::Status ModelTensors::MakeStage(int64_t bytes, bool direct) {
+  if (!direct) {
+    LOCKSTEP_ASSIGN_OR_RETURN(stage_, ops_.MakeWeightStage(bytes));
+    return absl::OkStatus();
+  }
+  std::vector<WeightPlace> places;
+  std::vector<WeightShadow::Tensor> tensors;
+  std::vector<size_t> slots;
+  for (size_t s = 0; s < slots_.size(); ++s) {
+    const Target& target = targets_[s];
+    if (!target.placed()) continue;
+    const int64_t rows = target.vector != nullptr ? Elements(slots_[s]) : slots_[s].shape[0];
+    places.push_back({.linear = target.linear,
+                      .first_row = target.first_row,
+                      .embedding = target.embedding,
+                      .vector = target.vector,
+                      .rows = rows,
+                      .cols = Elements(slots_[s]) / rows,
+                      .dtype = target.dtype,
+                      .offset = target.offset});
+    tensors.push_back({.name = slots_[s].name, .offset = target.offset, .bytes = places.back().bytes()});
+    slots.push_back(s);
+  }
+  LOCKSTEP_ASSIGN_OR_RETURN(std::unique_ptr<LiveWeights> live, ops_.MakeLiveWeights(places));
+  LOCKSTEP_ASSIGN_OR_RETURN(WeightShadow shadow, WeightShadow::Create(live.get(), std::move(tensors)));
+  live_ = live.get();
+  stage_ = std::move(live);
+  shadow_ = std::make_unique<Shadow>(*this, std::move(shadow), std::move(slots));
+  return shadow_->WriteAll();
+}
+
 absl::StatusOr<std::unique_ptr<ModelTensors>> ModelTensors::Create(const std::filesystem::path& dir,
                                                                    const ModelSpec& spec, ModelWeights& weights,
-                                                                   Ops& ops, int64_t inbox_bytes) {
+                                                                   Ops& ops, const Options& options) {
   std::unique_ptr<ModelTensors> table(new ModelTensors(dir, spec, ops));
   const Builder builder(*table, spec, weights, ops.profile());
   table->staged_.resize(table->slots_.size());
@@ -224,10 +329,10 @@ absl::StatusOr<std::unique_ptr<ModelTensors>> ModelTensors::Create(const std::fi
     absl::MutexLock lock(&table->mutex_);
     table->digests_.resize(table->slots_.size());
   }
-  LOCKSTEP_ASSIGN_OR_RETURN(table->stage_, ops.MakeWeightStage(builder.bytes()));
-  if (inbox_bytes > 0) {
+  LOCKSTEP_RETURN_IF_ERROR(table->MakeStage(builder.bytes(), options.direct));
+  if (options.inbox_bytes > 0) {
     LOCKSTEP_ASSIGN_OR_RETURN(std::unique_ptr<WeightInbox> inbox,
-                              ops.MakeWeightInbox(inbox_bytes, Inbox::MostTensors(table->slots_)));
+                              ops.MakeWeightInbox(options.inbox_bytes, Inbox::MostTensors(table->slots_)));
     table->inbox_ = std::make_unique<Inbox>(*table, std::move(inbox));
   }
   return table;
@@ -239,17 +344,35 @@ int64_t ModelTensors::inbox_bytes() const {
   return inbox_ == nullptr ? 0 : 2 * inbox_->buffer_bytes();
 }
 
+int64_t ModelTensors::shadow_bytes() const {
+  return shadow_ == nullptr ? 0 : shadow_->bytes();
+}
+
+TensorShadow* ModelTensors::shadow() {
+  return shadow_.get();
+}
+
 void ModelTensors::BeginUpdate() {
   std::fill(staged_.begin(), staged_.end(), Staged());
 }
 
+std::vector<size_t> ModelTensors::WrittenSlots(size_t slot) const {
+  std::vector<size_t> written;
+  for (int64_t s = static_cast<int64_t>(slot); s >= 0; s = targets_[s].also) {
+    if (live_ == nullptr || targets_[s].placed()) written.push_back(static_cast<size_t>(s));
+  }
+  return written;
+}
+
 absl::Status ModelTensors::WriteValues(size_t slot, const std::byte* data, DType dtype, int64_t count) {
-  const Target& target = targets_[slot];
-  LOCKSTEP_RETURN_IF_ERROR(
-      ForEachBlock(data, dtype, count, target.dtype, [&](std::span<const std::byte> values, int64_t at) {
-        return stage_->Write(target.offset + at * DTypeBytes(target.dtype), values);
-      }));
-  return target.also < 0 ? absl::OkStatus() : WriteValues(static_cast<size_t>(target.also), data, dtype, count);
+  for (const size_t s : WrittenSlots(slot)) {
+    const Target& target = targets_[s];
+    LOCKSTEP_RETURN_IF_ERROR(
+        ForEachBlock(data, dtype, count, target.dtype, [&](std::span<const std::byte> values, int64_t at) {
+          return stage_->Write(target.offset + at * DTypeBytes(target.dtype), values);
+        }));
+  }
+  return absl::OkStatus();
 }
 
 absl::Status ModelTensors::Stage(const ArrivedRows& rows) {
@@ -264,6 +387,7 @@ absl::Status ModelTensors::Stage(const ArrivedRows& rows) {
   staged.rows += rows.rows;
   if (staged.rows < slot.shape[0]) return absl::OkStatus();
   staged.digest = Digest(held);
+  staged.touched = true;
   absl::Status written = WriteValues(rows.slot, held.data(), slot.held, Elements(slot));
   std::vector<std::byte>().swap(held);
   return written;
@@ -280,12 +404,12 @@ absl::Status ModelTensors::Finish() {
 
 absl::Status ModelTensors::Install() {
   LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.install.before"));
-  for (size_t s = 0; s < slots_.size(); ++s) {
+  for (size_t s = 0; s < slots_.size() && live_ == nullptr; ++s) {
     const size_t source = slots_[s].tied_to >= 0 ? static_cast<size_t>(slots_[s].tied_to) : s;
     if (!staged_[source].digest) continue;
     LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.install.slot"));
     const Target& target = targets_[s];
-    const std::byte* from = stage_->data() + target.offset;
+    const std::byte* from = stage_->Address(target.offset, Elements(slots_[s]) * DTypeBytes(target.dtype));
     if (target.vector != nullptr) {
       ops_.StoreVector(from, *target.vector);
       continue;

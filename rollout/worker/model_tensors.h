@@ -1,7 +1,9 @@
 // A model's weights as a TensorTable: what an update's tensors are checked against, staged beside the weights that
-// serve, and stored into them between two steps, at the addresses they have.
+// serve, and stored into them between two steps, at the addresses they have; or, direct, written there as they arrive,
+// with a shadow of what they overwrite.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <filesystem>
 #include <memory>
@@ -16,21 +18,28 @@
 #include "kernels/ops.h"
 #include "rollout/model/spec.h"
 #include "rollout/model/weights.h"
+#include "rollout/worker/weight_shadow.h"
 #include "weights_sync/tensor_table.h"
 
 namespace lockstep {
 
+enum class WeightsReceive : uint8_t { kOff, kStaged, kDirect };
+
 class ModelTensors final : public TensorTable {
  public:
+  struct Options {
+    bool direct = false;
+    int64_t inbox_bytes = 0;  // of each of two buffers, a multiple of 256; 0: no inbox
+  };
   // `dir`: the checkpoint that `weights` were loaded from. All but `dir` must outlive it. RESOURCE_EXHAUSTED if there
-  // is no memory for a second set of weights and for the inbox: two buffers of `inbox_bytes`, a multiple of 256; 0:
-  // none.
+  // is no memory for a second set of weights (direct: on the host, where it is written at once) and for the inbox.
   static absl::StatusOr<std::unique_ptr<ModelTensors>> Create(const std::filesystem::path& dir, const ModelSpec& spec,
-                                                              ModelWeights& weights, Ops& ops, int64_t inbox_bytes);
+                                                              ModelWeights& weights, Ops& ops, const Options& options);
   ~ModelTensors() override;
 
   std::span<const TensorSlot> slots() const override { return slots_; }
   void BeginUpdate() override;
+  TensorShadow* shadow() override;
   absl::Status Stage(const ArrivedRows& rows) override;
   TensorInbox* inbox() override { return inbox_.get(); }
   absl::Status Finish() override;
@@ -38,10 +47,11 @@ class ModelTensors final : public TensorTable {
   // time; FAILED_PRECONDITION if they are gone.
   absl::StatusOr<std::vector<uint64_t>> ServingDigests() override;
 
-  // Stores what is staged into the weights that serve. On the step loop's thread, between two steps.
+  // Makes what is staged serve: stores it into the weights that do. On the step loop's thread, between two steps.
   absl::Status Install();
 
-  int64_t staging_bytes() const { return stage_->bytes(); }
+  int64_t staging_bytes() const { return live_ == nullptr ? stage_->bytes() : 0; }
+  int64_t shadow_bytes() const;
   int64_t inbox_bytes() const;
 
  private:
@@ -54,9 +64,13 @@ class ModelTensors final : public TensorTable {
     DType dtype = DType::kF32;
     int64_t offset = 0;  // in the stage
     int64_t also = -1;   // another slot that takes the same values: a tied head
+
+    // Among the weights that serve; a tied embedding is none of its own.
+    bool placed() const { return linear != nullptr || embedding != nullptr || vector != nullptr; }
   };
   // What an update has staged of a slot.
   struct Staged {
+    bool touched = false;  // values of it are written, or may be
     int64_t rows = 0;
     std::vector<std::byte> parts;    // in the held dtype, where the slot comes in parts
     uint64_t sum = 0;                // of the digest, where it comes through the inbox
@@ -64,10 +78,13 @@ class ModelTensors final : public TensorTable {
   };
   class Builder;
   class Inbox;
+  class Shadow;
 
-  ModelTensors(std::filesystem::path dir, const ModelSpec& spec, Ops& ops)
-      : dir_(std::move(dir)), spec_(spec), ops_(ops) {}
-  // Writes whole values of the slot, in `dtype`, to its place in the stage, and to that of a tied one.
+  ModelTensors(std::filesystem::path dir, const ModelSpec& spec, Ops& ops);
+  absl::Status MakeStage(int64_t bytes, bool direct);
+  // Where values of the slot go: its place in the stage, and that of a tied one.
+  std::vector<size_t> WrittenSlots(size_t slot) const;
+  // Writes whole values of the slot, in `dtype`, there.
   absl::Status WriteValues(size_t slot, const std::byte* data, DType dtype, int64_t count);
 
   const std::filesystem::path dir_;
@@ -77,6 +94,8 @@ class ModelTensors final : public TensorTable {
   std::vector<Target> targets_;  // by slot, as is the next
   std::vector<Staged> staged_;
   std::unique_ptr<WeightStage> stage_;
+  LiveWeights* live_ = nullptr;  // stage_, where it is the weights that serve
+  std::unique_ptr<Shadow> shadow_;
   std::unique_ptr<TensorInbox> inbox_;
   absl::Mutex mutex_;
   std::vector<std::optional<uint64_t>> digests_ ABSL_GUARDED_BY(mutex_);  // by slot; nullopt: still the checkpoint's

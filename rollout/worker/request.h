@@ -15,6 +15,7 @@
 #include "absl/time/time.h"
 #include "sampler/params.h"
 #include "sampler/sampler.h"
+#include "weights_sync/step_gate.h"
 #include "weights_sync/version.h"
 
 namespace lockstep {
@@ -149,7 +150,7 @@ struct WeightSwitch {
 
 struct WeightSwitchResult {
   absl::Duration wait;   // for requests to finish, and for the step boundary
-  absl::Duration pause;  // during which no step ran
+  absl::Duration pause;  // during which no step ran, from HoldSteps on if they were held
   int64_t kept = 0;      // samples in flight, by what became of them
   int64_t recomputed = 0;
   int64_t aborted = 0;
@@ -196,13 +197,13 @@ class WorkerInterface {
 };
 
 // What the control plane calls, beside WorkerInterface. Thread-safe; each call waits for a step boundary.
-class WorkerControl {
+class WorkerControl : public StepGate {
  public:
-  virtual ~WorkerControl() = default;
   // Runs `install`, which puts new weights in the place of those that serve, on the step loop's thread between two
-  // steps, and goes on under the new version. DEADLINE_EXCEEDED: requests did not finish in time and there is no
-  // fallback; nothing changed. UNAVAILABLE: the worker is stopping or its device has failed. An error of `install` is
-  // returned; it is the device's, and the worker has failed.
+  // steps, and goes on under the new version; steps that were held run again. DEADLINE_EXCEEDED: requests did not
+  // finish in time (while steps are held: at once, since none can) and there is no fallback; nothing changed.
+  // UNAVAILABLE: the worker is stopping or its device has failed. An error of `install` is returned; it is the
+  // device's, and the worker has failed.
   virtual absl::StatusOr<WeightSwitchResult> SwitchWeights(const WeightSwitch& change,
                                                            absl::AnyInvocable<absl::Status()> install) = 0;
   // No step runs until Resume; returns the samples that stand still. kFinish: once they have finished, new ones

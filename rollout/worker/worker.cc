@@ -106,16 +106,24 @@ absl::StatusOr<WeightSwitchResult> Worker::SwitchWeights(const WeightSwitch& cha
   const absl::Time begin = absl::Now();
   InFlightPolicy policy = change.policy;
   const bool finish = policy == InFlightPolicy::kFinish;
-  const auto hold = [this](bool on) { return AtBoundary([this, on](absl::Time) { loop_->HoldNew(on); }); };
   if (finish) {
-    LOCKSTEP_RETURN_IF_ERROR(hold(true));
+    bool held = false;
+    int64_t in_flight = 0;
+    LOCKSTEP_RETURN_IF_ERROR(AtBoundary([&](absl::Time) {
+      loop_->HoldNew(true);
+      held = held_since_.has_value();
+      in_flight = loop_->in_flight();
+    }));
     Failpoint("weights.commit.policy");
-    if (!AwaitNoneInFlight(begin + change.finish_timeout) && !change.fallback) {
-      LOCKSTEP_RETURN_IF_ERROR(hold(false));
+    const bool finished = held ? in_flight == 0 : AwaitNoneInFlight(begin + change.finish_timeout);
+    if (!finished && !change.fallback) {
+      LOCKSTEP_RETURN_IF_ERROR(AtBoundary([this](absl::Time) { loop_->HoldNew(false); }));
       LOCKSTEP_RETURN_IF_ERROR(Health());
-      return absl::DeadlineExceededError(absl::StrCat("finish_timeout_ms: samples were still in flight after ",
-                                                      absl::ToInt64Milliseconds(change.finish_timeout),
-                                                      " ms, and there is no fallback"));
+      const std::string why =
+          held ? absl::StrCat(in_flight, " samples stand still and cannot finish: their weights are overwritten")
+               : absl::StrCat("samples were still in flight after ", absl::ToInt64Milliseconds(change.finish_timeout),
+                              " ms");
+      return absl::DeadlineExceededError(absl::StrCat("finish_timeout_ms: ", why, ", and there is no fallback"));
     }
     policy = change.fallback.value_or(InFlightPolicy::kRecompute);
   }
@@ -133,12 +141,31 @@ absl::StatusOr<WeightSwitchResult> Worker::SwitchWeights(const WeightSwitch& cha
     Failpoint("weights.commit.switched");
     const absl::Time end = absl::Now();
     result.wait = now - begin;
-    result.pause = end - now;
+    result.pause = end - held_since_.value_or(now);
+    held_since_.reset();
     absl::MutexLock lock(&mutex_);
     version_ = change.version;
   }));
   if (!status.ok()) return status;
   return result;
+}
+
+absl::Status Worker::HoldSteps() {
+  absl::Status status;
+  LOCKSTEP_RETURN_IF_ERROR(AtBoundary([&](absl::Time now) {
+    // A step ends with the device's: at a boundary nothing runs there.
+    status = loop_->failure();
+    if (status.ok() && !held_since_) held_since_ = now;
+  }));
+  return status;
+}
+
+void Worker::ReleaseSteps() {
+  AtBoundary([this](absl::Time) { held_since_.reset(); }).IgnoreError();
+}
+
+void Worker::FailSteps(absl::Status why) {
+  AtBoundary([&](absl::Time) { loop_->Fail(std::move(why)); }).IgnoreError();
 }
 
 int64_t Worker::Pause(PauseMode mode, absl::Time deadline) {
@@ -168,7 +195,7 @@ void Worker::Run() {
     if (loop_->idle() || paused_ || loop_->stalled()) loop_->Deliver();
     {
       absl::MutexLock lock(&mutex_);
-      if (loop_->idle() || paused_ || loop_->stalled()) {
+      if (standing()) {
         const auto wake = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return HasWork(); };
         mutex_.AwaitWithDeadline(absl::Condition(&wake), next_expiry);
       }
@@ -180,7 +207,8 @@ void Worker::Run() {
     for (Command& command : commands) command(absl::Now());
     if (stop) loop_->AbortAll(AbortReason::kShutdown, absl::Now());
     next_expiry = loop_->Expire(absl::Now());
-    if (!paused_ || stop) loop_->Step();
+    // A failed loop's step runs nothing: it ends what is in flight.
+    if ((!paused_ && !held_since_) || stop || !loop_->failure().ok()) loop_->Step();
     {
       absl::MutexLock lock(&mutex_);
       failure_ = loop_->failure();

@@ -12,6 +12,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/functional/any_invocable.h"
 #include "absl/synchronization/mutex.h"
+#include "absl/time/time.h"
 #include "rollout/worker/request.h"
 #include "rollout/worker/step_loop.h"
 
@@ -31,6 +32,9 @@ class Worker : public WorkerInterface, public WorkerControl {
   WeightVersion weight_version() const override;
   absl::StatusOr<WeightSwitchResult> SwitchWeights(const WeightSwitch& change,
                                                    absl::AnyInvocable<absl::Status()> install) override;
+  absl::Status HoldSteps() override;
+  void ReleaseSteps() override;
+  void FailSteps(absl::Status why) override;
   int64_t Pause(PauseMode mode, absl::Time deadline) override;
   void Resume() override;
   absl::Status Health() const override;
@@ -42,6 +46,8 @@ class Worker : public WorkerInterface, public WorkerControl {
   bool HasWork() const ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return !commands_.empty() || stop_; }
   // Runs `command` at the next step boundary and waits for it. UNAVAILABLE: the thread has ended, or is about to.
   absl::Status AtBoundary(absl::AnyInvocable<void(absl::Time now)> command);
+  // No step may run, or there is nothing to run.
+  bool standing() const { return loop_->idle() || paused_ || held_since_ || loop_->stalled(); }
   // Waits until no sample is in flight; false: not by `deadline`, or the device failed.
   bool AwaitNoneInFlight(absl::Time deadline);
 
@@ -59,7 +65,9 @@ class Worker : public WorkerInterface, public WorkerControl {
   bool ended_ ABSL_GUARDED_BY(mutex_) = false;     // the thread runs no more commands
   int64_t in_flight_ ABSL_GUARDED_BY(mutex_) = 0;  // as of the last step boundary
   WeightVersion version_ ABSL_GUARDED_BY(mutex_);
-  bool paused_ = false;                           // no step runs; the thread's alone
+  // No step runs while either is set; both the thread's alone.
+  bool paused_ = false;                           // a client's Pause
+  std::optional<absl::Time> held_since_;          // HoldSteps
   absl::Status failure_ ABSL_GUARDED_BY(mutex_);  // of the device
   std::thread thread_;
 };
