@@ -153,6 +153,49 @@ TEST_F(WorkerTest, ADrainPastItsDeadlineAborts) {
   EXPECT_EQ(sink->result().abort, AbortReason::kShutdown);
 }
 
+TEST_F(WorkerTest, HeldStepsStandUntilTheyAreReleasedOrTheWeightsSwitch) {
+  Start();
+  const auto install = [] { return absl::OkStatus(); };
+  for (const bool released : {true, false}) {
+    const auto sink = std::make_shared<CountingSink>(1);
+    ASSERT_TRUE(worker_->Submit(Request(released ? "a" : "b", 2000), sink).ok());
+    ASSERT_TRUE(sink->WaitForTokens());
+    ASSERT_TRUE(worker_->HoldSteps().ok());
+    worker_->Resume();  // of a client's pause
+    const int64_t steps = worker_->Load().steps;
+    EXPECT_FALSE(sink->WaitUntilDone(absl::Milliseconds(50)));
+    EXPECT_EQ(worker_->Load().steps, steps);
+    const WeightSwitch finish = {
+        .version = {0, 1}, .policy = InFlightPolicy::kFinish, .finish_timeout = absl::Hours(1)};
+    EXPECT_TRUE(absl::IsDeadlineExceeded(worker_->SwitchWeights(finish, install).status())) << "at once";
+    EXPECT_EQ(worker_->Load().steps, steps);
+    if (released) {
+      worker_->ReleaseSteps();
+    } else {
+      const auto result = worker_->SwitchWeights({.version = {0, 1}}, install);
+      ASSERT_TRUE(result.ok()) << result.status();
+      EXPECT_EQ(result->recomputed, 1);
+      EXPECT_GE(result->pause, absl::Milliseconds(50));
+    }
+    EXPECT_TRUE(sink->WaitUntilDone());
+    EXPECT_EQ(sink->result().finish, FinishKind::kLength);
+  }
+}
+
+TEST_F(WorkerTest, StepsThatFailWhileTheyAreHeldEndWhatIsInFlight) {
+  Start();
+  const auto sink = std::make_shared<CountingSink>(1);
+  ASSERT_TRUE(worker_->Submit(Request("a", 8000), sink).ok());
+  ASSERT_TRUE(sink->WaitForTokens());
+  ASSERT_TRUE(worker_->HoldSteps().ok());
+  worker_->FailSteps(absl::DataLossError("not restored"));
+  ASSERT_TRUE(sink->WaitUntilDone());
+  EXPECT_EQ(sink->result().abort, AbortReason::kInternal);
+  for (int i = 0; i < 1000 && worker_->Health().ok(); ++i) absl::SleepFor(absl::Milliseconds(1));
+  EXPECT_EQ(worker_->Health().message(), "not restored");
+  EXPECT_FALSE(worker_->HoldSteps().ok());
+}
+
 TEST_F(WorkerTest, DestructionEndsWhatIsInFlight) {
   Start();
   const auto sink = std::make_shared<CountingSink>(1);

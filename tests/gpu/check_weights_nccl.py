@@ -5,8 +5,10 @@
 
 --old, --new: checkpoints of one shape. Under load: updates with several numbers of NCCL's thread blocks, then --updates
 of them with the chosen one, some by a sender that gathers shard by shard; then --kills learners killed with SIGKILL in
-mid-broadcast, through which the old version must serve; then one more update, after which the worker must compute what
-a worker started from the new weights computes, in bits. Needs the lockstep package, torch and two GPUs.
+mid-broadcast, through which the old version must serve (direct: or stand still, and serve again once it is restored);
+then one more update, after which the worker must compute what a worker started from the new weights computes, in bits.
+All of it once for each of --modes, which are values of the worker's --weights_receive. Needs the lockstep package, torch
+and two GPUs.
 
 Exit status: 0 every bit and digest is equal and every kill was survived; 1 not; 2 it could not run.
 """
@@ -43,6 +45,7 @@ FORK.set_forkserver_preload(["torch", "lockstep", "check_weights"])
 WORKER_GPU, LEARNER_GPU = 0, 1
 SETTLE_S = 0.4
 PIECE_BYTES = 1 << 30
+PAUSE_GOAL_MS = {"staged": 20, "direct": 100}  # for which an update stops generation, at most
 
 
 def torch_nccl():
@@ -184,8 +187,8 @@ def memory_used():
 
 
 class Check:
-    def __init__(self, arguments, worker, nccl_gb_s):
-        self.arguments, self.worker, self.nccl_gb_s = arguments, worker, nccl_gb_s
+    def __init__(self, arguments, mode, worker, nccl_gb_s):
+        self.arguments, self.mode, self.worker, self.nccl_gb_s = arguments, mode, worker, nccl_gb_s
         self.vocab_size = worker.info().model.vocab_size
         self.jobs, self.results = FORK.Queue(), FORK.Queue()
         self.process = FORK.Process(target=learner, args=(arguments, worker.control, self.jobs, self.results))
@@ -222,12 +225,14 @@ class Check:
     def series(self, count, ctas, gather=False):
         """Updates in one group; the first, which makes it, does not count."""
         rows = [self.update(ctas, gather) for _ in range(count + 1)][1:]
-        result = {"transport": "nccl", "mode": "staged", "gpus": 2, "shape": self.arguments.shape, "bytes": self.bytes}
+        result = {"transport": "nccl", "mode": self.mode, "gpus": 2, "shape": self.arguments.shape, "bytes": self.bytes}
         result |= {"updates": count, "max_ctas": ctas, "sender": "gathers shards" if gather else "has whole tensors"}
         result |= {"load": self.arguments.load, "nccl_gb_s": self.nccl_gb_s}
         result |= {key: spread([row[key] for row in rows]) for key in rows[0]}
         before, during = (sum(row[key] for row in rows) for key in ("tok_s_before", "tok_s_while_receiving"))
         result["slowdown_while_receiving"] = 1 - during / before
+        result["pause_goal_ms"] = PAUSE_GOAL_MS[self.mode]
+        result["pause_goal_met"] = result["pause_ms"]["max"] <= PAUSE_GOAL_MS[self.mode]
         print(", ".join(f"{k} {v['median']:.4g}" if isinstance(v, dict) else f"{k} {v}" for k, v in result.items()), flush=True)
         return result
 
@@ -260,9 +265,10 @@ class Check:
             version = {"epoch": 1 + k, "step": 0}
             sender.stubs[0].Rollback(sender.m.RollbackRequest(version=version), timeout=30)
             status = sender.stubs[0].GetStatus(sender.m.GetStatusRequest(), timeout=30)
-            recovery_ms.append(1000 * (time.perf_counter() - killed))
+            recovered = time.perf_counter()
+            recovery_ms.append(1000 * (recovered - killed))
             time.sleep(0.3)
-            gaps_ms.append(self.load.longest_gap_ms(began, killed + 0.25))
+            gaps_ms.append(self.load.longest_gap_ms(began, recovered + 0.25))
             serving = (status.weight_version.epoch, status.weight_version.step)
             used.append(memory_used())
             survived += serving == (0, self.step) and status.state == sender.m.UPDATE_STATE_SERVING
@@ -277,14 +283,12 @@ class Check:
         }
 
 
-def run(arguments):
-    rate = nccl_rate()
-    print(f"NCCL's own broadcasts: {rate:.1f} GB/s", flush=True)
+def run_mode(arguments, mode, rate):
     flags = [*shlex.split(arguments.worker_flags), "--cuda_device", str(WORKER_GPU)]
-    flags += ["--nccl_library", arguments.nccl_library]
+    flags += ["--nccl_library", arguments.nccl_library, "--weights_receive", mode]
     rows = []
     with Worker.start(arguments.binary, arguments.old, flags) as worker:
-        check = Check(arguments, worker, rate)
+        check = Check(arguments, mode, worker, rate)
         for ctas in arguments.ctas:
             rows.append(check.series(5, ctas))
         rows.append(check.series(arguments.updates, arguments.max_ctas))
@@ -294,7 +298,7 @@ def run(arguments):
         print(kills, flush=True)
         check.load.end()
         # The next update succeeds, and is the new weights'.
-        last = Check(arguments, worker, rate)
+        last = Check(arguments, mode, worker, rate)
         last.load.end()
         last.jobs.put((1, (100, 0), arguments.max_ctas, False))
         last.result()
@@ -322,6 +326,7 @@ def main():
     parser.add_argument("--worker_flags", default="--backend cuda")
     parser.add_argument("--nccl_library", default=torch_nccl(), help="the worker's (default: that of torch's wheel)")
     parser.add_argument("--shape", required=True, help="its name in the table")
+    parser.add_argument("--modes", nargs="+", default=["staged"], choices=tuple(PAUSE_GOAL_MS))
     parser.add_argument("--updates", type=int, default=20)
     parser.add_argument("--ctas", type=int, nargs="*", default=[0, 4, 8, 16], help="numbers of thread blocks to try")
     parser.add_argument("--max_ctas", type=int, default=0, help="for the --updates")
@@ -330,7 +335,12 @@ def main():
     parser.add_argument("--json", help="where the result goes")
     arguments = parser.parse_args()
     try:
-        device, rows, kills, bits = run(arguments)
+        rate = nccl_rate()
+        print(f"NCCL's own broadcasts: {rate:.1f} GB/s", flush=True)
+        rows, kills, bits = [], {}, {}
+        for mode in arguments.modes:
+            device, more, kills[mode], bits[mode] = run_mode(arguments, mode, rate)
+            rows += more
     except Exception:
         traceback.print_exc()
         return 2
@@ -352,13 +362,15 @@ def main():
             "bits": bits,
         }
         pathlib.Path(arguments.json).write_text(json.dumps(measurement, indent=1) + "\n")
-    broken = bits["logprobs_differing"] or bits["tokens_differ"] or bits["digests_differing"]
-    if broken:
-        print("BROKEN: the updated worker is not the worker started from the new weights")
-    if kills["survived"] < kills["kills"] or not kills["digests_as_before"]:
-        print("BROKEN: a learner's death touched what serves")
-        broken = True
-    return int(bool(broken))
+    broken = False
+    for mode in arguments.modes:
+        if bits[mode]["logprobs_differing"] or bits[mode]["tokens_differ"] or bits[mode]["digests_differing"]:
+            print(f"BROKEN ({mode}): the updated worker is not the worker started from the new weights")
+            broken = True
+        if kills[mode]["survived"] < kills[mode]["kills"] or not kills[mode]["digests_as_before"]:
+            print(f"BROKEN ({mode}): a learner's death touched what serves")
+            broken = True
+    return int(broken)
 
 
 if __name__ == "__main__":

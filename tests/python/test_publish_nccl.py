@@ -15,11 +15,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture
-def start(start_worker, tiny_model, fake_nccl):
+def start(start_worker, tiny_model, fake_nccl, request):
     started = []
+    mode = ("--weights_receive", getattr(request, "param", "staged"))
 
     def one(*flags):
-        flags = ("--numerics", "fp32", "--threads", "1", "--nccl_library", fake_nccl, *flags)
+        flags = ("--numerics", "fp32", "--threads", "1", "--nccl_library", fake_nccl, *mode, *flags)
         started.append(start_worker(tiny_model, *flags))
         return started[-1]
 
@@ -47,6 +48,9 @@ def make(fake_nccl, trainer):
         publisher.close()
 
 
+in_both_modes = pytest.mark.parametrize("start", ["staged", "direct"], indirect=True)
+
+
 @torch.no_grad()
 def move(model, seed):
     torch.manual_seed(seed)
@@ -67,6 +71,7 @@ def test_plans_are_the_workers(repo_root):
         assert plan_buckets(plan["bytes"], plan["bucket_bytes"]) == expected
 
 
+@in_both_modes
 def test_several_updates_in_one_group(start, make, trainer):
     workers = [start(), start()]
     publisher = make(workers)
@@ -101,6 +106,7 @@ def test_order_and_completeness(start, make, trainer):
     assert publisher.publish((0, 1), items).workers[0].version == (0, 1)  # nothing is left of the two
 
 
+@in_both_modes
 def test_a_nan_is_found_by_the_worker(start, make, trainer):
     worker = start()
     publisher = make([worker])
@@ -113,6 +119,7 @@ def test_a_nan_is_found_by_the_worker(start, make, trainer):
     assert publisher.publish((0, 1), trainer.tensors().items()).workers[0].version == (0, 1)
 
 
+@in_both_modes
 def test_a_worker_that_dies_in_the_middle(start, make, trainer):
     """Without leave to go on: all keep the old version. With it, and tensors to send again: the others get the new."""
     workers = [start(), start(), start()]
@@ -180,6 +187,7 @@ publisher.publish((0, 1), tensors())
 """
 
 
+@in_both_modes
 def test_a_learner_that_dies_in_the_middle(start, make, trainer, fake_nccl, tiny_model, repo_root, tmp_path):
     import subprocess
     import sys
@@ -202,6 +210,7 @@ def test_a_learner_that_dies_in_the_middle(start, make, trainer, fake_nccl, tiny
     assert [w.version for w in report.workers] == [(1, 0)] * 2 and all(serves(trainer, worker) for worker in workers)
 
 
+@in_both_modes
 def test_a_rollback_in_the_middle_ends_the_receive(start, make, trainer):
     worker = start()
     publisher, other = make([worker]), make([worker])
@@ -231,6 +240,7 @@ def test_a_slow_gather_keeps_its_lease(start, make, trainer):
     assert publisher.publish((0, 1), source()).workers[0].version == (0, 1)
 
 
+@in_both_modes
 def test_the_stream_and_nccl_take_turns(start, make, trainer):
     worker = start()
     over_nccl = make([worker])

@@ -15,11 +15,15 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture
-def workers(start_worker, tiny_model):
-    started = [start_worker(tiny_model, "--numerics", "fp32", "--threads", "1") for _ in range(2)]
+def workers(start_worker, tiny_model, request):
+    flags = ("--numerics", "fp32", "--threads", "1", "--weights_receive", getattr(request, "param", "staged"))
+    started = [start_worker(tiny_model, *flags) for _ in range(2)]
     yield started
     for worker in started:
         worker.stop()
+
+
+in_both_modes = pytest.mark.parametrize("workers", ["staged", "direct"], indirect=True)
 
 
 @torch.no_grad()
@@ -29,6 +33,7 @@ def move(model, seed):
         parameter.add_(torch.randn_like(parameter) * 0.02)
 
 
+@in_both_modes
 def test_published_weights_are_the_trainers(workers, trainer):
     """Parity before, stale after the trainer's step, parity again under the new version."""
     strict = parity.Thresholds(mean=1e-5, max=1e-3)
@@ -47,6 +52,7 @@ def test_published_weights_are_the_trainers(workers, trainer):
         assert fresh.passed and not fresh.findings and fresh.weight_version == (0, 1), str(fresh)
 
 
+@in_both_modes
 def test_versions_under_traffic(workers, trainer, pb):
     """Samples that an update falls into say which tokens are whose; min_weight_version holds."""
     with (
@@ -77,6 +83,7 @@ def test_versions_under_traffic(workers, trainer, pb):
                 assert difference.mean() < 1e-5
 
 
+@in_both_modes
 def test_a_worker_that_dies_rolls_the_others_back(workers, trainer):
     with WeightPublisher([w.control for w in workers], manifest_from=trainer.model, retry_s=0.5) as publisher:
 
@@ -93,6 +100,7 @@ def test_a_worker_that_dies_rolls_the_others_back(workers, trainer):
         assert [w.version for w in report.workers] == [(0, 2), None]
 
 
+@in_both_modes
 def test_a_broken_connection_goes_on(workers, trainer):
     proxy = DroppingProxy(workers[0].control)
     proxy.limit_bytes = 6_000_000
