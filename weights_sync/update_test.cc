@@ -541,10 +541,10 @@ TEST_F(DirectTest, AReceiveThatWasDroppedEndsBeforeAnythingIsRestored) {
 TEST_F(DirectTest, WhatCannotBeRestoredNeverServes) {
   Receive(1);
   table.fake_shadow().restore_status = absl::DataLossError("a: digest");
-  EXPECT_TRUE(absl::IsDataLoss(update.Rollback({0, 1}).status()));
+  EXPECT_TRUE(absl::IsInternal(update.Rollback({0, 1}).status()));
   EXPECT_TRUE(gate.held);
   EXPECT_TRUE(absl::StrContains(gate.failure().message(), "could not be restored: a: digest")) << gate.failure();
-  EXPECT_TRUE(absl::IsDataLoss(update.Begin({0, 2}, Whole(), absl::Minutes(1)).status()));
+  EXPECT_TRUE(absl::IsInternal(update.Begin({0, 2}, Whole(), absl::Minutes(1)).status()));
 }
 
 class ReceiveTest : public UpdateTest {

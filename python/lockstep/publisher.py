@@ -226,7 +226,8 @@ class WeightPublisher:
           A callable that gives such an iterator: over nccl, with allow_partial, an update that broke because a worker
           died is sent again to the others. Not for iterators that other ranks walk too.
         policy: what becomes of samples in flight: "finish" (for finish_timeout_s, then `fallback`), "keep",
-          "recompute", "abort".
+          "recompute", "abort". A worker that takes weights in place (--weights_receive=direct) stands still from the
+          first bytes on: there "finish" is `fallback` at once.
         allow_partial: go on with the workers that are well; the report tells of the others. Otherwise any failure
           raises UpdateFailed, whose `report` is the same, and before Commit rolls back everywhere.
         send: False on all ranks but one: the iterator is walked, nothing is sent, None is returned.
