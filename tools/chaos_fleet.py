@@ -137,14 +137,15 @@ class Worker:
         self.read = 0  # of the log
         self.stopped_at = self.resume_at = None
         self.external = False  # killed or stopped by the campaign, not by a failpoint
-        self.last_fired = None
+        self.fatal = None  # the failpoint that fired and ends the process
+        self.fatal_at = 0.0
         self.faults = 0  # fired or inflicted, all generations; sleeps are none
         self.held = []  # seconds for which it stopped, all generations
         self.last_seen = (0, (0, 0))  # generation, and the version it served after the last update
         self.thread = threading.Thread(target=self.watch, daemon=True)
 
     def start(self, armed=True):
-        self.read, self.last_fired, self.external, self.stopped_at = 0, None, False, None
+        self.read, self.fatal, self.external, self.stopped_at = 0, None, False, None
         self.plan = self.campaign.coverage.plan() if armed and self.campaign.faults else []
         ports = ("127.0.0.1:0", "127.0.0.1:0")
         if self.generation and self.rng.random() < 0.7:  # else the fleet's list changes
@@ -185,7 +186,8 @@ class Worker:
             whole = text.rpartition("\n")[0]
             self.read += len(whole) + (1 if whole else 0)
         for name, action, _ in FIRED.findall(whole):
-            self.last_fired, self.fired_at = (name, action), time.monotonic()
+            if action.startswith("kill") or (name in DEVICE and action.startswith("error")):
+                self.fatal, self.fatal_at = (name, action), time.monotonic()
             self.faults += not action.startswith("sleep")
             self.campaign.coverage.note(name, action)
             self.campaign.event("failpoint", worker=self.index, name=name, action=action, generation=self.generation)
@@ -213,14 +215,7 @@ class Worker:
         if status is not None:
             self.ready.clear()
             self.scan_log()
-            injected = self.external or (
-                self.last_fired is not None
-                and (
-                    self.last_fired[1].startswith("kill")
-                    or (self.last_fired[0] in DEVICE and self.last_fired[1].startswith("error"))
-                )
-            )
-            if not injected:
+            if not self.external and self.fatal is None:
                 tail = self.log_path.read_text()[-2000:]
                 self.campaign.violation("death", f"worker {self.index} ended by itself, status {status}:\n{tail}")
             self.campaign.coverage.release(self.plan)
@@ -230,13 +225,8 @@ class Worker:
                 return
             self.start()
             self.campaign.event("restarted", worker=self.index, generation=self.generation)
-        elif (
-            self.last_fired
-            and self.last_fired[0] in DEVICE
-            and self.last_fired[1].startswith("error")
-            and now > self.fired_at + 10
-        ):
-            self.campaign.violation("death", f"worker {self.index} goes on 10 s after its device failed")
+        elif self.fatal and self.stopped_at is None and now > self.fatal_at + 10:
+            self.campaign.violation("death", f"worker {self.index} goes on 10 s after {'='.join(self.fatal)}")
             self.process.kill()
         elif process_state(self.process.pid) == "T":
             if self.stopped_at is None:
@@ -244,7 +234,7 @@ class Worker:
                 self.held.append(self.campaign.hold(self.rng))
                 self.resume_at = now + self.held[-1]
             elif now >= self.resume_at:
-                self.stopped_at = None
+                self.stopped_at, self.fatal_at = None, now
                 self.process.send_signal(signal.SIGCONT)
                 self.campaign.event("continued", worker=self.index, generation=self.generation)
                 time.sleep(0.02)

@@ -73,9 +73,9 @@ void WeightUpdate::Keep() {
     if (status.ok()) status = restore ? shadow_->Restore(ending_) : shadow_->Write(ending_);
     if (ending_) return;
     if (!status.ok()) {
-      status = absl::InternalError(absl::StrCat(restore ? "what an update overwrote could not be restored: "
-                                                        : "the weights that serve could not be copied: ",
-                                                status.message(), "; this worker must be started again"));
+      status = absl::InternalError(absl::StrCat(
+          restore ? "what an update overwrote could not be restored: " : "the weights that serve could not be copied: ",
+          status.message(), "; this worker must be started again"));
       gate_->FailSteps(status);
     } else if (restore) {
       gate_->ReleaseSteps();
