@@ -192,7 +192,7 @@ void Worker::Run() {
   for (;;) {
     std::deque<Command> commands;
     bool stop;
-    if (loop_->idle() || paused_ || loop_->stalled()) loop_->Deliver();
+    if (standing()) loop_->Deliver();
     {
       absl::MutexLock lock(&mutex_);
       if (standing()) {
