@@ -80,6 +80,10 @@ def finish(job, result):
         if job.read and (not stopped or (job.json and job.json.exists())):
             job.read(job, result)
     except (ValueError, KeyError, OSError) as error:
+        refused = next((line for line in result.output.splitlines() if "device memory: " in line), "")
+        if not job.promise and refused:
+            result.summary = f"not measured: {refused}"
+            return result
         result.broken = f"cannot tell: {error}"
     if stopped:
         result.summary = stopped if result.summary == stopped else f"{stopped}; {result.summary}"

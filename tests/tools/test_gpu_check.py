@@ -41,6 +41,15 @@ def test_a_late_timing_breaks_no_promise():
     assert jobs.run_job(shell("exit 1", promise=False), 5, io.StringIO()).broken != ""
 
 
+@pytest.mark.parametrize(("promise", "says", "broken"), [(False, "device memory: 9", False), (True, "device memory: 9", True), (False, "x", True)])
+def test_a_timing_that_memory_does_not_allow_breaks_no_promise(tmp_path, promise, says, broken):
+    job = shell(f"echo '{says}'; exit 2", promise=promise)
+    job.json, job.read = tmp_path / "none.json", jobs.read_bench
+    result = jobs.run_job(job, 5, io.StringIO())
+    assert bool(result.broken) == broken
+    assert broken or result.summary == f"not measured: {says}"
+
+
 def test_what_a_stopped_job_had_found_is_kept(tmp_path):
     report = tmp_path / "bench.json"
     text = f"echo '{json.dumps({'results': [BENCH]})}' > {report}; sleep 60"

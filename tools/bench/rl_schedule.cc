@@ -5,6 +5,7 @@
 #include <numbers>
 #include <numeric>
 #include <random>
+#include <utility>
 
 #include "rollout/base/check.h"
 
@@ -70,12 +71,35 @@ void RlSchedule::Sampled(SequenceId id) {
   sequences_.erase(found);
 }
 
-StepLoad LoadOf(const StepPlan& plan, const Traffic& traffic) {
-  StepLoad load{.bytes = traffic.weights};
+LoadCounter::LoadCounter(const Traffic& traffic, const SchedulerConfig& config, int64_t prompt_tokens)
+    : traffic_(traffic),
+      page_size_(config.page_size),
+      prompt_pages_(config.pages == 0 ? 0 : prompt_tokens / config.page_size),
+      read_(traffic.windows.size(), std::vector<int64_t>(static_cast<size_t>(config.pages), -1)) {}
+
+double LoadCounter::KvBytes(const std::vector<int32_t>& pages, int64_t context) {
+  double bytes = 0;
+  for (size_t w = 0; w < traffic_.windows.size(); ++w) {
+    const Traffic::Window& window = traffic_.windows[w];
+    const int64_t first = window.keys > 0 ? std::max<int64_t>(context - window.keys, 0) : 0;
+    const int64_t own = std::min(context, prompt_pages_ * page_size_);  // the first position that no other sample has
+    int64_t positions = context - std::max(first, own);
+    for (int64_t page = first / page_size_; page * page_size_ < own; ++page) {
+      if (std::exchange(read_[w][pages[page]], step_) == step_) continue;
+      positions += std::min((page + 1) * page_size_, own) - std::max(page * page_size_, first);
+    }
+    bytes += window.bytes * static_cast<double>(positions);
+  }
+  return bytes;
+}
+
+StepLoad LoadCounter::Count(const StepPlan& plan, const Scheduler& scheduler) {
+  StepLoad load{.bytes = traffic_.weights};
   for (const PlannedPiece& piece : plan.pieces) {
     (piece.count > 1 ? load.prefill_rows : load.decode_rows) += piece.count;
-    load.bytes += traffic.state + traffic.KvBytes(piece.position + piece.count);
+    load.bytes += traffic_.state + KvBytes(scheduler.page_table(piece.id), piece.position + piece.count);
   }
+  ++step_;
   return load;
 }
 
@@ -100,10 +124,11 @@ int64_t RlWalk::mixed_steps() const {
 
 RlWalk WalkSchedule(const RlShape& shape, const SchedulerConfig& config, const Traffic& traffic) {
   RlSchedule schedule(shape, config);
+  LoadCounter counter(traffic, config, shape.prompt_tokens);
   RlWalk walk;
   while (!schedule.done()) {
     const StepPlan plan = schedule.Plan();
-    walk.steps.push_back(LoadOf(plan, traffic));
+    walk.steps.push_back(counter.Count(plan, schedule.scheduler()));
     walk.peak_running = std::max(walk.peak_running, schedule.scheduler().running());
     schedule.Apply(plan);
   }

@@ -51,11 +51,28 @@ class RlSchedule {
 
 // One step, as a floor sees it.
 struct StepLoad {
-  double bytes = 0;          // it must move, at least: weights once; state, keys and values of each piece once
+  double bytes = 0;          // it must move, at least: weights once; each piece's state; each page's keys and values
   int64_t prefill_rows = 0;  // in pieces of more than one row
   int64_t decode_rows = 0;
 };
-StepLoad LoadOf(const StepPlan& plan, const Traffic& traffic);
+
+// Counts them. Samples of one prompt read the same pages of it, which then count once a step: what they share may stay
+// in a cache, and a kernel could read it once for all.
+class LoadCounter {
+ public:
+  LoadCounter(const Traffic& traffic, const SchedulerConfig& config, int64_t prompt_tokens);
+  // Of a plan that `scheduler` has made and that is not applied yet.
+  StepLoad Count(const StepPlan& plan, const Scheduler& scheduler);
+
+ private:
+  double KvBytes(const std::vector<int32_t>& pages, int64_t context);
+
+  const Traffic& traffic_;
+  const int64_t page_size_;
+  const int64_t prompt_pages_;  // whole ones
+  int64_t step_ = 0;
+  std::vector<std::vector<int64_t>> read_;  // by window and page: the last step that read it
+};
 
 struct RlWalk {
   std::vector<StepLoad> steps;

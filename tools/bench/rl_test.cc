@@ -32,12 +32,23 @@ TEST(RlSchedule, OnePromptIsPrefilledOnceAndForked) {
   EXPECT_EQ(walk.steps[0].decode_rows, 0);
   EXPECT_DOUBLE_EQ(walk.steps[0].bytes, 10 * 100);
   EXPECT_EQ(walk.steps[1].decode_rows, 4);
-  EXPECT_DOUBLE_EQ(walk.steps[1].bytes, 4 * 10 * 101);
-  EXPECT_DOUBLE_EQ(walk.steps[2].bytes, 4 * 10 * 102);
+  // The prompt's one whole page once for all four.
+  EXPECT_DOUBLE_EQ(walk.steps[1].bytes, 10 * (64 + 4 * (101 - 64)));
+  EXPECT_DOUBLE_EQ(walk.steps[2].bytes, 10 * (64 + 4 * (102 - 64)));
   EXPECT_EQ(walk.peak_running, 4);
   EXPECT_EQ(walk.mixed_steps(), 1);
   EXPECT_EQ(walk.decode_rows(), 8);
   EXPECT_EQ(walk.preemptions, 0);
+}
+
+TEST(RlSchedule, AWindowReadsOnlyItsPartOfASharedPrompt) {
+  Traffic traffic = PositionsOnly();
+  traffic.windows = {{.keys = 50, .bytes = 10, .flops = 0, .layers = 1}};
+  const RlWalk walk = WalkSchedule(Shape(1, 2, 128, 80), {.pages = 64, .slots = 4, .max_batch_tokens = 256}, traffic);
+  // Positions 79 to 127 of the prompt once, and one of each sample's own.
+  EXPECT_DOUBLE_EQ(walk.steps[1].bytes, 10 * (49 + 2 * 1));
+  // Nothing of the prompt after 50 tokens.
+  EXPECT_DOUBLE_EQ(walk.steps[60].bytes, 2 * 10 * 50);
 }
 
 TEST(RlSchedule, FullMemoryPreemptsAndRecomputes) {
