@@ -48,7 +48,35 @@ def _parser() -> argparse.ArgumentParser:
     parity.add_argument("--json", metavar="FILE")
     parity.add_argument("--html", metavar="FILE")
     parity.add_argument("--png", metavar="FILE", help="needs matplotlib")
+    top = commands.add_parser(
+        "top",
+        help="what workers are doing now",
+        description="A table of workers that renews itself, until Ctrl-C. Exit status: 0; with --once 1 if a worker did not "
+        "answer; 2 could not run.",
+    )
+    top.add_argument(
+        "--worker", required=True, action="append", metavar="HOST:PORT", help="data plane; may be repeated"
+    )
+    top.add_argument("--interval", type=float, default=2.0, metavar="SECONDS", help="default 2")
+    top.add_argument("--check", metavar="FILE", help="of lockstep parity --json: shown below, with its age")
+    top.add_argument("--once", action="store_true", help="one table, after one interval")
+    top.add_argument("--token_file", metavar="FILE", help="its first line is the workers' token")
+    top.add_argument("--tls_ca", metavar="FILE", help="PEM: whom to trust; without it, no TLS")
     return parser
+
+
+def _top(arguments: argparse.Namespace) -> int:
+    from . import top
+
+    token = read_token(arguments.token_file) if arguments.token_file else None
+    return top.run(
+        arguments.worker,
+        interval_s=arguments.interval,
+        check=arguments.check,
+        once=arguments.once,
+        token=token,
+        tls_ca=arguments.tls_ca,
+    )
 
 
 def _parity(arguments: argparse.Namespace) -> int:
@@ -105,7 +133,7 @@ def _parity(arguments: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     try:
-        return _parity(arguments)
+        return {"parity": _parity, "top": _top}[arguments.command](arguments)
     except (LockstepError, OSError) as error:
         print(f"lockstep {arguments.command}: {error}", file=sys.stderr)
     except Exception:

@@ -177,6 +177,8 @@ grpc::ServerUnaryReactor* RolloutService::GetLoad(grpc::CallbackServerContext* c
   response->set_last_step_ms(load.last_step_ms);
   response->set_steps_ms(load.steps_ms);
   response->set_host_ms(load.host_ms);
+  if (load.weights_since > absl::InfinitePast())
+    response->set_weights_age_ms(absl::ToInt64Milliseconds(absl::Now() - load.weights_since));
   response->set_buffered_bytes(registry_->buffered_bytes());
   response->set_retained_bytes(registry_->retained_bytes());
   FillWeightVersion(model_->worker->weight_version(), response->mutable_weight_version());

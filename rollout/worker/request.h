@@ -172,9 +172,10 @@ struct WorkerLoad {
   int64_t preemptions = 0;
   int64_t non_finite_samples = 0;  // ended because their logits held a NaN or an infinity
   double last_step_ms = 0;
-  double steps_ms = 0;  // of all steps
-  double host_ms = 0;   // of all steps: from the results of the one before, if it follows at once, to its own start on
-                        // the device, which is idle meanwhile
+  absl::Time weights_since = absl::InfinitePast();  // when the weights that serve began to
+  double steps_ms = 0;                              // of all steps
+  double host_ms = 0;  // of all steps: from the results of the one before, if it follows at once, to its own start on
+                       // the device, which is idle meanwhile
 };
 
 // What the server calls; implemented by Worker (rollout/worker/worker.h). Thread-safe.

@@ -165,6 +165,7 @@ WeightSwitchResult StepLoop::SwitchWeights(const WeightVersion& version, InFligh
   }
   Deliver();
   weight_version_ = version;
+  weights_since_ = now;
   return counts;
 }
 
@@ -381,6 +382,7 @@ void StepLoop::Finish(Sequence& sequence, SampleResult result, absl::Time now) {
 
 WorkerLoad StepLoop::Load() const {
   WorkerLoad load = totals_;
+  load.weights_since = weights_since_;
   load.running_sequences = scheduler_.running();
   load.waiting_sequences = scheduler_.waiting();
   load.running_requests = static_cast<int64_t>(requests_.size());

@@ -13,6 +13,7 @@
 #include <vector>
 
 #include "absl/status/status.h"
+#include "absl/time/clock.h"
 #include "absl/time/time.h"
 #include "rollout/engine/engine.h"
 #include "rollout/model/tokenizer.h"
@@ -88,6 +89,7 @@ class StepLoop {
   absl::Status failure_;
   bool stalled_ = false;
   WeightVersion weight_version_;
+  absl::Time weights_since_ = absl::Now();
 
   Outbox outbox_;
   // When the step before had ended, if nothing has come between.
