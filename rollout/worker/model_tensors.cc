@@ -140,8 +140,7 @@ class ModelTensors::Inbox final : public TensorInbox {
   absl::Status UseOnThisThread() override { return inbox_->UseOnThisThread(); }
 
   absl::Status Open(std::vector<ExpectedTensor> tensors) override {
-    tensors_ = std::move(tensors);
-    for (const ExpectedTensor& tensor : tensors_) {
+    for (const ExpectedTensor& tensor : tensors) {
       const TensorSlot& slot = table_.slots_[tensor.slot];
       const bool last = tensor.first_row + tensor.rows == slot.shape[0];
       // What the device reads and counts at once: see InboxValues.
@@ -150,8 +149,10 @@ class ModelTensors::Inbox final : public TensorInbox {
             absl::StrCat("manifest: rows ", tensor.first_row, " to ", tensor.first_row + tensor.rows, " of ", slot.name,
                          " begin or end within a group of 4 values; want the tensor whole, or over the stream"));
       }
-      table_.staged_[tensor.slot] = Staged{.touched = true};
     }
+    // Only once all are accepted: a refusal leaves what has arrived as it is.
+    for (const ExpectedTensor& tensor : tensors) table_.staged_[tensor.slot] = Staged{.touched = true};
+    tensors_ = std::move(tensors);
     return inbox_->Reset();
   }
 
@@ -382,6 +383,10 @@ absl::Status ModelTensors::Stage(const ArrivedRows& rows) {
   const int64_t row = Elements(slot) / slot.shape[0], count = rows.rows * row, bytes = DTypeBytes(slot.held);
   // Rounded to the held dtype first, and from there to the dtype of the stage, which holds it exactly.
   std::vector<std::byte>& held = staged.parts;
+  if (staged.rows > 0 && held.empty()) {
+    return absl::FailedPreconditionError(
+        absl::StrCat(slot.name, ": some of the parts it comes in arrived in a Receive; want the others there too"));
+  }
   held.resize(Elements(slot) * bytes);
   ConvertValues(rows.data, rows.dtype, count, slot.held, held.data() + rows.first_row * row * bytes);
   staged.rows += rows.rows;
