@@ -190,8 +190,21 @@ void Scheduler::PlanPiece(Sequence& s, int64_t* budget, StepPlan& plan) {
 int64_t Scheduler::PromptBudget(int64_t decoding) const {
   // Less would take too many steps.
   constexpr int64_t kLeast = 64;
-  const int64_t prompts = running() - decoding + std::min(waiting(), static_cast<int64_t>(free_slots_.size()));
-  if (config_.mixed_batch_tokens == 0 || decoding < prompts) return config_.max_batch_tokens;
+  if (config_.mixed_batch_tokens == 0) return config_.max_batch_tokens;
+  // Of those that wait, what could start now: one of a group computes the prompt for all, and memory bounds the rest.
+  int64_t prompts = running() - decoding, slots = static_cast<int64_t>(free_slots_.size()), pages = pages_.free();
+  uint64_t group = 0;
+  for (auto r = waiting_.begin(); r != waiting_.end() && prompts <= decoding && slots > 0; ++r) {
+    const Sequence& s = Get(r->id);
+    if ((hold_ && !s.started) || (group != 0 && s.spec.group == group && s.known == s.spec.known)) continue;
+    group = s.known == s.spec.known ? s.spec.group : 0;
+    if (WaitsForLeader(s)) continue;
+    pages -= PagesFor(s.known);
+    if (config_.pages > 0 && pages < running()) break;
+    ++prompts;
+    --slots;
+  }
+  if (decoding < prompts) return config_.max_batch_tokens;
   return std::max(config_.mixed_batch_tokens - decoding, kLeast);
 }
 

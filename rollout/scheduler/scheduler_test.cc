@@ -149,6 +149,24 @@ TEST(Scheduler, PromptsRideInDecodeStepsOnceMostSequencesDecode) {
   EXPECT_EQ(rows, 3 + (300 - 192) + 3 * 150);
 }
 
+TEST(Scheduler, PromptsThatCannotStartDoNotHaltDecoding) {
+  const auto rows_beside = [](int64_t decoding, int64_t backlog, uint64_t group, int64_t pages) {
+    Simulation sim(
+        {.page_size = 64, .pages = pages, .slots = 256, .max_batch_tokens = 4096, .mixed_batch_tokens = 512});
+    SequenceId id = 1;
+    while (id <= static_cast<SequenceId>(decoding)) sim.Add(id++, 20, 100);
+    for (int i = 0; i < 3; ++i) sim.Step();
+    for (int64_t i = 0; i < backlog; ++i) sim.Add(id++, 1500, 5, 0, group);
+    int64_t rows = 0;
+    for (const PlannedPiece& piece : sim.Step().pieces) rows += piece.count;
+    return rows;
+  };
+  EXPECT_LE(rows_beside(20, 1, 0, 4000), 512);
+  EXPECT_LE(rows_beside(20, 64, 0, 70), 512) << "memory holds one of those that wait";
+  EXPECT_LE(rows_beside(20, 64, /*group=*/1000, 4000), 512) << "one computes the prompt for all";
+  EXPECT_GT(rows_beside(20, 64, 0, 4000), 512);
+}
+
 TEST(Scheduler, HigherPriorityRunsFirst) {
   Simulation sim({.page_size = 16, .pages = 100, .slots = 1, .max_batch_tokens = 8});
   sim.Add(1, 4, 1);
