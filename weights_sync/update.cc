@@ -132,8 +132,10 @@ void WeightUpdate::Drop() {
 }
 
 void WeightUpdate::ExpireLease() {
-  absl::MutexLock lock(&mutex_);
+  // Whoever has it drops what has expired as well, or is about to be asked again.
+  if (!mutex_.TryLock()) return;
   DropExpired();
+  mutex_.Unlock();
 }
 
 std::vector<int64_t> WeightUpdate::ReceivedOf(const Open& open) {

@@ -353,6 +353,7 @@ class _Update:
         self.all_pushed = threading.Event()
         # Workers that had the version before: of a publish() that ended, or whose learner did, within its Commit.
         self.serving: set[str] = set()
+        self.rolled_back: set[str] = set()
         self.at_hand = False
 
     def run(
@@ -410,7 +411,12 @@ class _Update:
 
     def check(self, roll_back: bool) -> None:
         failed = [report for report in self.reports.values() if report.error is not None]
-        if not failed or (self.allow_partial and self.well()):
+        if not failed:
+            return
+        if self.allow_partial and self.well():
+            # One that lives would hold what had arrived, and in direct mode its samples, until the lease ends.
+            if roll_back:
+                self.roll_back([report.worker for report in failed])
             return
         if roll_back:
             self.roll_back()
@@ -421,8 +427,14 @@ class _Update:
         error.report = report
         raise error
 
-    def roll_back(self) -> None:
-        """Everywhere, the failed ones included: one of them may have carried out what it could not answer."""
+    def roll_back(self, workers: Sequence[str] | None = None) -> None:
+        """At those, once; by default everywhere, the failed ones included: one may have carried out what it could not
+        answer.
+        """
+        workers = [w for w in (self.reports if workers is None else workers) if w not in self.rolled_back]
+        if not workers:
+            return
+        self.rolled_back.update(workers)
         request = weights_pb2.RollbackRequest(version=_version(self.version))
 
         def one(worker: str) -> None:
@@ -431,8 +443,8 @@ class _Update:
             except grpc.RpcError:
                 pass  # the lease ends it there
 
-        with concurrent.futures.ThreadPoolExecutor(len(self.reports)) as executor:
-            list(executor.map(one, self.reports))
+        with concurrent.futures.ThreadPoolExecutor(len(workers)) as executor:
+            list(executor.map(one, workers))
 
     def report(self) -> PublishReport:
         def ask(worker: str) -> None:
