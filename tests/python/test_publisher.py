@@ -121,7 +121,9 @@ def test_allow_partial(fleet):
     fleet[0].fail = {"Push": (Code.INTERNAL, -1)}
     report = make(fleet).publish((0, 1), tensors(1).items(), allow_partial=True)
     assert [w.version for w in report.workers] == [(0, 0), (0, 1), (0, 1)] and len(report.failed) == 1
-    assert fleet[0].open is None and fleet[0].calls.count("Rollback") == 1, "it would hold what arrived until its lease ends"
+    assert fleet[0].open is None and fleet[0].calls.count("Rollback") == 1, (
+        "it would hold what arrived until its lease ends"
+    )
     for worker in fleet:
         worker.fail = {"Begin": (Code.INTERNAL, -1)}
     with pytest.raises(UpdateFailed, match="3 of 3"):
