@@ -3,17 +3,12 @@
 #include <dlfcn.h>
 
 #include "absl/strings/str_cat.h"
+#include "rollout/base/resolve_symbol.h"
 
 namespace lockstep {
 namespace {
 
-template <typename Function>
-absl::Status Resolve(void* handle, const std::string& path, const char* symbol, Function*& function) {
-  function = reinterpret_cast<Function*>(dlsym(handle, symbol));
-  if (function != nullptr) return absl::OkStatus();
-  return absl::FailedPreconditionError(
-      absl::StrCat(path, " has no symbol ", symbol, "; want libnccl.so.2 of NCCL 2.18 or newer"));
-}
+constexpr const char* kWanted = "libnccl.so.2 of NCCL 2.18 or newer";
 
 const char* Name(nccl::Result result) {
   switch (result) {
@@ -51,13 +46,13 @@ absl::StatusOr<std::shared_ptr<NcclLibrary>> NcclLibrary::Load(const std::string
   void* handle = dlopen(file.c_str(), RTLD_NOW | RTLD_LOCAL);
   if (handle == nullptr) {
     const char* error = dlerror();
-    return absl::NotFoundError(absl::StrCat("cannot load ", file, ": ", error == nullptr ? "no reason given" : error,
-                                            "; want libnccl.so.2 of NCCL 2.18 or newer"));
+    return absl::NotFoundError(
+        absl::StrCat("cannot load ", file, ": ", error == nullptr ? "no reason given" : error, "; want ", kWanted));
   }
   nccl::Api api = {};
   absl::Status status;
 #define LOCKSTEP_RESOLVE(name) \
-  if (status.ok()) status = Resolve(handle, file, #name, api.name)
+  if (status.ok()) status = ResolveSymbol(handle, file, #name, kWanted, api.name)
   LOCKSTEP_RESOLVE(ncclGetVersion);
   LOCKSTEP_RESOLVE(ncclGetUniqueId);
   LOCKSTEP_RESOLVE(ncclCommInitRankConfig);
@@ -78,7 +73,7 @@ absl::StatusOr<std::shared_ptr<NcclLibrary>> NcclLibrary::Load(const std::string
   }
   if (!status.ok()) return status;
   if (version == 0) return absl::FailedPreconditionError(absl::StrCat(file, ": ncclGetVersion failed"));
-  static_cast<void>(Resolve(handle, file, "ncclGetLastError", api.ncclGetLastError));  // optional
+  static_cast<void>(ResolveSymbol(handle, file, "ncclGetLastError", kWanted, api.ncclGetLastError));  // optional
   return std::shared_ptr<NcclLibrary>(new NcclLibrary(api, version));
 }
 

@@ -2,7 +2,7 @@
 
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/attention_decode.cuh"
-#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/params.h"
 
 namespace lockstep::cuda {

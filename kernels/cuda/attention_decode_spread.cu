@@ -3,7 +3,7 @@
 #include <cmath>
 
 #include "kernels/cuda/attention_decode.cuh"
-#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/params.h"
 
 namespace lockstep::cuda {

@@ -1,6 +1,6 @@
 #include "kernels/cuda/gdn_decode.h"
 #include "kernels/cuda/gdn_math.cuh"
-#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/overlap.cuh"
 
 namespace lockstep::cuda {
 namespace {

@@ -2,7 +2,7 @@
 
 #include "kernels/cuda/gdn_math.cuh"
 #include "kernels/cuda/gdn_prefill.h"
-#include "kernels/cuda/launch.cuh"
+#include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/params.h"
 #include "kernels/cuda/warp_arrive.cuh"
 

@@ -1,6 +1,6 @@
-// How the row-wise kernels follow one another without a launch's latency between them: each may start before the
-// stream's previous kernel has ended, and waits for that one's end before it touches memory. So the order is a stream's
-// as ever, whatever kernels stand before and after.
+// How kernels follow one another without a launch's latency between them: each may start before the stream's previous
+// kernel has ended, and waits for that one's end before it touches memory. So the order is a stream's as ever, whatever
+// kernels stand before and after.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,28 +10,46 @@
 
 namespace lockstep::cuda {
 
-// The first statement of a kernel launched by LaunchOverlapped: lets the next kernel start (it waits in turn), then
-// waits for the previous one's results.
+// The first statement of a kernel launched kOverlapped: lets the next kernel start (it waits in turn), then waits for
+// the previous one's results.
 __device__ __forceinline__ void FollowPreviousKernel() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
   asm volatile("griddepcontrol.wait;" ::: "memory");
 }
 
+enum class LaunchOrder {
+  kOverlapped,
+  kAfter,  // starts when the previous kernel has left the device: blocks spread over all of it
+};
+
+// shared_bytes: dynamic.
 template <class... Parameters, class... Arguments>
-absl::Status LaunchOverlapped(const char* name, void (*kernel)(Parameters...), dim3 blocks, int threads,
-                              cudaStream_t stream, const Arguments&... arguments) {
+absl::Status LaunchKernel(const char* name, void (*kernel)(Parameters...), dim3 blocks, int threads,
+                          size_t shared_bytes, LaunchOrder order, cudaStream_t stream, const Arguments&... arguments) {
   cudaLaunchAttribute attribute = {};
   attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
   attribute.val.programmaticStreamSerializationAllowed = 1;
   cudaLaunchConfig_t config = {};
   config.gridDim = blocks;
   config.blockDim = dim3(static_cast<unsigned>(threads));
+  config.dynamicSmemBytes = shared_bytes;
   config.stream = stream;
   config.attrs = &attribute;
-  config.numAttrs = 1;
-  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, arguments...);
+  config.numAttrs = order == LaunchOrder::kOverlapped ? 1 : 0;
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 0) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+  }
+  if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, arguments...);
   if (error == cudaSuccess) return absl::OkStatus();
   return absl::InternalError(absl::StrCat(name, ": ", cudaGetErrorString(error)));
+}
+
+// Of the row-wise kernels, which have no dynamic shared memory.
+template <class... Parameters, class... Arguments>
+absl::Status LaunchOverlapped(const char* name, void (*kernel)(Parameters...), dim3 blocks, int threads,
+                              cudaStream_t stream, const Arguments&... arguments) {
+  return LaunchKernel(name, kernel, blocks, threads, 0, LaunchOrder::kOverlapped, stream, arguments...);
 }
 
 }  // namespace lockstep::cuda

@@ -402,7 +402,7 @@ absl::Status ModelTensors::Finish() {
   for (size_t s = 0; s < slots_.size(); ++s) {
     if (staged_[s].rows == 0 || staged_[s].digest) continue;
     return absl::FailedPreconditionError(
-        absl::StrCat(slots_[s].name, ": the parts it comes in arrived in different ", "receives; want them in one"));
+        absl::StrCat(slots_[s].name, ": the parts it comes in arrived in different receives; want them in one"));
   }
   return stage_->Finish();
 }

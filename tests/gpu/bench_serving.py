@@ -11,7 +11,7 @@ tok_s        new tokens a second, from the first request sent to the last token 
 engine_tok_s the same tokens over the time in which the device had a step: what the engine does at this work
 share        tok_s / engine_tok_s
 host_us      time a step in which the device waited for the host between two steps (GetLoad's host_ms)
-first_ms     from sending a request to its first token, median and largest
+first_ms     from the submission of a request to its first token, median and largest
 
 Before the loads: the first token of a prompt of --first_prompt tokens on the idle worker, median of five. Nothing here
 is a promise: the exit status is 0 unless a call fails.
@@ -53,23 +53,10 @@ def first_token_ms(worker, rng, vocab_size, prompt_tokens):
     return statistics.median(times[1:])  # the first one warms up
 
 
-def generate(worker, prompt, new_tokens, seed):
-    """Seconds to the first token, of one request."""
-    m = worker.messages
-    request = m.GenerateRequest(
-        prompt_token_ids=prompt,
-        sampling=m.SamplingParams(max_tokens=new_tokens, seed=seed, ignore_eos=True),
-        logprobs=m.LogprobOptions(kinds=[m.LOGPROB_KIND_RAW]),
-        stream_interval=64,
-    )
-    begin, first, count = time.perf_counter(), None, 0
-    for response in worker.rollout.Generate(request, timeout=1800):
-        count += len(response.token_ids)
-        if response.HasField("done"):
-            first = response.done.counters.queue_ms + response.done.counters.prefill_ms
-    if count != new_tokens or first is None:
-        raise RuntimeError(f"Generate: {count} of {new_tokens} tokens after {time.perf_counter() - begin:.1f} s")
-    return first
+def first_ms(worker, prompt, new_tokens, seed):
+    """Milliseconds to the first token of one request, once it is done."""
+    counters = worker.generate(prompt, new_tokens, seed, timeout=1800, stream_interval=64).done.counters
+    return counters.queue_ms + counters.prefill_ms
 
 
 def run_load(worker, rng, vocab_size, load):
@@ -78,7 +65,7 @@ def run_load(worker, rng, vocab_size, load):
     before = worker.rollout.GetLoad(worker.messages.GetLoadRequest(), timeout=60)
     begin = time.perf_counter()
     first = worker.in_flight(
-        lambda i: generate(worker, prompts[i], new_tokens, i), range(requests), at_once=at_once
+        lambda i: first_ms(worker, prompts[i], new_tokens, i), range(requests), at_once=at_once
     )
     seconds = time.perf_counter() - begin
     after = worker.rollout.GetLoad(worker.messages.GetLoadRequest(), timeout=60)

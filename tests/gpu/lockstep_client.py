@@ -82,7 +82,7 @@ class Scored:
 class Generated:
     tokens: list
     logprobs: numpy.ndarray  # fp32 RAW [len(tokens)]
-    seconds: float = 0.0
+    done: object = None  # the sample's Done message
 
 
 class Worker:
@@ -168,13 +168,14 @@ class Worker:
             numpy.array(tops, numpy.float32).reshape(shape),
         )
 
-    def generate(self, prompt, max_tokens, seed=0, timeout=600, **sampling):
-        """One sample of exactly max_tokens tokens."""
+    def generate(self, prompt, max_tokens, seed=0, timeout=600, stream_interval=0, **sampling):
+        """One sample of exactly max_tokens tokens. stream_interval: tokens a message; 0: all in one, at the end."""
         m = self.messages
         request = m.GenerateRequest(
             prompt_token_ids=prompt,
             sampling=m.SamplingParams(max_tokens=max_tokens, seed=seed, ignore_eos=True, **sampling),
             logprobs=m.LogprobOptions(kinds=[m.LOGPROB_KIND_RAW]),
+            stream_interval=stream_interval,
         )
         tokens, logprobs, done = [], [], None
         for response in self.rollout.Generate(request, timeout=timeout):
@@ -184,7 +185,7 @@ class Worker:
                 done = response.done
         if done is None or len(tokens) != max_tokens or len(logprobs) != len(tokens):
             raise RuntimeError(f"Generate: {len(tokens)} of {max_tokens} tokens, {len(logprobs)} logprobs, done {done}")
-        return Generated(tokens, numpy.array(logprobs, numpy.float32))
+        return Generated(tokens, numpy.array(logprobs, numpy.float32), done)
 
     def in_flight(self, call, items, at_once=64):
         """call(item) for every item, up to `at_once` at the same time; results in order."""

@@ -99,16 +99,6 @@ class Sender:
         return self.stub.GetStatus(self.wpb.GetStatusRequest(), timeout=10)
 
 
-@pytest.fixture(scope="module")
-def old(tiny_model):
-    return checkpoints.read(tiny_model)
-
-
-@pytest.fixture(scope="module")
-def new(old):
-    return checkpoints.perturb(old, 1)
-
-
 @pytest.fixture
 def fresh(start_worker, tiny_model, pb, wpb):
     """(worker of the tiny checkpoint, its sender)."""

@@ -43,16 +43,6 @@ def cpb(stubs):
     return importlib.import_module("lockstep.v1.control_pb2")
 
 
-@pytest.fixture(scope="module")
-def old(tiny_model):
-    return checkpoints.read(tiny_model)
-
-
-@pytest.fixture(scope="module")
-def new(old):
-    return checkpoints.perturb(old, 1)
-
-
 @pytest.fixture
 def armed(start_worker, tiny_model, pb, wpb, monkeypatch):
     """armed(failpoints) -> (worker, its sender)"""

@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/strings/str_join.h"
+#include "rollout/base/resolve_symbol.h"
 
 namespace lockstep {
 namespace {
@@ -25,13 +26,6 @@ std::vector<std::string> Candidates(const std::string& path) {
       found.push_back(absl::StrCat(toolkit, "/", folder, "/libcupti.so"));
   }
   return found;
-}
-
-template <typename Function>
-absl::Status Resolve(void* handle, const std::string& path, const char* symbol, Function*& function) {
-  function = reinterpret_cast<Function*>(dlsym(handle, symbol));
-  if (function != nullptr) return absl::OkStatus();
-  return absl::FailedPreconditionError(absl::StrCat(path, " has no symbol ", symbol, "; want ", kWanted));
 }
 
 }  // namespace
@@ -54,7 +48,7 @@ absl::StatusOr<CuptiLibrary> CuptiLibrary::Load(const std::string& path) {
   }
   absl::Status status;
 #define LOCKSTEP_RESOLVE(name) \
-  if (status.ok()) status = Resolve(handle, library.path, #name, library.api.name)
+  if (status.ok()) status = ResolveSymbol(handle, library.path, #name, kWanted, library.api.name)
   LOCKSTEP_RESOLVE(cuptiGetVersion);
   LOCKSTEP_RESOLVE(cuptiGetResultString);
   LOCKSTEP_RESOLVE(cuptiActivityRegisterCallbacks);
