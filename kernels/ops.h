@@ -8,7 +8,7 @@
 // Activations live in the backend's own container: on CPU always fp32 words, holding values already rounded to
 // `profile.activations`, or `profile.residual` (so a bf16 activation is a bf16 value in an fp32 word); on CUDA words of
 // that dtype in device memory.
-// All methods are called by one thread, the step loop; they may use all of the backend's threads inside, or return
+// All methods are called by one thread at a time, the step loop's; they may use all of the backend's threads inside, or return
 // before the device has done the work: results on the host wait for Synchronize(). Shapes are CHECKed: a wrong shape
 // here is a bug of the caller, not bad input. What the device itself reports goes to status().
 #pragma once
@@ -242,6 +242,10 @@ class Ops {
 
   virtual const NumericsProfile& profile() const = 0;
   virtual ThreadPool& threads() = 0;
+
+  // Makes the device the calling thread's. Whoever calls the methods below from a thread that did not make this object
+  // calls it first: a CUDA device is current by thread.
+  virtual absl::Status UseOnThisThread() = 0;
 
   // The first error of the device since the last call of status(), with the operation's name; after one, results of the
   // step mean nothing.

@@ -19,6 +19,7 @@ class CpuOps : public Ops {
   ThreadPool& threads() override { return context_.threads; }
   absl::Status status() override { return absl::OkStatus(); }
   void Synchronize() override {}
+  absl::Status UseOnThisThread() override { return absl::OkStatus(); }
   bool runs_by_itself() const override { return false; }
 
   int64_t AvailableMemory() const override;

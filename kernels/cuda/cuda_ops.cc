@@ -165,8 +165,12 @@ absl::StatusOr<std::unique_ptr<CudaOps>> CudaOps::Create(const NumericsProfile& 
   return ops;
 }
 
+absl::Status CudaOps::UseOnThisThread() {
+  return CudaStatus(cudaSetDevice(options_.device), "cudaSetDevice");
+}
+
 absl::Status CudaOps::Init() {
-  LOCKSTEP_RETURN_IF_ERROR(CudaStatus(cudaSetDevice(options_.device), "cudaSetDevice"));
+  LOCKSTEP_RETURN_IF_ERROR(UseOnThisThread());
   // Steps go before what weights arriving for an update run.
   int lowest = 0, highest = 0;
   LOCKSTEP_RETURN_IF_ERROR(

@@ -36,6 +36,7 @@ class CudaOps final : public Ops {
 
   const NumericsProfile& profile() const override { return profile_; }
   ThreadPool& threads() override { return threads_; }
+  absl::Status UseOnThisThread() override;
   absl::Status status() override;
   void Synchronize() override;
   bool runs_by_itself() const override { return true; }

@@ -76,6 +76,9 @@ class Engine {
   static absl::StatusOr<std::unique_ptr<Engine>> Create(const ModelSpec& spec, const ModelWeights& weights,
                                                         Backend& backend, const EngineConfig& config);
 
+  // Before the first Step() of a thread that did not make the engine.
+  absl::Status UseOnThisThread() { return ops_.UseOnThisThread(); }
+
   // Returns one result per task, in order: the token drawn (or forced) with its log-probabilities. An error of the step
   // itself is the device's and names the operation: nothing can be computed after it. `meanwhile` is called once: where
   // the device runs by itself, when it has all of the step's work; else before that work.

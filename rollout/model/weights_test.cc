@@ -92,6 +92,7 @@ class RecordingOps : public Ops {
     return std::make_unique<RecordedVector>(values);
   }
 
+  absl::Status UseOnThisThread() override { return absl::OkStatus(); }
   absl::Status status() override { return absl::OkStatus(); }
   void Synchronize() override {}
   bool runs_by_itself() const override { return false; }

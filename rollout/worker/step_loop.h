@@ -41,6 +41,9 @@ class StepLoop {
   // Ends requests whose deadline or time budget has passed. Returns the next such time.
   absl::Time Expire(absl::Time now);
 
+  // Before the first Step() of a thread that did not make the loop; if it fails, the device has.
+  void UseOnThisThread() { failure_.Update(engine_.UseOnThisThread()); }
+
   // Runs one step. False: no request is in flight, or the device has failed. What it found is handed to the sinks by
   // the next Step(), while the device runs that one, or by Deliver(); all else here hands over what there is at once.
   bool Step();

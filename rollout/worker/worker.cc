@@ -188,6 +188,7 @@ void Worker::Resume() {
 }
 
 void Worker::Run() {
+  loop_->UseOnThisThread();
   absl::Time next_expiry = absl::InfiniteFuture();
   for (;;) {
     std::deque<Command> commands;

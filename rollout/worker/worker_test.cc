@@ -58,6 +58,10 @@ class WorkerTest : public testing::Test {
     if (failing_after) {
       model->backend = MakeFailingBackend(model->ops().profile(), model->threads.get(), *failing_after);
     }
+    Start(std::move(model), max_waiting);
+  }
+
+  void Start(std::shared_ptr<LocalModel> model, int64_t max_waiting) {
     auto local = MakeLocalLoop(*model, {.max_sequences = 2, .max_kv_tokens = 8192});
     ASSERT_TRUE(local.ok()) << local.status();
     struct Owned {
@@ -93,6 +97,17 @@ TEST_F(WorkerTest, AFailedDeviceRefusesWhatComesAfter) {
   for (int i = 0; i < 1000 && worker_->Health().ok(); ++i) absl::SleepFor(absl::Milliseconds(1));
   EXPECT_EQ(worker_->Health().message(), kDeviceFailure);
   EXPECT_EQ(worker_->Submit(Request("b", 5), std::make_shared<CountingSink>(1)).code(), absl::StatusCode::kUnavailable);
+}
+
+TEST_F(WorkerTest, MakesTheDeviceItsThreads) {
+  auto model = std::shared_ptr<LocalModel>(MakeRandomModel(ModelKind::kHybrid, "fp32", 1, 1));
+  model->backend = MakeThreadBoundBackend(model->ops().profile(), model->threads.get());
+  Start(std::move(model), 100);
+  auto sink = std::make_shared<CountingSink>(1);
+  ASSERT_TRUE(worker_->Submit(Request("a", 5), sink).ok());
+  ASSERT_TRUE(sink->WaitUntilDone());
+  EXPECT_EQ(sink->result().finish, FinishKind::kLength);
+  EXPECT_TRUE(worker_->Health().ok()) << worker_->Health();
 }
 
 TEST_F(WorkerTest, RunsWhatIsSubmittedFromManyThreads) {

@@ -1,4 +1,4 @@
-// A CPU backend whose device fails: after a number of steps, every step ends with an error.
+// CPU backends whose device fails.
 #pragma once
 
 #include <memory>
@@ -7,10 +7,14 @@
 
 namespace lockstep {
 
-// `steps`: that succeed first. `threads` must outlive it.
+// `steps`: that succeed; those after end with an error. `threads` must outlive it.
 std::unique_ptr<Backend> MakeFailingBackend(const NumericsProfile& profile, ThreadPool* threads, int steps);
 
+// Steps fail on a thread that is neither the maker's nor has called Ops::UseOnThisThread.
+std::unique_ptr<Backend> MakeThreadBoundBackend(const NumericsProfile& profile, ThreadPool* threads);
+
 // What the failed steps report.
+inline constexpr char kOtherThread[] = "BeginStep: the device is not this thread's";
 inline constexpr char kDeviceFailure[] = "GdnDecode: an illegal memory access was encountered";
 
 }  // namespace lockstep
