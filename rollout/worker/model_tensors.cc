@@ -244,14 +244,8 @@ class ModelTensors::Shadow final : public TensorShadow {
     for (const size_t t : touched) {
       const TensorSlot& slot = table_.slots_[slots_[t]];
       if (slot.tied_to >= 0) continue;
-      const Target& target = table_.targets_[slots_[t]];
-      Digester digester;
-      LOCKSTEP_RETURN_IF_ERROR(ForEachBlock(shadow_.data(t), target.dtype, Elements(slot), slot.held,
-                                            [&](std::span<const std::byte> values, int64_t) {
-                                              digester.Add(values);
-                                              return absl::OkStatus();
-                                            }));
-      if (digester.Finish() != table_.staged_[slots_[t]].digest) {
+      LOCKSTEP_ASSIGN_OR_RETURN(const uint64_t digest, HeldDigest(t));
+      if (digest != table_.staged_[slots_[t]].digest) {
         return absl::DataLossError(absl::StrCat(slot.name, ": what serves has not the digest of what arrived"));
       }
     }
@@ -259,6 +253,20 @@ class ModelTensors::Shadow final : public TensorShadow {
   }
 
  private:
+  // Of the shadow's tensor `t` as digests count it: its values in the dtype in which they are held.
+  absl::StatusOr<uint64_t> HeldDigest(size_t t) const {
+    const TensorSlot& slot = table_.slots_[slots_[t]];
+    const DType stored = table_.targets_[slots_[t]].dtype;
+    if (stored == slot.held) return shadow_.digest(t);
+    Digester digester;
+    LOCKSTEP_RETURN_IF_ERROR(ForEachBlock(shadow_.data(t), stored, Elements(slot), slot.held,
+                                          [&](std::span<const std::byte> values, int64_t) {
+                                            digester.Add(values);
+                                            return absl::OkStatus();
+                                          }));
+    return digester.Finish();
+  }
+
   // Indices of the shadow's tensors whose values the update has, or may have, written.
   std::vector<size_t> Touched() const {
     std::vector<size_t> touched;

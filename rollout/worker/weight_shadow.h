@@ -29,6 +29,8 @@ class WeightShadow {
 
   int64_t bytes() const { return arena_.bytes(); }
   const std::vector<Tensor>& tensors() const { return tensors_; }
+  // Of what was copied last.
+  uint64_t digest(size_t tensor) const { return digests_[tensor]; }
   const std::byte* data(size_t tensor) const { return arena_.data() + tensors_[tensor].offset; }
 
   // Copies these tensors from the weights that serve. CANCELLED: as asked.
