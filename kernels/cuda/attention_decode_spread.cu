@@ -16,6 +16,7 @@ constexpr int64_t kScoreBlocks = 3 * 132;  // at once on the card
 
 struct SpreadArgs {
   AttentionArgs attention;
+  const std::byte* kv;   // the pages
   float* records;        // [units, tiles_a_unit]: of the unit's tiles in the row's order
   int32_t tiles_a_unit;  // at most
   int32_t columns;       // of a record
@@ -160,9 +161,10 @@ constexpr int kPartDim = kHeadDim / kParts;
 constexpr int kPartRowBytes = kPartDim * 2;
 constexpr int kValueWarps = kPartDim / 16;
 constexpr int kWeightWarps = 4;
+constexpr int kLoadWarps = 2;
 // Warps: loading, summing, values, weights.
-constexpr int kSumWarp = 1;
-constexpr int kFirstValueWarp = 2;
+constexpr int kSumWarp = kLoadWarps;
+constexpr int kFirstValueWarp = kSumWarp + 1;
 constexpr int kFirstWeightWarp = kFirstValueWarp + kValueWarps;
 constexpr int kValueThreads = (kFirstWeightWarp + kWeightWarps) * 32;
 
@@ -187,42 +189,50 @@ struct ValueShared {
   uint64_t summed;  // `inverse` is there
 };
 
-// Byte offset of 16-byte chunk `chunk` of row `row` in rows of 64 bytes as the 64-byte swizzle stores them.
+// Byte offset of 16-byte chunk `chunk` of row `row` in rows of 64 bytes, so that neither a warp's copies nor the
+// transposing loads meet in a bank.
 __device__ uint32_t Swizzled64(int row, int chunk) {
-  return static_cast<uint32_t>(row * 64 + ((chunk ^ (row >> 1 & 3)) << 4));
+  return static_cast<uint32_t>(row * kPartRowBytes + ((chunk ^ (row >> 1 & 3)) << 4));
 }
 
+// A warp of kLoadWarps: its share of every tile's values; the first one's lane 0 also the tile's record. Values are
+// copied by threads: a tensor copy takes about nine cycles for each row of a box, however short (1,200 a tile, where
+// memory needs 470). The first part that touches a row brings all of it into L2.
 template <class Order>
-__device__ void LoadValues(const SpreadArgs& spread, const Unit& unit, const KeyRange<Order>& range,
+__device__ void LoadValues(const SpreadArgs& spread, const Unit& unit, const KeyRange<Order>& range, int which,
                            ValueShared<Order>& shared) {
   constexpr int kHalves = Order::kKeys / kBlock;
+  constexpr int kRows = Order::kKeys / kLoadWarps;
+  constexpr int kCopyRows = 8;  // of a warp's copy, 4 threads a row
   const AttentionArgs& args = spread.attention;
   const auto record_bytes = static_cast<uint32_t>(RecordFloats<Order>(spread.columns) * sizeof(float));
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int first_row = which * kRows + lane / 4;  // of the tile
+  const int chunk = lane % 4;
+  const std::byte* values = spread.kv + static_cast<int>(blockIdx.z) * kPartRowBytes + chunk * 16;
   PageCursor<Order> cursor(args, unit.piece, range);
   RingIndex<ValueShared<Order>::kStages> ring;
   for (int step = 0; step < range.tiles; ++step) {
     auto& stage = shared.stages[ring.slot];
     uint64_t* full = &shared.full[ring.slot];
-    int rows[kHalves];
-    uint32_t bytes = record_bytes;
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-      const int block = range.Tile(step) * kHalves + half;
-      rows[half] = -1;
-      if (!range.HasBlock(block)) continue;
-      rows[half] = cursor.Row(block) + (args.kv_heads + unit.kv_head) * args.page_size;
-      bytes += kBlock * kPartRowBytes;
-    }
-    if (threadIdx.x % 32 == 0) {
-      BarrierWait(&shared.empty[ring.slot], ring.phase ^ 1);
-      BarrierArriveExpectBytes(full, bytes);
+    const int block = range.Tile(step) * kHalves + first_row / kBlock;
+    const bool loads = range.HasBlock(block);
+    int64_t row = 0;
+    if (loads) row = cursor.Row(block) + (args.kv_heads + unit.kv_head) * args.page_size + first_row % kBlock;
+    BarrierWait(&shared.empty[ring.slot], ring.phase ^ 1);
+    if (which == 0 && lane == 0) {
+      BarrierArriveExpectBytes(full, record_bytes);
       BulkCopy(Record<Order>(spread, step), stage.scores, full, record_bytes);
+    }
+    if (loads) {
+      const std::byte* from = values + row * (kHeadDim * 2);
+      const uint32_t to = SharedAddress(stage.v) + Swizzled64(first_row, chunk);
 #pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        if (rows[half] < 0) continue;
-        TensorCopy(&args.map, stage.v[half * kBlock], full, static_cast<int>(blockIdx.z), rows[half]);
+      for (int i = 0; i < kRows / kCopyRows; ++i) {
+        CopyAsync16(from + i * kCopyRows * kHeadDim * 2, to + i * kCopyRows * kPartRowBytes);
       }
     }
+    BarrierArriveAfterCopies(full);
     ring.Next();
   }
 }
@@ -372,7 +382,7 @@ __device__ void SumValues(const AttentionArgs& args, const Unit& unit, const Key
   }
 }
 
-// Grid: (kv_heads * groups of 8 query heads, decode_pieces, 4 parts of the head dimension), 8 warps with four duties.
+// Grid: (kv_heads * groups of 8 query heads, decode_pieces, 4 parts of the head dimension), 9 warps with four duties.
 // Traffic: the piece's values once, 64 bytes of each row a block; the scores once from memory, three times from L2.
 template <class Order>
 __global__ void __launch_bounds__(kValueThreads, 1) ValueKernel(const __grid_constant__ SpreadArgs spread) {
@@ -386,7 +396,7 @@ __global__ void __launch_bounds__(kValueThreads, 1) ValueKernel(const __grid_con
   const KeyRange<Order> range(unit.piece.position, args.window);
   if (threadIdx.x == 0) {
     for (int i = 0; i < Shared::kStages; ++i) {
-      BarrierInit(&shared.full[i], 1);
+      BarrierInit(&shared.full[i], 1 + kLoadWarps * 32);
       BarrierInit(&shared.weighed[i], kWarpArrivals);
       BarrierInit(&shared.empty[i], (kWeightWarps + kValueWarps + 1) * kWarpArrivals);
     }
@@ -395,8 +405,8 @@ __global__ void __launch_bounds__(kValueThreads, 1) ValueKernel(const __grid_con
   }
   __syncthreads();
   const int warp = static_cast<int>(threadIdx.x / 32);
-  if (warp == 0) {
-    LoadValues(spread, unit, range, shared);
+  if (warp < kLoadWarps) {
+    LoadValues(spread, unit, range, warp, shared);
   } else if (warp == kSumWarp) {
     Sum(unit, range, shared);
   } else if (warp < kFirstWeightWarp) {
@@ -412,11 +422,10 @@ int64_t RecordColumns(int64_t heads, int64_t kv_heads) {
 
 template <class Order>
 absl::Status Launch(const AttentionParams& params, cudaStream_t stream) {
-  absl::StatusOr<AttentionArgs> score_args = MakeAttentionArgs(params, KvBox::kRows);
-  if (!score_args.ok()) return score_args.status();
-  absl::StatusOr<AttentionArgs> value_args = MakeAttentionArgs(params, KvBox::kQuarterRows);
-  if (!value_args.ok()) return value_args.status();
-  SpreadArgs spread = {.attention = *score_args,
+  absl::StatusOr<AttentionArgs> args = MakeAttentionArgs(params, KvBox::kRows);
+  if (!args.ok()) return args.status();
+  const SpreadArgs spread = {.attention = *args,
+                       .kv = params.kv.base,
                        .records = static_cast<float*>(params.workspace),
                        .tiles_a_unit = static_cast<int32_t>((params.max_positions + Order::kKeys - 1) / Order::kKeys),
                        .columns = static_cast<int32_t>(RecordColumns(params.heads, params.kv.kv_heads))};
@@ -429,7 +438,6 @@ absl::Status Launch(const AttentionParams& params, cudaStream_t stream) {
       !status.ok()) {
     return status;
   }
-  spread.attention = *value_args;
   grid.z = kParts;
   return LaunchKernel("AttentionValues", ValueKernel<Order>, grid, kValueThreads, sizeof(ValueShared<Order>),
                       LaunchOrder::kOverlapped, stream, spread);

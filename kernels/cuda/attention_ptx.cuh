@@ -62,6 +62,16 @@ __device__ inline void BulkCopy(const void* from, void* to, uint64_t* barrier, u
                : "memory");
 }
 
+// Copies 16 bytes to shared memory, past L1; the 256-byte line that they lie in comes into L2.
+__device__ inline void CopyAsync16(const void* from, uint32_t to) {
+  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
+
+// Arrives once all this thread's CopyAsync16 so far are complete; one of the arrivals that the barrier expects.
+__device__ inline void BarrierArriveAfterCopies(uint64_t* barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(SharedAddress(barrier)) : "memory");
+}
+
 // Orders this thread's ordinary shared memory accesses before later ones of the copy engine and of wgmma.
 __device__ inline void ProxyFence() {
   asm volatile("fence.proxy.async.shared::cta;" ::: "memory");

@@ -68,20 +68,18 @@ absl::Status KvPages::Validate() const {
 absl::StatusOr<CUtensorMap> KvTensorMap(const KvPages& pages, KvBox box) {
   static const absl::StatusOr<decltype(&cuTensorMapEncodeTiled)> encode = TensorMapEncoder();
   if (!encode.ok()) return encode.status();
-  // Planes of `columns` elements: dimension 0 runs within a plane.
-  const cuuint64_t columns = box == KvBox::kQuarterRows ? kKvHeadDim / 4 : kKvHeadDim / 2;
-  const cuuint64_t planes = static_cast<cuuint64_t>(kKvHeadDim) / columns;
+  // Two planes of `columns` elements: dimension 0 runs within a plane.
+  constexpr cuuint64_t columns = kKvHeadDim / 2;
   // The last page may end with its data.
   const int64_t rows = (pages.page_count - 1) * (pages.page_bytes / kRowBytes) + 2 * pages.kv_heads * pages.page_size;
-  const cuuint64_t sizes[3] = {columns, planes, static_cast<cuuint64_t>(rows)};
+  const cuuint64_t sizes[3] = {columns, 2, static_cast<cuuint64_t>(rows)};
   const cuuint64_t strides[2] = {columns * sizeof(__nv_bfloat16), static_cast<cuuint64_t>(kRowBytes)};
   const cuuint32_t extent[3] = {static_cast<cuuint32_t>(columns), box == KvBox::kRows ? 2u : 1u,
                                 static_cast<cuuint32_t>(kKvBlock)};
   const cuuint32_t steps[3] = {1, 1, 1};
   CUtensorMap map;
   const CUresult result = (*encode)(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, pages.base, sizes, strides, extent,
-                                    steps, CU_TENSOR_MAP_INTERLEAVE_NONE,
-                                    box == KvBox::kQuarterRows ? CU_TENSOR_MAP_SWIZZLE_64B : CU_TENSOR_MAP_SWIZZLE_128B,
+                                    steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                     CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result != CUDA_SUCCESS) {
     return absl::InternalError(absl::StrCat("cuTensorMapEncodeTiled: error ", static_cast<int>(result)));

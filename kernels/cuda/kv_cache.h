@@ -35,12 +35,11 @@ struct KvPages {
 
 // What one tensor copy brings of 64 positions of a head's keys or values.
 enum class KvBox {
-  kRows,         // all 128 elements, in memory's order: halves of a row follow each other; 128-byte swizzle
-  kHalfRows,     // 64 elements of each row, one after the other; 128-byte swizzle
-  kQuarterRows,  // 32 elements of each row; 64-byte swizzle
+  kRows,      // all 128 elements, in memory's order: halves of a row follow each other; 128-byte swizzle
+  kHalfRows,  // 64 elements of each row, one after the other; 128-byte swizzle
 };
 
-// The pages as a tensor [rows, 2 halves or 4 quarters of a row, elements], read in such boxes. Row of position i of kv
+// The pages as a tensor [rows, 2 halves of a row, 64 elements], read in such boxes. Row of position i of kv
 // head h in page p: p * (page_bytes / 256) + h * page_size + i % page_size, plus kv_heads * page_size for the value.
 absl::StatusOr<CUtensorMap> KvTensorMap(const KvPages& pages, KvBox box);
 
