@@ -16,8 +16,6 @@ constexpr int kThreads = (kMathWarps + 1) * 32;
 constexpr int kSlots = 4;  // 64 KB: three blocks an SM have 192 KB in flight
 constexpr int kBlocksPerSm = 3;
 constexpr int kScorePad = 8;  // floats: keeps the columns' rows of scores in different banks
-// From this many units on, one block each keeps the memory busy; fewer are spread.
-constexpr int64_t kSpreadBelow = 100;
 
 template <class Order>
 struct DecodeShared {
@@ -216,10 +214,6 @@ absl::Status Launch(const AttentionParams& params, cudaStream_t stream) {
 }
 
 }  // namespace
-
-bool DecodeIsSpread(int64_t decode_pieces, int64_t heads, int64_t kv_heads) {
-  return decode_pieces * DecodeUnits(heads, kv_heads) < kSpreadBelow;
-}
 
 absl::Status LaunchAttentionDecode(const AttentionParams& params, cudaStream_t stream) {
   if (absl::Status status = params.Validate(); !status.ok()) return status;

@@ -13,6 +13,7 @@ constexpr int kHeadDim = kDecodeHeadDim;
 constexpr int kBlock = kDecodeBlock;
 constexpr int kColumns = kDecodeColumns;
 constexpr int64_t kScoreBlocks = 3 * 132;  // at once on the card
+constexpr int64_t kSpreadUnits = 66;       // two blocks each, or four of half as many, are one for a multiprocessor
 
 struct SpreadArgs {
   AttentionArgs attention;
@@ -156,21 +157,27 @@ __global__ void __launch_bounds__(kScoreThreads, 3) ScoreKernel(const __grid_con
   }
 }
 
-constexpr int kParts = 4;  // of the head dimension
-constexpr int kPartDim = kHeadDim / kParts;
-constexpr int kPartRowBytes = kPartDim * 2;
-constexpr int kValueWarps = kPartDim / 16;
 constexpr int kWeightWarps = 4;
 constexpr int kLoadWarps = 2;
-// Warps: loading, summing, values, weights.
+// Warps: loading, summing, weights, values.
 constexpr int kSumWarp = kLoadWarps;
-constexpr int kFirstValueWarp = kSumWarp + 1;
-constexpr int kFirstWeightWarp = kFirstValueWarp + kValueWarps;
-constexpr int kValueThreads = (kFirstWeightWarp + kWeightWarps) * 32;
+constexpr int kFirstWeightWarp = kSumWarp + 1;
+constexpr int kFirstValueWarp = kFirstWeightWarp + kWeightWarps;
+constexpr int kValueBytes = 80 << 10;  // of values in flight, about
+
+// An order whose values are taken in so many parts of the head dimension, a block each.
+template <class Order, int kParts_>
+struct Parts : Order {
+  static constexpr int kParts = kParts_;
+  static constexpr int kRowBytes = kHeadDim * 2 / kParts;
+  static constexpr int kRowChunks = kRowBytes / 16;
+  static constexpr int kValueWarps = kHeadDim / kParts / 16;
+  static constexpr int kThreads = (kFirstValueWarp + kValueWarps) * 32;
+};
 
 template <class Order>
 struct ValueStage {
-  alignas(1024) std::byte v[Order::kKeys][kPartRowBytes];
+  alignas(128) std::byte v[Order::kKeys][Order::kRowBytes];
   // As loaded; then the weights, in place of the scores.
   float scores[RecordFloats<Order>(kColumns)];
   uint32_t p[Order::kKeys / 16][32][2];  // the weights as the second operand of each 16 keys
@@ -179,7 +186,7 @@ struct ValueStage {
 
 template <class Order>
 struct ValueShared {
-  static constexpr int kStages = 1280 / Order::kKeys;  // 80 KB of values in flight
+  static constexpr int kStages = kValueBytes / (Order::kKeys * Order::kRowBytes);
 
   ValueStage<Order> stages[kStages];
   float inverse[kColumns];
@@ -189,10 +196,11 @@ struct ValueShared {
   uint64_t summed;  // `inverse` is there
 };
 
-// Byte offset of 16-byte chunk `chunk` of row `row` in rows of 64 bytes, so that neither a warp's copies nor the
-// transposing loads meet in a bank.
-__device__ uint32_t Swizzled64(int row, int chunk) {
-  return static_cast<uint32_t>(row * kPartRowBytes + ((chunk ^ (row >> 1 & 3)) << 4));
+// Byte offset of 16-byte chunk `chunk` of row `row`, so that eight rows' same chunk lie in different banks.
+template <class Order>
+__device__ uint32_t PartOffset(int row, int chunk) {
+  constexpr int kLineRows = 128 / Order::kRowBytes;
+  return static_cast<uint32_t>(row * Order::kRowBytes + ((chunk ^ (row / kLineRows % Order::kRowChunks)) << 4));
 }
 
 // A warp of kLoadWarps: its share of every tile's values; the first one's lane 0 also the tile's record. Values are
@@ -203,13 +211,13 @@ __device__ void LoadValues(const SpreadArgs& spread, const Unit& unit, const Key
                            ValueShared<Order>& shared) {
   constexpr int kHalves = Order::kKeys / kBlock;
   constexpr int kRows = Order::kKeys / kLoadWarps;
-  constexpr int kCopyRows = 8;  // of a warp's copy, 4 threads a row
+  constexpr int kCopyRows = 32 / Order::kRowChunks;  // of a warp's copy, a thread 16 bytes
   const AttentionArgs& args = spread.attention;
   const auto record_bytes = static_cast<uint32_t>(RecordFloats<Order>(spread.columns) * sizeof(float));
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const int first_row = which * kRows + lane / 4;  // of the tile
-  const int chunk = lane % 4;
-  const std::byte* values = spread.kv + static_cast<int>(blockIdx.z) * kPartRowBytes + chunk * 16;
+  const int first_row = which * kRows + lane / Order::kRowChunks;  // of the tile
+  const int chunk = lane % Order::kRowChunks;
+  const std::byte* values = spread.kv + static_cast<int>(blockIdx.z) * Order::kRowBytes + chunk * 16;
   PageCursor<Order> cursor(args, unit.piece, range);
   RingIndex<ValueShared<Order>::kStages> ring;
   for (int step = 0; step < range.tiles; ++step) {
@@ -226,10 +234,10 @@ __device__ void LoadValues(const SpreadArgs& spread, const Unit& unit, const Key
     }
     if (loads) {
       const std::byte* from = values + row * (kHeadDim * 2);
-      const uint32_t to = SharedAddress(stage.v) + Swizzled64(first_row, chunk);
+      const uint32_t to = SharedAddress(stage.v);
 #pragma unroll
       for (int i = 0; i < kRows / kCopyRows; ++i) {
-        CopyAsync16(from + i * kCopyRows * kHeadDim * 2, to + i * kCopyRows * kPartRowBytes);
+        CopyAsync16(from + i * kCopyRows * kHeadDim * 2, to + PartOffset<Order>(first_row + i * kCopyRows, chunk));
       }
     }
     BarrierArriveAfterCopies(full);
@@ -322,58 +330,77 @@ struct ValueOperands {
   float2 rescale;  // of columns 2 (lane % 4) and the next
 };
 
-// A warp: 16 dims of the output. The next tile's operands are fetched before the tile's chain of products.
+// A warp: 16 dims of the output. A product of the chain waits some 33 cycles for the one before it: in between, the next
+// tile's operands are fetched.
 template <class Order>
 __device__ void SumValues(const AttentionArgs& args, const Unit& unit, const KeyRange<Order>& range, int which,
                           ValueShared<Order>& shared) {
   constexpr int kGroups = Order::kKeys / 16;
+  using Operands = ValueOperands<Order>;
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int quad = lane % 4;
   RingIndex<ValueShared<Order>::kStages> ring;
-  const auto fetch = [&](int step, ValueOperands<Order>& operands) {
-    const auto& stage = shared.stages[ring.slot];
+  const auto await = [&](Operands& operands) {
     BarrierWait(&shared.full[ring.slot], ring.phase);
-    const uint32_t base = SharedAddress(stage.v);
-    const int tile_begin = range.Tile(step) * Order::kKeys;
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) {
-      LoadMatricesTransposed(operands.v[g],
-                             base + Swizzled64(g * 16 + lane / 16 * 8 + lane % 8, which * 2 + lane / 8 % 2));
-    }
-    if (tile_begin + Order::kKeys - 1 > unit.piece.position) {
-#pragma unroll
-      for (int g = 0; g < kGroups; ++g) KeepWrittenValues(operands.v[g], tile_begin + g * 16, unit.piece.position);
-    }
     BarrierWait(&shared.weighed[ring.slot], ring.phase);
-    operands.rescale = *reinterpret_cast<const float2*>(&stage.rescale[2 * quad]);
-#pragma unroll
-    for (int g = 0; g < kGroups; ++g) operands.p[g] = *reinterpret_cast<const uint2*>(stage.p[g][lane]);
+    operands.rescale = *reinterpret_cast<const float2*>(&shared.stages[ring.slot].rescale[2 * quad]);
+  };
+  const auto fetch = [&](int g, Operands& operands) {
+    const auto& stage = shared.stages[ring.slot];
+    LoadMatricesTransposed(operands.v[g], SharedAddress(stage.v) + PartOffset<Order>(g * 16 + lane / 16 * 8 + lane % 8,
+                                                                                     which * 2 + lane / 8 % 2));
+    operands.p[g] = *reinterpret_cast<const uint2*>(stage.p[g][lane]);
+  };
+  const auto fetched = [&] {
     WarpArrive(&shared.empty[ring.slot]);
     ring.Next();
   };
   float o[4] = {};
-  const auto sum = [&](int step, const ValueOperands<Order>& operands) {
+  // Adds the tile `step`; between its products, between(g).
+  const auto add = [&](int step, Operands& operands, auto&& between) {
+    const int tile_begin = range.Tile(step) * Order::kKeys;
+    if (tile_begin + Order::kKeys - 1 > unit.piece.position) {
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) KeepWrittenValues(operands.v[g], tile_begin + g * 16, unit.piece.position);
+    }
 #pragma unroll
     for (int i = 0; i < 4; ++i) o[i] = __fmul_rn(o[i], i % 2 == 0 ? operands.rescale.x : operands.rescale.y);
-    const int first_block = range.Tile(step) * (Order::kKeys / kBlock);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
-      if (range.HasBlock(first_block + g / (kBlock / 16))) Mma16(o, operands.v[g], operands.p[g].x, operands.p[g].y);
+      if (range.HasBlock(tile_begin / kBlock + g / (kBlock / 16))) {
+        Mma16(o, operands.v[g], operands.p[g].x, operands.p[g].y);
+      }
+      between(g);
     }
   };
-  ValueOperands<Order> even;
-  ValueOperands<Order> odd;
-  fetch(0, even);
-  for (int step = 0; step < range.tiles; step += 2) {
-    if (step + 1 < range.tiles) fetch(step + 1, odd);
-    sum(step, even);
-    if (step + 1 == range.tiles) break;
-    if (step + 2 < range.tiles) fetch(step + 2, even);
-    sum(step + 1, odd);
+  Operands even, odd;
+  const auto add_and_fetch = [&](int step, Operands& operands, Operands& next) {
+    add(step, operands, [&](int g) {
+      if (g == 0) await(next);
+      fetch(g, next);
+    });
+    fetched();
+  };
+  await(even);
+#pragma unroll
+  for (int g = 0; g < kGroups; ++g) fetch(g, even);
+  fetched();
+  const int last = range.tiles - 1;
+  int step = 0;
+  for (; step + 1 < last; step += 2) {
+    add_and_fetch(step, even, odd);
+    add_and_fetch(step + 1, odd, even);
+  }
+  const auto nothing = [](int) {};
+  if (step < last) {
+    add_and_fetch(step, even, odd);
+    add(last, odd, nothing);
+  } else {
+    add(last, even, nothing);
   }
   BarrierWait(&shared.summed, 0);
   __nv_bfloat16* out = args.out + unit.piece.row_begin * args.out_stride + unit.first_head * kHeadDim +
-                       static_cast<int>(blockIdx.z) * kPartDim + which * 16 + lane / 4;
+                       static_cast<int>(blockIdx.z) * (kHeadDim / Order::kParts) + which * 16 + lane / 4;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int column = 2 * quad + i % 2;
@@ -382,10 +409,10 @@ __device__ void SumValues(const AttentionArgs& args, const Unit& unit, const Key
   }
 }
 
-// Grid: (kv_heads * groups of 8 query heads, decode_pieces, 4 parts of the head dimension), 9 warps with four duties.
-// Traffic: the piece's values once, 64 bytes of each row a block; the scores once from memory, three times from L2.
+// Grid: (kv_heads * groups of 8 query heads, decode_pieces, parts of the head dimension), 9 or 11 warps with four
+// duties. Traffic: the piece's values once; the scores once from memory, by the other parts from L2.
 template <class Order>
-__global__ void __launch_bounds__(kValueThreads, 1) ValueKernel(const __grid_constant__ SpreadArgs spread) {
+__global__ void __launch_bounds__(Order::kThreads, 1) ValueKernel(const __grid_constant__ SpreadArgs spread) {
   using Shared = ValueShared<Order>;
   extern __shared__ __align__(1024) std::byte raw[];
   auto& shared = *reinterpret_cast<Shared*>(raw);
@@ -398,7 +425,7 @@ __global__ void __launch_bounds__(kValueThreads, 1) ValueKernel(const __grid_con
     for (int i = 0; i < Shared::kStages; ++i) {
       BarrierInit(&shared.full[i], 1 + kLoadWarps * 32);
       BarrierInit(&shared.weighed[i], kWarpArrivals);
-      BarrierInit(&shared.empty[i], (kWeightWarps + kValueWarps + 1) * kWarpArrivals);
+      BarrierInit(&shared.empty[i], (kWeightWarps + Order::kValueWarps + 1) * kWarpArrivals);
     }
     BarrierInit(&shared.summed, kWarpArrivals);
     BarrierInitFence();
@@ -409,15 +436,22 @@ __global__ void __launch_bounds__(kValueThreads, 1) ValueKernel(const __grid_con
     LoadValues(spread, unit, range, warp, shared);
   } else if (warp == kSumWarp) {
     Sum(unit, range, shared);
-  } else if (warp < kFirstWeightWarp) {
-    SumValues(args, unit, range, warp - kFirstValueWarp, shared);
-  } else {
+  } else if (warp < kFirstValueWarp) {
     Weigh(spread, unit, range, warp - kFirstWeightWarp, shared);
+  } else {
+    SumValues(args, unit, range, warp - kFirstValueWarp, shared);
   }
 }
 
 int64_t RecordColumns(int64_t heads, int64_t kv_heads) {
   return std::min<int64_t>(heads / kv_heads, kColumns);
+}
+
+template <class Order>
+absl::Status LaunchValues(const SpreadArgs& spread, dim3 grid, cudaStream_t stream) {
+  grid.z = Order::kParts;
+  return LaunchKernel("AttentionValues", ValueKernel<Order>, grid, Order::kThreads, sizeof(ValueShared<Order>),
+                      LaunchOrder::kOverlapped, stream, spread);
 }
 
 template <class Order>
@@ -438,12 +472,16 @@ absl::Status Launch(const AttentionParams& params, cudaStream_t stream) {
       !status.ok()) {
     return status;
   }
-  grid.z = kParts;
-  return LaunchKernel("AttentionValues", ValueKernel<Order>, grid, kValueThreads, sizeof(ValueShared<Order>),
-                      LaunchOrder::kOverlapped, stream, spread);
+  // As many parts as the card has room for at once.
+  return units * pieces <= kSpreadUnits / 2 ? LaunchValues<Parts<Order, 4>>(spread, grid, stream)
+                                            : LaunchValues<Parts<Order, 2>>(spread, grid, stream);
 }
 
 }  // namespace
+
+bool DecodeIsSpread(int64_t decode_pieces, int64_t heads, int64_t kv_heads) {
+  return decode_pieces * DecodeUnits(heads, kv_heads) <= kSpreadUnits;
+}
 
 int64_t AttentionWorkspaceBytes(int64_t decode_pieces, int64_t heads, int64_t kv_heads, int64_t max_positions) {
   if (!DecodeIsSpread(decode_pieces, heads, kv_heads)) return 0;
