@@ -231,6 +231,8 @@ class Check:
         result |= {key: spread([row[key] for row in rows]) for key in rows[0]}
         before, during = (sum(row[key] for row in rows) for key in ("tok_s_before", "tok_s_while_receiving"))
         result["slowdown_while_receiving"] = 1 - during / before
+        # Of decoding, in all: what the slowdown costs while bytes arrive, and the pause.
+        result["lost_ms"] = result["slowdown_while_receiving"] * result["push_ms"]["median"] + result["pause_ms"]["median"]
         result["pause_goal_ms"] = PAUSE_GOAL_MS[self.mode]
         result["pause_goal_met"] = result["pause_ms"]["max"] <= PAUSE_GOAL_MS[self.mode]
         print(", ".join(f"{k} {v['median']:.4g}" if isinstance(v, dict) else f"{k} {v}" for k, v in result.items()), flush=True)
@@ -318,6 +320,22 @@ def run_mode(arguments, mode, rate):
     return device, rows, kills, bits
 
 
+def write(path, device, found):
+    measurement = {
+        "commit": commit_text(),
+        "command": shlex.join(["tests/gpu/check_weights_nccl.py", *sys.argv[1:]]),
+        "device": f"2 x {device}",
+        "versions": {
+            "python": platform.python_version(),
+            "grpcio": grpc.__version__,
+            "torch": torch.__version__,
+            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        },
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+    }
+    pathlib.Path(path).write_text(json.dumps(measurement | found, indent=1) + "\n")
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--old", required=True)
@@ -341,27 +359,12 @@ def main():
         for mode in arguments.modes:
             device, more, kills[mode], bits[mode] = run_mode(arguments, mode, rate)
             rows += more
+            if arguments.json:
+                write(arguments.json, device, {"results": rows, "kills": kills, "bits": bits})
     except Exception:
         traceback.print_exc()
         return 2
     print(json.dumps({"kills": kills, "bits": bits}, indent=1))
-    if arguments.json:
-        measurement = {
-            "commit": commit_text(),
-            "command": shlex.join(["tests/gpu/check_weights_nccl.py", *sys.argv[1:]]),
-            "device": f"2 x {device}",
-            "versions": {
-                "python": platform.python_version(),
-                "grpcio": grpc.__version__,
-                "torch": torch.__version__,
-                "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-            },
-            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-            "results": rows,
-            "kills": kills,
-            "bits": bits,
-        }
-        pathlib.Path(arguments.json).write_text(json.dumps(measurement, indent=1) + "\n")
     broken = False
     for mode in arguments.modes:
         if bits[mode]["logprobs_differing"] or bits[mode]["tokens_differ"] or bits[mode]["digests_differing"]:

@@ -147,7 +147,7 @@ def not_finite(process, sender, new, wpb, tiny_model):
 
 
 def let_the_lease_end(process, sender, new, wpb, tiny_model):
-    sender.begin(1, new, lease_ms=1000)
+    sender.begin(1, new, lease_ms=3000)
     sender.push(1, new)
     sender.verify(1, new)
 
