@@ -148,6 +148,18 @@ struct GdnLayer {
   int64_t slot_stride = 0;  // bytes
 };
 
+// The gates of a GDN layer: beta = sigmoid(b) (times 2 if neg_eigval; rounded after each), g = -exp(a_log) *
+// softplus(a + dt_bias) in fp32.
+struct GdnGates {
+  Rows a;  // [rows, value_heads], as b and beta
+  Rows b;
+  const VectorWeight& a_log;    // [value_heads], exact
+  const VectorWeight& dt_bias;  // [value_heads], exact
+  bool neg_eigval = false;
+  Rows beta;
+  Rows g;  // [rows, value_heads] in fp32
+};
+
 constexpr int64_t kGdnChunk = 64;
 
 // Where new weights go: room on the device beside those in use, or (LiveWeights) the place of those in use. Used by one
@@ -355,16 +367,14 @@ class Ops {
   // Makes the slot's state that of a sequence with no tokens.
   virtual void GdnResetState(const GdnShape& shape, const GdnLayer& layer, int32_t slot) = 0;
 
-  // Causal depthwise convolution (width conv_width, over channels [q | k | v]) and SiLU, from and into the state's
-  // convolution tail. in, out: [rows, conv_channels]; weight: [conv_channels, conv_width], oldest tap first. out
-  // must not overlap in. q and k are l2-normalised here if normalises_in_conv(), else in GdnChunk.
-  virtual void GdnConv(Rows in, const VectorWeight& weight, const GdnShape& shape, const GdnLayer& layer, Rows out) = 0;
+  // What the chunk program takes, of one fused projection: causal depthwise convolution (width conv_width, over
+  // channels [q | k | v]) and SiLU, from and into the state's convolution tail; and the gates. in, out: [rows,
+  // conv_channels]; weight: [conv_channels, conv_width], oldest tap first. out must not overlap in. q and k are
+  // l2-normalised here if normalises_in_conv(), else in GdnChunk.
+  virtual void GdnConvAndGates(Rows in, const VectorWeight& weight, const GdnShape& shape, const GdnLayer& layer,
+                               Rows out, const GdnGates& gates) = 0;
   virtual bool normalises_in_conv() const = 0;
-  // beta = sigmoid(b) (times 2 if neg_eigval; rounded after each), g = -exp(A_log) * softplus(a + dt_bias) in fp32.
-  // a, b, beta: [rows, value_heads]; g: the same in fp32; A_log, dt_bias: [value_heads], exact.
-  virtual void GdnGates(Rows a, Rows b, const VectorWeight& a_log, const VectorWeight& dt_bias, bool neg_eigval,
-                        Rows beta, Rows g) = 0;
-  // The chunk program. qkv: [rows, conv_channels], GdnConv's output; q is scaled by key_dim^-0.5. out: [rows,
+  // The chunk program. qkv: [rows, conv_channels], GdnConvAndGates' output; q is scaled by key_dim^-0.5. out: [rows,
   // value_width]. Positions of a piece continue where the state stands.
   virtual void GdnChunk(Rows qkv, Rows beta, Rows g, const GdnShape& shape, const GdnLayer& layer, Rows out) = 0;
   // out = x / sqrt(mean(x^2) + eps) * weight * silu(gate), per head of head_dim columns. weight: [head_dim]. out may be

@@ -190,12 +190,11 @@ int64_t CpuOps::GdnStateBytes(const GdnShape& shape) const {
 void CpuOps::GdnResetState(const GdnShape& shape, const GdnLayer& layer, int32_t slot) {
   CpuGdnResetState(context_, shape, layer.base + slot * layer.slot_stride);
 }
-void CpuOps::GdnConv(Rows in, const VectorWeight& weight, const GdnShape& shape, const GdnLayer& layer, Rows out) {
+void CpuOps::GdnConvAndGates(Rows in, const VectorWeight& weight, const GdnShape& shape, const GdnLayer& layer,
+                             Rows out, const GdnGates& gates) {
   CpuGdnConv(context_, in, weight.floats(), shape, PiecesOf(layer), out);
-}
-void CpuOps::GdnGates(Rows a, Rows b, const VectorWeight& a_log, const VectorWeight& dt_bias, bool neg_eigval,
-                      Rows beta, Rows g) {
-  CpuGdnGates(context_, a, b, a_log.floats(), dt_bias.floats(), neg_eigval, beta, g);
+  CpuGdnGates(context_, gates.a, gates.b, gates.a_log.floats(), gates.dt_bias.floats(), gates.neg_eigval, gates.beta,
+              gates.g);
 }
 void CpuOps::GdnChunk(Rows qkv, Rows beta, Rows g, const GdnShape& shape, const GdnLayer& layer, Rows out) {
   CpuGdnChunk(context_, qkv, beta, g, shape, PiecesOf(layer), out);

@@ -669,39 +669,35 @@ int64_t CudaOps::GdnStateBytes(const GdnShape& shape) const {
 // Nothing of a slot is read before its sequence has written it.
 void CudaOps::GdnResetState(const GdnShape&, const GdnLayer&, int32_t) {}
 
-void CudaOps::GdnConv(Rows in, const VectorWeight& weight, const GdnShape& shape, const GdnLayer& layer, Rows out) {
-  LOCKSTEP_CHECK(shape.conv_width == kGdnConvWidth, "GdnConv: width {}", shape.conv_width);
-  Keep(LaunchGdnConv({.in = Bf16(in),
-                      .weight = Bf16(weight),
-                      .out = Bf16(out),
-                      .tail = layer.base + LayoutOf(shape).conv_tail,
-                      .slot_stride = layer.slot_stride,
-                      .in_stride = in.stride,
-                      .out_stride = out.stride,
-                      .key_heads = shape.key_heads,
-                      .key_dim = shape.key_dim,
-                      .value_width = shape.value_width(),
-                      .casts = profile_.conv,
-                      .batch = batch_},
-                     stream_));
-}
-
-void CudaOps::GdnGates(Rows a, Rows b, const VectorWeight& a_log, const VectorWeight& dt_bias, bool neg_eigval,
-                       Rows beta, Rows g) {
-  Keep(LaunchGdnGates({.a = Bf16(a),
-                       .b = Bf16(b),
-                       .a_log = F32(a_log),
-                       .dt_bias = F32(dt_bias),
-                       .beta = Bf16(beta),
-                       .g = F32(g),
-                       .rows = a.rows,
-                       .heads = a.width,
-                       .a_stride = a.stride,
-                       .b_stride = b.stride,
-                       .beta_stride = beta.stride,
-                       .g_stride = g.stride,
-                       .neg_eigval = neg_eigval},
-                      stream_));
+void CudaOps::GdnConvAndGates(Rows in, const VectorWeight& weight, const GdnShape& shape, const GdnLayer& layer,
+                              Rows out, const GdnGates& gates) {
+  LOCKSTEP_CHECK(shape.conv_width == kGdnConvWidth, "GdnConvAndGates: width {}", shape.conv_width);
+  Keep(LaunchGdnConvAndGates({.in = Bf16(in),
+                              .weight = Bf16(weight),
+                              .out = Bf16(out),
+                              .tail = layer.base + LayoutOf(shape).conv_tail,
+                              .slot_stride = layer.slot_stride,
+                              .in_stride = in.stride,
+                              .out_stride = out.stride,
+                              .key_heads = shape.key_heads,
+                              .key_dim = shape.key_dim,
+                              .value_width = shape.value_width(),
+                              .casts = profile_.conv,
+                              .batch = batch_},
+                             {.a = Bf16(gates.a),
+                              .b = Bf16(gates.b),
+                              .a_log = F32(gates.a_log),
+                              .dt_bias = F32(gates.dt_bias),
+                              .beta = Bf16(gates.beta),
+                              .g = F32(gates.g),
+                              .rows = gates.a.rows,
+                              .heads = gates.a.width,
+                              .a_stride = gates.a.stride,
+                              .b_stride = gates.b.stride,
+                              .beta_stride = gates.beta.stride,
+                              .g_stride = gates.g.stride,
+                              .neg_eigval = gates.neg_eigval},
+                             stream_));
 }
 
 void CudaOps::GdnChunk(Rows qkv, Rows beta, Rows g, const GdnShape& shape, const GdnLayer& layer, Rows out) {

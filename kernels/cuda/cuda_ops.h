@@ -85,10 +85,9 @@ class CudaOps final : public Ops {
   void Attention(Rows q, const AttentionShape& shape, const KvLayer& kv, Rows out) override;
   int64_t GdnStateBytes(const GdnShape& shape) const override;
   void GdnResetState(const GdnShape& shape, const GdnLayer& layer, int32_t slot) override;
-  void GdnConv(Rows in, const VectorWeight& weight, const GdnShape& shape, const GdnLayer& layer, Rows out) override;
+  void GdnConvAndGates(Rows in, const VectorWeight& weight, const GdnShape& shape, const GdnLayer& layer, Rows out,
+                       const GdnGates& gates) override;
   bool normalises_in_conv() const override { return true; }
-  void GdnGates(Rows a, Rows b, const VectorWeight& a_log, const VectorWeight& dt_bias, bool neg_eigval, Rows beta,
-                Rows g) override;
   void GdnChunk(Rows qkv, Rows beta, Rows g, const GdnShape& shape, const GdnLayer& layer, Rows out) override;
   void GatedRmsNorm(Rows x, Rows gate, const VectorWeight& weight, float eps, int64_t head_dim, Rows out) override;
 

@@ -4,7 +4,9 @@
 #include <bit>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <random>
+#include <utility>
 #include <vector>
 
 #include "kernels/cuda/add.h"
@@ -344,53 +346,140 @@ TEST_F(CudaOps, GatesNearTheOracle) {
   EXPECT_EQ(doubled.g, gates.g);
 }
 
-TEST_F(CudaOps, GatesInTheConvolutionsLaunch) {
-  constexpr int kRows = 37;
-  const ConvShape shape = {2, 96, 384};
+// A step's rows: decode rows, padding of a recorded step (which has no prefill rows), then pieces of prefill.
+struct StepRowsOf {
+  int decode = 0;
+  int padding = 0;
+  std::vector<int> prefill{};
+
+  int decode_pieces() const { return decode + padding; }
+  int rows() const { return std::accumulate(prefill.begin(), prefill.end(), decode_pieces()); }
+  int slots() const { return decode + static_cast<int>(prefill.size()); }
+};
+
+// What one layer's convolution and gates leave behind.
+struct ConvAndGates {
+  Bits out;
+  Bits tails;
+  Bits beta;
+  std::vector<float> g;
+};
+
+// Both read one projection [q k v | a | b | other], and write rows wider than they are. `together`: in one launch.
+ConvAndGates RunConvAndGates(const StepRowsOf& step, const ConvShape& shape, int64_t heads, ConvCasts casts,
+                             bool neg_eigval, bool together) {
+  std::vector<DevicePiece> pieces;
+  std::vector<DeviceTile> tiles;
+  for (int i = 0; i < step.decode; ++i) {
+    pieces.push_back({.row_begin = i, .row_count = 1, .position = 2 * i, .slot = i});
+  }
+  pieces.resize(step.decode_pieces());
+  int row = step.decode_pieces();
+  for (const int rows : step.prefill) {
+    const auto piece = static_cast<int32_t>(pieces.size());
+    const int position = 5 * (piece - step.decode_pieces());
+    pieces.push_back({.row_begin = row, .row_count = rows, .position = position, .slot = piece - step.padding});
+    for (int done = 0; done < rows;) {
+      const int count = std::min(rows - done, 64 - (position + done) % 64);
+      tiles.push_back({.piece = piece, .row_begin = row + done, .row_count = count, .position = position + done});
+      done += count;
+    }
+    row += rows;
+  }
   const int64_t channels = shape.channels();
-  const Bits projection = RandomBits(kRows * 2 * kHeads, 41);
-  const std::vector<float> zeros(kHeads, 0.0f);
-  const DeviceArray<uint16_t> device_projection(projection);
-  const DeviceArray<float> device_zeros(zeros);
-  const DeviceArray<uint16_t> beta = Poisoned(kRows * kHeads);
-  const DeviceArray<float> g(std::vector<float>(kRows * kHeads, NAN));
-  const GdnGatesParams gates = {.a = device_projection.bf16(),
-                                .b = device_projection.bf16() + kHeads,
-                                .a_log = device_zeros.data(),
-                                .dt_bias = device_zeros.data(),
+  const int64_t in_stride = channels + 2 * heads + (8 - 2 * heads % 8);
+  const int64_t out_stride = channels + 8;
+  const int64_t tail_width = 3 * channels + 8;
+  const DeviceArray<uint16_t> projection(RandomBits(row * in_stride, 41, 2.0f));
+  const DeviceArray<uint16_t> weight(RandomBits(channels * kGdnConvWidth, 42, 0.4f));
+  const DeviceArray<float> a_log(RandomFloats(heads, 43));
+  const DeviceArray<float> dt_bias(RandomFloats(heads, 44));
+  const DeviceArray<uint16_t> tails(RandomBits(step.slots() * tail_width, 45));
+  const DeviceArray<uint16_t> out = Poisoned(row * out_stride);
+  const DeviceArray<uint16_t> beta = Poisoned(row * (heads + 1));
+  const DeviceArray<float> g(PoisonFloats(row * (heads + 3)));
+  const DeviceArray<DevicePiece> device_pieces(pieces);
+  const DeviceArray<DeviceTile> device_tiles(tiles);
+  const GdnConvParams conv = {.in = projection.bf16(),
+                              .weight = weight.bf16(),
+                              .out = out.bf16(),
+                              .tail = tails.data(),
+                              .slot_stride = 2 * tail_width,
+                              .in_stride = in_stride,
+                              .out_stride = out_stride,
+                              .key_heads = shape.key_heads,
+                              .key_dim = shape.key_dim,
+                              .value_width = shape.value_width,
+                              .casts = casts,
+                              .batch = {.pieces = device_pieces.data(),
+                                        .tiles = device_tiles.data(),
+                                        .rows = row,
+                                        .piece_count = static_cast<int32_t>(pieces.size()),
+                                        .decode_pieces = step.decode_pieces(),
+                                        .tile_count = static_cast<int32_t>(tiles.size())}};
+  const GdnGatesParams gates = {.a = projection.bf16() + channels,
+                                .b = projection.bf16() + channels + heads,
+                                .a_log = a_log.data(),
+                                .dt_bias = dt_bias.data(),
                                 .beta = beta.bf16(),
                                 .g = g.data(),
-                                .rows = kRows,
-                                .heads = kHeads,
-                                .a_stride = 2 * kHeads,
-                                .b_stride = 2 * kHeads,
-                                .beta_stride = kHeads,
-                                .g_stride = kHeads};
-  ConvRun alone(shape, {kRows}, ConvCasts::kTwo);
-  alone.Step({kRows}, true);
-  const DeviceArray<uint16_t> in(alone.sequences[0].in);
-  const DeviceArray<uint16_t> weight(alone.weight());
-  const DeviceArray<uint16_t> tail = Poisoned(3 * channels);
-  const DeviceArray<uint16_t> out = Poisoned(kRows * channels);
-  const DeviceArray<DevicePiece> pieces(std::vector<DevicePiece>{{.row_count = kRows}});
-  const DeviceArray<DeviceTile> tiles(std::vector<DeviceTile>{{.row_count = kRows}});
-  const GdnConvParams conv = {
-      .in = in.bf16(),
-      .weight = weight.bf16(),
-      .out = out.bf16(),
-      .tail = tail.data(),
-      .slot_stride = GdnConvTailBytes(channels),
-      .in_stride = channels,
-      .out_stride = channels,
-      .key_heads = shape.key_heads,
-      .key_dim = shape.key_dim,
-      .value_width = shape.value_width,
-      .batch = {.pieces = pieces.data(), .tiles = tiles.data(), .rows = kRows, .piece_count = 1, .tile_count = 1}};
-  ASSERT_TRUE(LaunchGdnConvAndGates(conv, gates, nullptr).ok());
-  ExpectSameBits(out.Host(), alone.sequences[0].out);
-  const Gates want = RunGates(projection, zeros, zeros, false);
-  ExpectSameBits(beta.Host(), want.beta);
-  EXPECT_EQ(g.Host(), want.g);
+                                .rows = row,
+                                .heads = heads,
+                                .a_stride = in_stride,
+                                .b_stride = in_stride,
+                                .beta_stride = heads + 1,
+                                .g_stride = heads + 3,
+                                .neg_eigval = neg_eigval};
+  if (together) {
+    EXPECT_TRUE(LaunchGdnConvAndGates(conv, gates, nullptr).ok());
+  } else {
+    EXPECT_TRUE(LaunchGdnConv(conv, nullptr).ok());
+    EXPECT_TRUE(LaunchGdnGates(gates, nullptr).ok());
+  }
+  return {out.Host(), tails.Host(), beta.Host(), g.Host()};
+}
+
+// Decode alone, with a recorded step's padding, prefill in short and in long runs, and both side by side. What neither
+// kernel writes is poison on both sides.
+TEST_F(CudaOps, ConvolutionAndGatesInOneLaunchEqualTheTwo) {
+  const StepRowsOf steps[] = {{.decode = 1},
+                              {.decode = 2},
+                              {.decode = 5, .padding = 3},
+                              {.decode = 128, .padding = 32},
+                              {.prefill = {1}},
+                              {.prefill = {37, 100}},
+                              {.prefill = {1100}},
+                              {.decode = 3, .prefill = {1, 70}},
+                              {.decode = 33, .prefill = {1025, 64}}};
+  const std::pair<ConvShape, int64_t> layers[] = {{{2, 96, 384}, 2}, {{3, 32, 104}, 7}, {{1, 256, 1032}, kHeads}};
+  for (const StepRowsOf& step : steps) {
+    SCOPED_TRACE(step.rows());
+    for (const auto& [shape, heads] : layers) {
+      SCOPED_TRACE(heads);
+      const ConvCasts casts = heads == 7 ? ConvCasts::kOne : ConvCasts::kTwo;
+      const bool neg_eigval = heads != 2;
+      const ConvAndGates apart = RunConvAndGates(step, shape, heads, casts, neg_eigval, false);
+      const ConvAndGates together = RunConvAndGates(step, shape, heads, casts, neg_eigval, true);
+      ExpectSameBits(together.out, apart.out);
+      ExpectSameBits(together.tails, apart.tails);
+      ExpectSameBits(together.beta, apart.beta);
+      ExpectSameBits(together.g, apart.g);
+      // Every gate was written, nothing beside them.
+      for (int64_t i = 0; i < static_cast<int64_t>(together.beta.size()); ++i) {
+        ASSERT_EQ(together.beta[i] == kPoison, i % (heads + 1) == heads) << i;
+      }
+    }
+  }
+}
+
+// A batch of padding alone has gates all the same.
+TEST_F(CudaOps, GatesOfPaddingRows) {
+  const ConvShape shape = {2, 96, 384};
+  const ConvAndGates got = RunConvAndGates({.padding = 4}, shape, kHeads, ConvCasts::kTwo, true, true);
+  const ConvAndGates want = RunConvAndGates({.padding = 4}, shape, kHeads, ConvCasts::kTwo, true, false);
+  ExpectSameBits(got.out, Bits(got.out.size(), kPoison));
+  ExpectSameBits(got.beta, want.beta);
+  ExpectSameBits(got.g, want.g);
 }
 
 // x in rows of their own, gate as the last columns of wider rows.
@@ -567,6 +656,27 @@ TEST(CudaParams, GdnGatesNamesTheBadField) {
   ExpectRefusedAfter(good, ".b_stride", [](P& p) { p.b_stride = 29; });
   ExpectRefusedAfter(good, ".beta_stride", [](P& p) { p.beta_stride = 29; });
   ExpectRefusedAfter(good, ".g_stride", [](P& p) { p.g_stride = 29; });
+}
+
+TEST(CudaParams, ConvolutionAndGatesAreBothChecked) {
+  const absl::Status gates = LaunchGdnConvAndGates({}, {}, nullptr);
+  EXPECT_THAT(std::string(gates.message()), ::testing::HasSubstr("GdnGatesParams.heads"));
+  static float word = 0;
+  const absl::Status conv = LaunchGdnConvAndGates({},
+                                                  {.a = Address(),
+                                                   .b = Address(),
+                                                   .a_log = &word,
+                                                   .dt_bias = &word,
+                                                   .beta = Address(),
+                                                   .g = &word,
+                                                   .rows = 1,
+                                                   .heads = 1,
+                                                   .a_stride = 1,
+                                                   .b_stride = 1,
+                                                   .beta_stride = 1,
+                                                   .g_stride = 1},
+                                                  nullptr);
+  EXPECT_THAT(std::string(conv.message()), ::testing::HasSubstr("GdnConvParams.key_dim"));
 }
 
 TEST(CudaParams, GatedRmsNormNamesTheBadField) {

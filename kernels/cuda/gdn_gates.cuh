@@ -14,13 +14,15 @@ __device__ __forceinline__ void GdnGate(const GdnGatesParams& params, unsigned i
   const int64_t row = index / heads;
   if (row >= params.rows) return;
   const int64_t head = index % heads;
+  // All loads before the first store, which the compiler may not move them over: one wait for memory.
   const float b = __bfloat162float(params.b[row * params.b_stride + head]);
+  const float a = __bfloat162float(params.a[row * params.a_stride + head]);
+  const float a_log = params.a_log[head];
+  const float dt_bias = params.dt_bias[head];
   float beta = __bfloat162float(__float2bfloat16_rn(Sigmoid(b)));
   if (params.neg_eigval) beta = __fadd_rn(beta, beta);
   params.beta[row * params.beta_stride + head] = __float2bfloat16_rn(beta);
-  const float a = __bfloat162float(params.a[row * params.a_stride + head]);
-  const float decay = -expf(params.a_log[head]);
-  params.g[row * params.g_stride + head] = __fmul_rn(decay, Softplus(__fadd_rn(a, params.dt_bias[head])));
+  params.g[row * params.g_stride + head] = __fmul_rn(-expf(a_log), Softplus(__fadd_rn(a, dt_bias)));
 }
 
 }  // namespace lockstep::cuda

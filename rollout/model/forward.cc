@@ -244,18 +244,23 @@ void ForwardPass::GdnMixer(size_t index, const GdnWeights& weights, Rows in, con
   Record(index, "ab", ab, {{"a", heads}, {"b", heads}});
   const Rows beta = Take(buffers_->beta, in.rows, heads);
   const Rows g = Take(buffers_->g, in.rows, heads);
-  ops_.GdnGates(ab.columns(0, heads), ab.columns(heads, heads), *weights.a_log, *weights.dt_bias, layer.gdn_neg_eigval,
-                beta, g);
-  Record(index, "beta", beta);
-  if (trace_ != nullptr) trace_->Record(ops_, static_cast<int64_t>(index), "g", g, DType::kF32);
   const Rows conv = Take(buffers_->conv, in.rows, shape.conv_channels());
-  ops_.GdnConv(projected.columns(0, shape.conv_channels()), *weights.conv, shape, state, conv);
+  ops_.GdnConvAndGates(projected.columns(0, shape.conv_channels()), *weights.conv, shape, state, conv,
+                       {.a = ab.columns(0, heads),
+                        .b = ab.columns(heads, heads),
+                        .a_log = *weights.a_log,
+                        .dt_bias = *weights.dt_bias,
+                        .neg_eigval = layer.gdn_neg_eigval,
+                        .beta = beta,
+                        .g = g});
   if (ops_.normalises_in_conv()) {
     Record(index, "qk_l2", conv.columns(0, 2 * keys), {{"q", keys}, {"k", keys}});
     Record(index, "conv_v", conv.columns(2 * keys, values));
   } else {
     Record(index, "conv", conv, {{"q", keys}, {"k", keys}, {"v", values}});
   }
+  Record(index, "beta", beta);
+  if (trace_ != nullptr) trace_->Record(ops_, static_cast<int64_t>(index), "g", g, DType::kF32);
   const Rows mixed = Take(buffers_->mixed, in.rows, values);
   ops_.GdnChunk(conv, beta, g, shape, state, mixed);
   Record(index, "gdn_out", mixed);

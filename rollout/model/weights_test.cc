@@ -139,9 +139,10 @@ class RecordingOps : public Ops {
   void Attention(Rows, const AttentionShape&, const KvLayer&, Rows) override { FAIL(); }
   int64_t GdnStateBytes(const GdnShape&) const override { return 0; }
   void GdnResetState(const GdnShape&, const GdnLayer&, int32_t) override { FAIL(); }
-  void GdnConv(Rows, const VectorWeight&, const GdnShape&, const GdnLayer&, Rows) override { FAIL(); }
+  void GdnConvAndGates(Rows, const VectorWeight&, const GdnShape&, const GdnLayer&, Rows, const GdnGates&) override {
+    FAIL();
+  }
   bool normalises_in_conv() const override { return false; }
-  void GdnGates(Rows, Rows, const VectorWeight&, const VectorWeight&, bool, Rows, Rows) override { FAIL(); }
   void GdnChunk(Rows, Rows, Rows, const GdnShape&, const GdnLayer&, Rows) override { FAIL(); }
   void GatedRmsNorm(Rows, Rows, const VectorWeight&, float, int64_t, Rows) override { FAIL(); }
 
