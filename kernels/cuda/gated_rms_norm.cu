@@ -1,6 +1,6 @@
 #include <cmath>
 
-#include "kernels/cuda/bf16_rows.cuh"
+#include "kernels/cuda/gated_norm.cuh"
 #include "kernels/cuda/gated_rms_norm.h"
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/params.h"
@@ -9,8 +9,6 @@ namespace lockstep::cuda {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kQuad = 4;  // elements of one accumulator set in PyTorch's order
-constexpr int kHalf = kWarp / 2;
 constexpr int kVector = 8;
 
 using Vector = Bf16s<kVector>;
@@ -34,50 +32,6 @@ __device__ Place FindHead(const GatedRmsNormParams& p, unsigned index) {
           exists ? p.out + row * p.out_stride + column : nullptr};
 }
 
-// PyTorch's sum over a row (see rms_norm.cu) has 32 lanes, of which a thread here plays two, t and t + 16: quads of
-// elements t, t + 32, ... and t + 16, t + 48, ... So the tree's first step is inside the thread.
-template <int kQuads>
-__device__ float SumOfSquares(const Floats<kQuad> (&x)[kQuads]) {
-  float lanes[2];
-#pragma unroll
-  for (int lane = 0; lane < 2; ++lane) {
-    Floats<kQuad> sums = {};
-#pragma unroll
-    for (int q = lane; q < kQuads; q += 2) {
-#pragma unroll
-      for (int i = 0; i < kQuad; ++i) sums.v[i] = __fadd_rn(sums.v[i], __fmul_rn(x[q].v[i], x[q].v[i]));
-    }
-    lanes[lane] = __fadd_rn(__fadd_rn(__fadd_rn(sums.v[0], sums.v[1]), sums.v[2]), sums.v[3]);
-  }
-  float sum = __fadd_rn(lanes[0], lanes[1]);
-#pragma unroll
-  for (int distance = kHalf / 2; distance >= 1; distance /= 2) {
-    sum = __fadd_rn(sum, __shfl_xor_sync(kAllLanes, sum, distance));
-  }
-  return sum;
-}
-
-template <int kQuads>
-__device__ void ApplySilu(Floats<kQuad> (&gate)[kQuads]) {
-  float largest = 0.0f;
-  Floats<kQuad> silu[kQuads];
-#pragma unroll
-  for (int q = 0; q < kQuads; ++q) {
-#pragma unroll
-    for (int i = 0; i < kQuad; ++i) {
-      largest = fmaxf(largest, fabsf(gate[q].v[i]));
-      silu[q].v[i] = SiluInRange(gate[q].v[i]);
-    }
-  }
-  if (largest > kSiluRange) {
-    for (int q = 0; q < kQuads; ++q) {
-      for (int i = 0; i < kQuad; ++i) silu[q].v[i] = Silu(gate[q].v[i]);
-    }
-  }
-#pragma unroll
-  for (int q = 0; q < kQuads; ++q) gate[q] = silu[q];
-}
-
 // Grid: (ceil(rows * heads / 8)), 128 threads, 16 threads a head of 64 * kQuads elements.
 // Traffic: 6 bytes an element (x and gate read, out written).
 // Weight: bf16 for kThree, float for kTwo.
@@ -95,21 +49,11 @@ __global__ void __launch_bounds__(kThreads) GatedRmsNormKernel(const __grid_cons
     weight[q] = Unpack(Load<kQuad>(static_cast<const Weight*>(p.weight) + column));
   }
   ApplySilu<kQuads>(gate);
-  const float mean = __fmul_rn(SumOfSquares<kQuads>(x), 1.0f / (kQuads * kHalf * kQuad));
-  const float inverse = rsqrtf(__fadd_rn(mean, p.eps));
+  const float inverse = InverseRms<kQuads * kHalf * kQuad>(SumOfSquares<kQuads>(x), p.eps);
   if (place.out == nullptr) return;
 #pragma unroll
   for (int q = 0; q < kQuads; ++q) {
-    Floats<kQuad> y;
-#pragma unroll
-    for (int i = 0; i < kQuad; ++i) y.v[i] = __fmul_rn(x[q].v[i], inverse);
-    y = RoundBf16(y);
-#pragma unroll
-    for (int i = 0; i < kQuad; ++i) y.v[i] = __fmul_rn(weight[q].v[i], y.v[i]);
-    if constexpr (!std::is_same_v<Weight, float>) y = RoundBf16(y);
-#pragma unroll
-    for (int i = 0; i < kQuad; ++i) y.v[i] = __fmul_rn(y.v[i], gate[q].v[i]);
-    Store(Pack(y), place.out + (q * kHalf + thread) * kQuad);
+    Store(GatedNorm<Weight>(x[q], inverse, weight[q], gate[q]), place.out + (q * kHalf + thread) * kQuad);
   }
 }
 
@@ -125,18 +69,10 @@ __global__ void __launch_bounds__(kThreads) FusedGatedRmsNormKernel(const __grid
   const Vector gate_vector = active ? Load<kVector>(place.gate + column) : Vector{};
   const Vector weight_vector = active ? Load<kVector>(static_cast<const __nv_bfloat16*>(p.weight) + column) : Vector{};
   const Floats<kVector> x = Unpack(x_vector);
-  const float mean = DivideFull(TritonSumOfSquares<kLanes>(x), static_cast<float>(p.head_dim));
-  const float inverse = DivideFull(1.0f, SqrtApprox(__fadd_rn(mean, p.eps)));
+  const float inverse = TritonInverseRms(TritonSumOfSquares<kLanes>(x), p.head_dim, p.eps);
   if (!active || place.out == nullptr) return;
   const Floats<kVector> gate = Unpack(gate_vector);
-  const Floats<kVector> weight = Unpack(weight_vector);
-  Floats<kVector> y;
-#pragma unroll
-  for (int i = 0; i < kVector; ++i) {
-    const float weighted = __fmul_rn(__fmul_rn(x.v[i], inverse), weight.v[i]);
-    y.v[i] = __fmul_rn(__fmul_rn(weighted, gate.v[i]), TritonSigmoid(gate.v[i]));
-  }
-  Store(Pack(y), place.out + column);
+  Store(FusedGatedNorm(x, inverse, Unpack(weight_vector), gate, TritonSigmoid(gate)), place.out + column);
 }
 
 template <class Weight>
