@@ -377,6 +377,10 @@ class Ops {
   // The chunk program. qkv: [rows, conv_channels], GdnConvAndGates' output; q is scaled by key_dim^-0.5. out: [rows,
   // value_width]. Positions of a piece continue where the state stands.
   virtual void GdnChunk(Rows qkv, Rows beta, Rows g, const GdnShape& shape, const GdnLayer& layer, Rows out) = 0;
+  // GdnChunk, then GatedRmsNorm of its output with heads of value_dim columns; only the norm's output is kept. gate:
+  // [rows, value_width]; norm: [value_dim].
+  virtual void GdnChunkNorm(Rows qkv, Rows beta, Rows g, const GdnShape& shape, const GdnLayer& layer, Rows gate,
+                            const VectorWeight& norm, float eps, Rows out) = 0;
   // out = x / sqrt(mean(x^2) + eps) * weight * silu(gate), per head of head_dim columns. weight: [head_dim]. out may be
   // x.
   virtual void GatedRmsNorm(Rows x, Rows gate, const VectorWeight& weight, float eps, int64_t head_dim, Rows out) = 0;

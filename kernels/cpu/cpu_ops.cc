@@ -199,6 +199,11 @@ void CpuOps::GdnConvAndGates(Rows in, const VectorWeight& weight, const GdnShape
 void CpuOps::GdnChunk(Rows qkv, Rows beta, Rows g, const GdnShape& shape, const GdnLayer& layer, Rows out) {
   CpuGdnChunk(context_, qkv, beta, g, shape, PiecesOf(layer), out);
 }
+void CpuOps::GdnChunkNorm(Rows qkv, Rows beta, Rows g, const GdnShape& shape, const GdnLayer& layer, Rows gate,
+                          const VectorWeight& norm, float eps, Rows out) {
+  GdnChunk(qkv, beta, g, shape, layer, out);
+  GatedRmsNorm(out, gate, norm, eps, shape.value_dim, out);
+}
 void CpuOps::GatedRmsNorm(Rows x, Rows gate, const VectorWeight& weight, float eps, int64_t head_dim, Rows out) {
   CpuGatedRmsNorm(context_, x, gate, weight.floats(), eps, head_dim, out);
 }

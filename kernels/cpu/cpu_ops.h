@@ -71,6 +71,8 @@ class CpuOps : public Ops {
                        const GdnGates& gates) override;
   bool normalises_in_conv() const override { return false; }
   void GdnChunk(Rows qkv, Rows beta, Rows g, const GdnShape& shape, const GdnLayer& layer, Rows out) override;
+  void GdnChunkNorm(Rows qkv, Rows beta, Rows g, const GdnShape& shape, const GdnLayer& layer, Rows gate,
+                    const VectorWeight& norm, float eps, Rows out) override;
   void GatedRmsNorm(Rows x, Rows gate, const VectorWeight& weight, float eps, int64_t head_dim, Rows out) override;
 
  private:

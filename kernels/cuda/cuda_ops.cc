@@ -700,48 +700,84 @@ void CudaOps::GdnConvAndGates(Rows in, const VectorWeight& weight, const GdnShap
                              stream_));
 }
 
+namespace {
+
+GdnParams GdnParamsOf(Rows qkv, Rows beta, Rows g, const GdnShape& shape, const GdnLayer& layer, Rows out,
+                      const DeviceBatch& batch) {
+  return {.q = Bf16(qkv),
+          .k = Bf16(qkv) + shape.key_width(),
+          .v = Bf16(qkv) + 2 * shape.key_width(),
+          .beta = Bf16(beta),
+          .g = F32(g),
+          .out = Bf16(out),
+          .q_stride = qkv.stride,
+          .k_stride = qkv.stride,
+          .v_stride = qkv.stride,
+          .beta_stride = beta.stride,
+          .g_stride = g.stride,
+          .out_stride = out.stride,
+          .key_heads = static_cast<int32_t>(shape.key_heads),
+          .value_heads = static_cast<int32_t>(shape.value_heads),
+          .state = reinterpret_cast<char*>(layer.base),
+          .slot_stride = layer.slot_stride,
+          .layout = LayoutOf(shape),
+          .batch = batch};
+}
+
+// The profile's weight of the gated norm.
+const void* GatedNormWeight(const VectorWeight& weight, GatedNormCasts casts) {
+  return casts == GatedNormCasts::kTwo ? static_cast<const void*>(F32(weight)) : static_cast<const void*>(Bf16(weight));
+}
+
+}  // namespace
+
+void CudaOps::GdnPrefill(const GdnParams& gdn) {
+  if (gdn.batch.tile_count == 0) return;
+  const int64_t workspace = GdnPrefillWorkspaceBytes(gdn.value_heads, gdn.batch.tile_count);
+  Keep(LaunchGdnPrefill({.gdn = gdn, .workspace = Workspace(workspace), .workspace_bytes = workspace}, stream_));
+}
+
 void CudaOps::GdnChunk(Rows qkv, Rows beta, Rows g, const GdnShape& shape, const GdnLayer& layer, Rows out) {
-  const GdnParams gdn = {.q = Bf16(qkv),
-                         .k = Bf16(qkv) + shape.key_width(),
-                         .v = Bf16(qkv) + 2 * shape.key_width(),
-                         .beta = Bf16(beta),
-                         .g = F32(g),
-                         .out = Bf16(out),
-                         .q_stride = qkv.stride,
-                         .k_stride = qkv.stride,
-                         .v_stride = qkv.stride,
-                         .beta_stride = beta.stride,
-                         .g_stride = g.stride,
-                         .out_stride = out.stride,
-                         .key_heads = static_cast<int32_t>(shape.key_heads),
-                         .value_heads = static_cast<int32_t>(shape.value_heads),
-                         .state = reinterpret_cast<char*>(layer.base),
-                         .slot_stride = layer.slot_stride,
-                         .layout = LayoutOf(shape),
-                         .batch = batch_};
-  if (batch_.tile_count > 0) {
-    const int64_t workspace = GdnPrefillWorkspaceBytes(shape.value_heads, batch_.tile_count);
-    Keep(LaunchGdnPrefill({.gdn = gdn, .workspace = Workspace(workspace), .workspace_bytes = workspace}, stream_));
-  }
+  const GdnParams gdn = GdnParamsOf(qkv, beta, g, shape, layer, out, batch_);
+  GdnPrefill(gdn);
   if (batch_.decode_pieces > 0) Keep(LaunchGdnDecode(gdn, stream_));
 }
 
+// Decode rows come first in a batch and leave their kernel normalised; prefill rows follow them.
+void CudaOps::GdnChunkNorm(Rows qkv, Rows beta, Rows g, const GdnShape& shape, const GdnLayer& layer, Rows gate,
+                           const VectorWeight& norm, float eps, Rows out) {
+  LOCKSTEP_CHECK(shape.value_dim == kGdnValueDim, "GdnChunkNorm: heads of {}", shape.value_dim);
+  const GdnParams gdn = GdnParamsOf(qkv, beta, g, shape, layer, out, batch_);
+  const int64_t decoded = batch_.decode_pieces;
+  GdnPrefill(gdn);
+  if (decoded > 0) {
+    Keep(LaunchGdnDecodeNorm(gdn,
+                             {.gate = Bf16(gate),
+                              .weight = GatedNormWeight(norm, profile_.gated_norm),
+                              .gate_stride = gate.stride,
+                              .eps = eps,
+                              .casts = profile_.gated_norm},
+                             stream_));
+  }
+  if (out.rows == decoded) return;
+  const Rows prefilled = out.slice(decoded, out.rows - decoded);
+  GatedRmsNorm(prefilled, gate.slice(decoded, prefilled.rows), norm, eps, shape.value_dim, prefilled);
+}
+
 void CudaOps::GatedRmsNorm(Rows x, Rows gate, const VectorWeight& weight, float eps, int64_t head_dim, Rows out) {
-  Keep(LaunchGatedRmsNorm(
-      {.x = Bf16(x),
-       .gate = Bf16(gate),
-       .weight = profile_.gated_norm == GatedNormCasts::kTwo ? static_cast<const void*>(F32(weight))
-                                                             : static_cast<const void*>(Bf16(weight)),
-       .out = Bf16(out),
-       .rows = x.rows,
-       .heads = x.width / head_dim,
-       .head_dim = head_dim,
-       .x_stride = x.stride,
-       .gate_stride = gate.stride,
-       .out_stride = out.stride,
-       .eps = eps,
-       .casts = profile_.gated_norm},
-      stream_));
+  Keep(LaunchGatedRmsNorm({.x = Bf16(x),
+                           .gate = Bf16(gate),
+                           .weight = GatedNormWeight(weight, profile_.gated_norm),
+                           .out = Bf16(out),
+                           .rows = x.rows,
+                           .heads = x.width / head_dim,
+                           .head_dim = head_dim,
+                           .x_stride = x.stride,
+                           .gate_stride = gate.stride,
+                           .out_stride = out.stride,
+                           .eps = eps,
+                           .casts = profile_.gated_norm},
+                          stream_));
 }
 
 }  // namespace lockstep::cuda

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "kernels/cuda/batch_image.h"
+#include "kernels/cuda/gdn_params.h"
 #include "kernels/cuda/memory.h"
 #include "kernels/ops.h"
 
@@ -89,6 +90,8 @@ class CudaOps final : public Ops {
                        const GdnGates& gates) override;
   bool normalises_in_conv() const override { return true; }
   void GdnChunk(Rows qkv, Rows beta, Rows g, const GdnShape& shape, const GdnLayer& layer, Rows out) override;
+  void GdnChunkNorm(Rows qkv, Rows beta, Rows g, const GdnShape& shape, const GdnLayer& layer, Rows gate,
+                    const VectorWeight& norm, float eps, Rows out) override;
   void GatedRmsNorm(Rows x, Rows gate, const VectorWeight& weight, float eps, int64_t head_dim, Rows out) override;
 
  private:
@@ -109,6 +112,8 @@ class CudaOps final : public Ops {
   absl::Status ReserveImage(int64_t bytes);
   // Memory for one operation's intermediate results; the stream orders its users. Also while a step is recorded.
   std::byte* Workspace(int64_t bytes);
+  // The prefill rows of a Gated DeltaNet layer, if there are any.
+  void GdnPrefill(const GdnParams& gdn);
   void Record(absl::FunctionRef<void()> step, cudaGraphExec_t* graph);
   void ForgetAllSteps();
 

@@ -1,6 +1,11 @@
+#include <cmath>
+#include <type_traits>
+
 #include "kernels/cuda/gdn_decode.h"
+#include "kernels/cuda/gdn_decode_norm.cuh"
 #include "kernels/cuda/gdn_math.cuh"
 #include "kernels/cuda/overlap.cuh"
+#include "kernels/cuda/params.h"
 
 namespace lockstep::cuda {
 namespace {
@@ -11,10 +16,17 @@ constexpr int kWarps = 6;  // each two tiles of 16 columns of d_v and one of d_k
 constexpr int kThreads = kWarps * 32;
 constexpr int kTiles = kValueTiles / kWarps;
 static_assert(kKeySteps == kWarps);
+constexpr int kNormWarp = 4;  // the first of two, which have no part in a row's scores and in the solve
 
 // Row-wise operands. A B operand needs its vector in one column only: here it is in all of them (or in every other
 // one), so every lane of a quad holds the whole result and they share the work on it.
 enum Vector { kRowK, kRowQ, kRowW };
+
+struct SolveRow {
+  float lower[kGdnChunk];  // row t of A, zero from t on
+  float own[kBlock];       // row i of T's diagonal block
+  float inner[kBlock];     // its product with A of (r, r-1)
+};
 
 struct DecodeShared {
   alignas(128) char k[kGdnKeyRowsBytes];
@@ -24,15 +36,17 @@ struct DecodeShared {
   float scan[kGdnChunk];
   float exp_g[kGdnChunk];
   float beta[kGdnChunk];
-  float lower[kGdnChunk];                // row t of A, zero from t on
-  float own[kBlock];                     // row i of T's diagonal block
-  float inner[kBlock];                   // its product with A of (r, r-1)
+  union {
+    SolveRow solve_row;
+    alignas(16) __nv_bfloat16 out[kGdnValueDim];  // o on its way to the norm, when the solve is over
+  };
   __nv_bfloat16 vectors[3][kGdnKeyDim];  // row t of k, q and w
   __nv_bfloat16 inverse[kGdnChunk];      // row t of T
   __nv_bfloat16 weight[kGdnChunk];       // row t of decayed q k^T
   uint64_t rows_full;                    // k and the solve cache
   uint64_t values_full;                  // bv and vp
 };
+static_assert(sizeof(DecodeShared) <= (228 - 3) * 1024 / 3, "three blocks a multiprocessor, each with 1 KB of its own");
 
 // Row t = 16 r + i of its chunk, and the thread's place.
 struct Row {
@@ -319,7 +333,7 @@ __device__ void ScoreRow(const Row& row, DecodeShared& shared) {
   const int j = row.warp * kBlock + row.element;
   const float decay = Exp2(shared.scan[row.t] - shared.scan[j]);
   if ((row.lane & 2) == 0) {
-    shared.lower[j] = j < row.t ? LowerElement(row.below ? d[2] : d[0], decay, shared.beta[row.t]) : 0.0f;
+    shared.solve_row.lower[j] = j < row.t ? LowerElement(row.below ? d[2] : d[0], decay, shared.beta[row.t]) : 0.0f;
   } else {
     shared.weight[j] = __float2bfloat16_rn(j <= row.t ? (row.below ? d[3] : d[1]) * decay : 0.0f);
   }
@@ -335,18 +349,19 @@ __device__ void SolveInner(const Row& row, const HeadState& state, DecodeShared&
     float column[kBlock];
 #pragma unroll
     for (int c = 0; c < kBlock; ++c) {
-      a[c] = -shared.lower[row.r * kBlock + c];
+      a[c] = -shared.solve_row.lower[row.r * kBlock + c];
       column[c] = c == x ? 0.0f : diagonal[BlockElement(c, x)];
     }
-    const float value = InverseElement(a, column, -shared.lower[row.r * kBlock + x], x == row.i ? 1.0f : 0.0f);
+    const float value =
+        InverseElement(a, column, -shared.solve_row.lower[row.r * kBlock + x], x == row.i ? 1.0f : 0.0f);
     __syncwarp();
     if (row.lane < kBlock) {
-      shared.own[x] = value;
+      shared.solve_row.own[x] = value;
       diagonal[BlockElement(row.i, x)] = value;
       state.solve[InverseBlock(row.r, row.r) * kBlockFloats + BlockElement(row.i, x)] = value;
       shared.inverse[row.r * kBlock + x] = __float2bfloat16_rn(value);
     } else if (row.r > 0) {
-      const float lower = shared.lower[(row.r - 1) * kBlock + x];
+      const float lower = shared.solve_row.lower[(row.r - 1) * kBlock + x];
       adjacent[BlockElement(row.i, x)] = lower;
       state.solve[kAdjacentBlock * kBlockFloats + BlockElement(row.i, x)] = lower;
     }
@@ -354,7 +369,8 @@ __device__ void SolveInner(const Row& row, const HeadState& state, DecodeShared&
     const int q = row.warp - 1;
     float d[4] = {};
     for (int b = q; b < row.r; ++b) {
-      RowTimesBlock<MergeOrder::kEvenOdd>(d, shared.lower + b * kBlock, shared.solve[InverseBlock(b, q)], row.lane);
+      RowTimesBlock<MergeOrder::kEvenOdd>(d, shared.solve_row.lower + b * kBlock, shared.solve[InverseBlock(b, q)],
+                                          row.lane);
     }
     if ((row.lane & 2) == 0) {
       const int index = (kInnerBlock + q) * kBlockFloats + BlockElement(row.i, row.element);
@@ -370,13 +386,14 @@ __device__ void SolveOuter(const Row& row, const HeadState& state, DecodeShared&
   const float* adjacent = shared.solve[kAdjacentBlock];
   float d[4] = {};
   if (row.warp == row.r - 1) {
-    RowTimesBlock<MergeOrder::kEvenOdd>(d, shared.own, adjacent, row.lane);
-    if ((row.lane & 2) == 0) shared.inner[row.element] = row.below ? d[2] : d[0];
+    RowTimesBlock<MergeOrder::kEvenOdd>(d, shared.solve_row.own, adjacent, row.lane);
+    if ((row.lane & 2) == 0) shared.solve_row.inner[row.element] = row.below ? d[2] : d[0];
     __syncwarp();
     d[0] = d[1] = d[2] = d[3] = 0.0f;
-    RowTimesBlock<MergeOrder::kHalves>(d, shared.inner, shared.solve[InverseBlock(row.r - 1, row.r - 1)], row.lane);
+    RowTimesBlock<MergeOrder::kHalves>(d, shared.solve_row.inner, shared.solve[InverseBlock(row.r - 1, row.r - 1)],
+                                       row.lane);
   } else {
-    RowTimesBlock<MergeOrder::kHalves>(d, shared.own, shared.solve[kInnerBlock + row.warp], row.lane);
+    RowTimesBlock<MergeOrder::kHalves>(d, shared.solve_row.own, shared.solve[kInnerBlock + row.warp], row.lane);
   }
   if ((row.lane & 2) == 0) {
     const float value = -(row.below ? d[2] : d[0]);
@@ -416,10 +433,9 @@ __device__ void ComputeUW(const Row& row, DecodeShared& shared, float (&u)[kTile
   }
 }
 
-// v' into shared memory and the slot, o into the batch.
-__device__ void FinishRow(const GdnParams& params, const Row& row, int64_t batch_row, int head, const HeadState& state,
-                          const uint32_t (&image)[kTiles][kKeySteps][4], const float (&u)[kTiles][4],
-                          DecodeShared& shared) {
+// v' into shared memory and the slot, o into `out`, the head's row.
+__device__ void FinishRow(const Row& row, const HeadState& state, const uint32_t (&image)[kTiles][kKeySteps][4],
+                          const float (&u)[kTiles][4], DecodeShared& shared, __nv_bfloat16* out) {
   float s[kTiles][4] = {};  // w S in even columns, q S in odd ones
   const __nv_bfloat16* vector = shared.vectors[(row.g & 1) == 0 ? kRowW : kRowQ] + row.pair;
 #pragma unroll
@@ -456,15 +472,17 @@ __device__ void FinishRow(const GdnParams& params, const Row& row, int64_t batch
       MmaBf16(p_v[m], values, b0, b1);
     }
   }
-  params.out[batch_row * params.out_stride + head * kGdnValueDim + column] =
-      __float2bfloat16_rn(OutputElement(mine(s, 1), shared.exp_g[row.t], mine(p_v, 0)));
+  out[column] = __float2bfloat16_rn(OutputElement(mine(s, 1), shared.exp_g[row.t], mine(p_v, 0)));
 }
 
 // Grid: (value_heads, decode_pieces), 6 warps.
 // Traffic a head at row t = 16 r + i of its chunk: 36.9 KB image, 960 t of rows, 1 KB of solve cache for each finished
 // block and 64 i (1 + r) of the block row, 0.8 KB of scalars, 1.2 KB of inputs; written 1.3 KB and 64 (1 + 2 r). At
-// t = 63 also S read and written and the image written, 184 KB.
-__global__ void __launch_bounds__(kThreads, 3) GdnDecodeKernel(const __grid_constant__ GdnParams params) {
+// t = 63 also S read and written and the image written, 184 KB. With a norm also 0.8 KB of gates and weights.
+template <class Norm>
+__global__ void __launch_bounds__(kThreads, 3)
+    GdnDecodeKernel(const __grid_constant__ GdnParams params, const __grid_constant__ GdnOutputNorm output_norm) {
+  constexpr bool kNormed = !std::is_same_v<Norm, NoNorm>;
   FollowPreviousKernel();
   extern __shared__ __align__(128) char memory[];
   DecodeShared& shared = *reinterpret_cast<DecodeShared*>(memory);
@@ -489,11 +507,20 @@ __global__ void __launch_bounds__(kThreads, 3) GdnDecodeKernel(const __grid_cons
   if (row.thread == 0) StartLoads(row, state, shared);
   uint32_t image[kTiles][kKeySteps][4] = {};
   if (!row.first_chunk) LoadImage(row, state, image);
+  [[maybe_unused]] Norm norm;
+  [[maybe_unused]] const NormPlace place = {.thread = row.thread - kNormWarp * 32, .lane = lane};
+  if constexpr (kNormed) {
+    const __nv_bfloat16* gate = output_norm.gate + piece.row_begin * output_norm.gate_stride + head * kGdnValueDim;
+    if (row.warp >= kNormWarp) norm.Load(output_norm, gate, place);
+  }
   LoadInputs(params, row, piece.row_begin, head, state, shared);
   ZeroMissing(row, shared);
   __syncthreads();
   BarrierWait(&shared.rows_full, 0);
   if (row.warp <= row.r) ScoreRow(row, shared);
+  if constexpr (kNormed) {
+    if (row.warp >= kNormWarp) norm.Prepare();
+  }
   __syncthreads();
   SolveInner(row, state, shared);
   __syncthreads();
@@ -503,20 +530,56 @@ __global__ void __launch_bounds__(kThreads, 3) GdnDecodeKernel(const __grid_cons
   float u[kTiles][4] = {};
   ComputeUW(row, shared, u);
   __syncthreads();
-  FinishRow(params, row, piece.row_begin, head, state, image, u, shared);
+  __nv_bfloat16* out = params.out + piece.row_begin * params.out_stride + head * kGdnValueDim;
+  FinishRow(row, state, image, u, shared, kNormed ? shared.out : out);
+  if constexpr (kNormed) {
+    __syncthreads();
+    if (row.warp >= kNormWarp) {
+      const Bf16s<kQuad> normed = norm.Finish(output_norm, shared.out, place);
+      if (place.exists()) Store(normed, out + place.column());
+    }
+  }
   if (t != kGdnChunk - 1) return;
-  __syncthreads();
+  if constexpr (!kNormed) __syncthreads();
   CloseChunk(shared, row.first_chunk, state.state_f32, state.image, row.warp, lane);
+}
+
+template <class Norm>
+absl::Status LaunchDecode(const GdnParams& params, const GdnOutputNorm& norm, cudaStream_t stream) {
+  if (params.batch.decode_pieces == 0) return absl::OkStatus();
+  const dim3 grid(params.value_heads, params.batch.decode_pieces);
+  return LaunchKernel("GdnDecode", GdnDecodeKernel<Norm>, grid, kThreads, sizeof(DecodeShared),
+                      LaunchOrder::kOverlapped, stream, params, norm);
 }
 
 }  // namespace
 
+absl::Status GdnOutputNorm::Validate(int32_t value_heads) const {
+  constexpr int64_t kVector = 8;  // of the rows' alignment
+  absl::Status status = CheckPointer("GdnOutputNorm.gate", gate, kVector * sizeof(*gate));
+  status.Update(CheckPointer("GdnOutputNorm.weight", weight, kQuad * sizeof(float)));
+  status.Update(CheckStride("GdnOutputNorm.gate_stride", gate_stride, int64_t{value_heads} * kGdnValueDim, kVector));
+  if (!(eps >= 0.0f) || std::isinf(eps)) status.Update(BadField("GdnOutputNorm.eps", eps, "a finite value, 0 or more"));
+  return status;
+}
+
 absl::Status LaunchGdnDecode(const GdnParams& params, cudaStream_t stream) {
   if (absl::Status status = params.Validate(); !status.ok()) return status;
-  if (params.batch.decode_pieces == 0) return absl::OkStatus();
-  const dim3 grid(params.value_heads, params.batch.decode_pieces);
-  return LaunchKernel("GdnDecode", GdnDecodeKernel, grid, kThreads, sizeof(DecodeShared), LaunchOrder::kOverlapped,
-                      stream, params);
+  return LaunchDecode<NoNorm>(params, {}, stream);
+}
+
+absl::Status LaunchGdnDecodeNorm(const GdnParams& params, const GdnOutputNorm& norm, cudaStream_t stream) {
+  if (absl::Status status = params.Validate(); !status.ok()) return status;
+  if (absl::Status status = norm.Validate(params.value_heads); !status.ok()) return status;
+  switch (norm.casts) {
+    case GatedNormCasts::kThree:
+      return LaunchDecode<TorchNorm<__nv_bfloat16>>(params, norm, stream);
+    case GatedNormCasts::kTwo:
+      return LaunchDecode<TorchNorm<float>>(params, norm, stream);
+    case GatedNormCasts::kOne:
+      return LaunchDecode<FusedNorm>(params, norm, stream);
+  }
+  return BadField("GdnOutputNorm.casts", static_cast<int>(norm.casts), "kThree, kTwo or kOne");
 }
 
 }  // namespace lockstep::cuda

@@ -1,15 +1,19 @@
 // Gated DeltaNet on a GPU: near the recurrence in fp64, and the same bits however a sequence is cut into prefill pieces
-// and decoded rows. Slots start as NaNs, so a read of what was never written shows. The trainer's own bits are compared
-// by tests/gpu/check_gdn.py. Validate()'s and the layout's tests need no GPU; the others skip without one.
+// and decoded rows, with the output norm in decode's launch or after it. Slots start as NaNs, so a read of what was
+// never written shows. The trainer's own bits are compared by tests/gpu/check_gdn.py. Validate()'s and the layout's
+// tests need no GPU; the others skip without one.
 #include <algorithm>
 #include <cmath>
 #include <functional>
+#include <limits>
+#include <optional>
 #include <random>
 #include <set>
 #include <string>
 #include <vector>
 
 #include "kernels/cuda/cuda_test_util.h"
+#include "kernels/cuda/gated_rms_norm.h"
 #include "kernels/cuda/gdn_decode.h"
 #include "kernels/cuda/gdn_prefill.h"
 #include "kernels/float_bits.h"
@@ -36,6 +40,7 @@ struct Inputs {
   Bits qkv;              // [rows, channels]
   Bits beta;             // [rows, value heads], in (0, 2)
   std::vector<float> g;  // [rows, value heads], below 0
+  Bits gate{};           // [rows, out_width], of the output norm
 };
 
 Inputs RandomInputs(Heads heads, int rows, uint32_t seed) {
@@ -62,6 +67,14 @@ Inputs RandomInputs(Heads heads, int rows, uint32_t seed) {
   }
   for (uint16_t& beta : inputs.beta) beta = F32ToBf16(uniform(generator));
   for (float& g : inputs.g) g = -0.2f * uniform(generator) * uniform(generator);
+  for (int64_t i = 0; i < rows * heads.out_width(); ++i) inputs.gate.push_back(F32ToBf16(3.0f * normal(generator)));
+  // Beside silu's fast range, and what has no silu.
+  constexpr float kInfinity = std::numeric_limits<float>::infinity();
+  size_t at = 5;
+  for (const float gate : {-100.0f, -87.5f, -81.0f, -80.0f, 80.0f, 81.0f, 200.0f, kInfinity, -kInfinity}) {
+    if (at < inputs.gate.size()) inputs.gate[at] = F32ToBf16(gate);
+    at += 2 * kGdnValueDim + 17;
+  }
   return inputs;
 }
 
@@ -73,10 +86,13 @@ Inputs Slice(const Inputs& inputs, int begin, int end) {
   slice.qkv.assign(inputs.qkv.begin() + begin * channels, inputs.qkv.begin() + end * channels);
   slice.beta.assign(inputs.beta.begin() + begin * value_heads, inputs.beta.begin() + end * value_heads);
   slice.g.assign(inputs.g.begin() + begin * value_heads, inputs.g.begin() + end * value_heads);
+  const int64_t width = inputs.heads.out_width();
+  slice.gate.assign(inputs.gate.begin() + begin * width, inputs.gate.begin() + end * width);
   return slice;
 }
 
-// Work of one step for one sequence.
+// Work of one step for one sequence. A decode piece without rows is padding: it has a row of the batch, which holds
+// NaNs and must stay as it is.
 struct Work {
   const Inputs* inputs;
   int slot;
@@ -84,6 +100,44 @@ struct Work {
   int rows;
   bool decode;
 };
+
+// The output norm's weight of every test, as its casts take it.
+class NormWeight {
+ public:
+  explicit NormWeight(GatedNormCasts casts)
+      : casts_(casts), fp32_(RandomFloats(kGdnValueDim, 90, 1.0f, 0.3f)), bf16_(RandomBits(kGdnValueDim, 91)) {}
+  const void* data() const { return casts_ == GatedNormCasts::kTwo ? static_cast<void*>(fp32_.data()) : bf16_.data(); }
+
+ private:
+  GatedNormCasts casts_;
+  DeviceArray<float> fp32_;
+  DeviceArray<uint16_t> bf16_;
+};
+
+constexpr float kNormEps = 1e-5f;
+constexpr GatedNormCasts kAllCasts[] = {GatedNormCasts::kThree, GatedNormCasts::kTwo, GatedNormCasts::kOne};
+
+// The gated norm of finished rows, by its own kernel.
+Bits NormOf(const Bits& x, const Bits& gate, Heads heads, GatedNormCasts casts) {
+  const NormWeight weight(casts);
+  const DeviceArray<uint16_t> device_x(x);
+  const DeviceArray<uint16_t> device_gate(gate);
+  const DeviceArray<uint16_t> out = Poisoned(x.size());
+  const GatedRmsNormParams params = {.x = device_x.bf16(),
+                                     .gate = device_gate.bf16(),
+                                     .weight = weight.data(),
+                                     .out = out.bf16(),
+                                     .rows = static_cast<int64_t>(x.size()) / heads.out_width(),
+                                     .heads = heads.value,
+                                     .head_dim = kGdnValueDim,
+                                     .x_stride = heads.out_width(),
+                                     .gate_stride = heads.out_width(),
+                                     .out_stride = heads.out_width(),
+                                     .eps = kNormEps,
+                                     .casts = casts};
+  EXPECT_TRUE(LaunchGatedRmsNorm(params, nullptr).ok());
+  return out.Host();
+}
 
 // One layer with its slots, all NaN at first.
 class Layer {
@@ -96,8 +150,9 @@ class Layer {
         workspace_bytes_(GdnPrefillWorkspaceBytes(heads.value, workspace_tiles)) {}
 
   // The output of every piece, one after the other. `work` has its decode pieces first; a padding piece and a padding
-  // tile follow the prefill pieces. With `graph` the kernels run from a captured graph.
-  Bits Step(const std::vector<Work>& work, bool graph = false) {
+  // tile follow the prefill pieces. With `graph` the kernels run from a captured graph; with `norm` decode's applies
+  // it.
+  Bits Step(const std::vector<Work>& work, bool graph = false, std::optional<GatedNormCasts> norm = std::nullopt) {
     std::vector<DevicePiece> pieces;
     std::vector<DeviceTile> tiles;
     Inputs batch = {.heads = heads_, .rows = 0, .qkv = {}, .beta = {}, .g = {}};
@@ -119,6 +174,22 @@ class Layer {
       batch.qkv.insert(batch.qkv.end(), rows.qkv.begin(), rows.qkv.end());
       batch.beta.insert(batch.beta.end(), rows.beta.begin(), rows.beta.end());
       batch.g.insert(batch.g.end(), rows.g.begin(), rows.g.end());
+      batch.gate.insert(batch.gate.end(), rows.gate.begin(), rows.gate.end());
+      if (w.decode && w.rows == 0) {
+        ++batch.rows;
+        batch.qkv.resize(batch.rows * heads_.channels(), kPoison);
+        batch.beta.resize(static_cast<size_t>(batch.rows) * heads_.value, kPoison);
+        batch.g.resize(static_cast<size_t>(batch.rows) * heads_.value, NAN);
+        batch.gate.resize(batch.rows * heads_.out_width(), kPoison);
+      }
+    }
+    // Rows of the output, and of the gates, are wider than they are used.
+    const int64_t out_stride = heads_.out_width() + 8;
+    const int64_t gate_stride = heads_.out_width() + 24;
+    Bits wide_gate(batch.rows * gate_stride, kPoison);
+    for (int row = 0; row < batch.rows; ++row) {
+      std::copy_n(batch.gate.begin() + row * heads_.out_width(), heads_.out_width(),
+                  wide_gate.begin() + row * gate_stride);
     }
     if (!tiles.empty()) {
       pieces.push_back({});
@@ -129,7 +200,9 @@ class Layer {
     const DeviceArray<uint16_t> qkv(batch.qkv);
     const DeviceArray<uint16_t> beta(batch.beta);
     const DeviceArray<float> g(batch.g);
-    const DeviceArray<uint16_t> out(Bits(batch.rows * heads_.out_width(), kPoison));
+    const DeviceArray<uint16_t> gate(wide_gate);
+    const NormWeight norm_weight(norm.value_or(GatedNormCasts::kThree));
+    const DeviceArray<uint16_t> out = Poisoned(batch.rows * out_stride);
     const DeviceArray<DevicePiece> device_pieces(pieces);
     const DeviceArray<DeviceTile> device_tiles(tiles);
     GdnParams params = {.q = qkv.bf16(),
@@ -143,7 +216,7 @@ class Layer {
                         .v_stride = heads_.channels(),
                         .beta_stride = heads_.value,
                         .g_stride = heads_.value,
-                        .out_stride = heads_.out_width(),
+                        .out_stride = out_stride,
                         .key_heads = heads_.key,
                         .value_heads = heads_.value,
                         .state = reinterpret_cast<char*>(state_.data()),
@@ -162,7 +235,16 @@ class Layer {
     if (graph) {
       EXPECT_EQ(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal), cudaSuccess);
     }
-    EXPECT_TRUE(LaunchGdnDecode(params, stream).ok());
+    if (norm.has_value()) {
+      const GdnOutputNorm output_norm = {.gate = gate.bf16(),
+                                         .weight = norm_weight.data(),
+                                         .gate_stride = gate_stride,
+                                         .eps = kNormEps,
+                                         .casts = *norm};
+      EXPECT_TRUE(LaunchGdnDecodeNorm(params, output_norm, stream).ok());
+    } else {
+      EXPECT_TRUE(LaunchGdnDecode(params, stream).ok());
+    }
     const GdnPrefillParams prefill = {
         .gdn = params, .workspace = workspace_.data(), .workspace_bytes = workspace_bytes_};
     const absl::Status status = LaunchGdnPrefill(prefill, stream);
@@ -177,8 +259,13 @@ class Layer {
       cudaGraphExecDestroy(executable);
       cudaGraphDestroy(captured);
     }
-    Bits result = out.Host();
+    const Bits wide = out.Host();
     cudaStreamDestroy(stream);
+    Bits result;
+    for (auto row = wide.begin(); row != wide.end(); row += out_stride) {
+      result.insert(result.end(), row, row + heads_.out_width());
+      EXPECT_EQ(std::count(row + heads_.out_width(), row + out_stride, kPoison), out_stride - heads_.out_width());
+    }
     return result;
   }
 
@@ -383,7 +470,7 @@ TEST_F(Gdn, RowsDoNotDependOnTheBatch) {
 // Value heads that share a key head are heads with equal q and k.
 TEST_F(Gdn, SharedKeyHeads) {
   const Inputs shared = RandomInputs({2, 4}, 90, 8);
-  Inputs repeated = {.heads = {4, 4}, .rows = 90, .qkv = {}, .beta = shared.beta, .g = shared.g};
+  Inputs repeated = {.heads = {4, 4}, .rows = 90, .qkv = {}, .beta = shared.beta, .g = shared.g, .gate = shared.gate};
   for (int row = 0; row < shared.rows; ++row) {
     const auto begin = shared.qkv.begin() + row * shared.heads.channels();
     for (int head = 0; head < 8; ++head) {
@@ -395,6 +482,104 @@ TEST_F(Gdn, SharedKeyHeads) {
   Layer shared_layer(shared.heads, 1);
   Layer repeated_layer(repeated.heads, 1);
   ExpectSame(Prefill(shared_layer, shared), Prefill(repeated_layer, repeated));
+}
+
+// Row by row over two chunk ends: the output is the norm's of the output without it, and the slots are the same.
+TEST_F(Gdn, DecodeWithItsNormEqualsTheTwo) {
+  for (const GatedNormCasts casts : kAllCasts) {
+    for (const Heads heads : {Heads{2, 2}, Heads{1, 3}}) {
+      const Inputs inputs = RandomInputs(heads, 140, 10);
+      Layer apart(heads, 1);
+      Layer together(heads, 1);
+      for (int position = 0; position < inputs.rows; ++position) {
+        SCOPED_TRACE(position);
+        const std::vector<Work> work = {
+            {.inputs = &inputs, .slot = 0, .position = position, .rows = 1, .decode = true}};
+        const Bits x = apart.Step(work);
+        ExpectSame(together.Step(work, false, casts),
+                   NormOf(x, Slice(inputs, position, position + 1).gate, heads, casts));
+        ExpectSame(together.WhatMatters(0, position + 1), apart.WhatMatters(0, position + 1));
+        if (HasFailure()) return;
+      }
+    }
+  }
+}
+
+// Decode rows at the start, in the middle and at the end of a chunk, padding between and after them, and prefill: whose
+// rows decode leaves alone.
+TEST_F(Gdn, DecodeWithItsNormInABatch) {
+  const Heads heads = {2, 4};
+  const Inputs a = RandomInputs(heads, 128, 11);
+  const Inputs b = RandomInputs(heads, 65, 12);
+  const Inputs c = RandomInputs(heads, 31, 13);
+  const Inputs d = RandomInputs(heads, 100, 14);
+  const std::vector<Work> before = {{.inputs = &a, .slot = 0, .position = 0, .rows = 127, .decode = false},
+                                    {.inputs = &b, .slot = 1, .position = 0, .rows = 64, .decode = false},
+                                    {.inputs = &c, .slot = 2, .position = 0, .rows = 30, .decode = false}};
+  const Work padding = {.inputs = &a, .slot = 0, .position = 0, .rows = 0, .decode = true};
+  const std::vector<Work> decode = {{.inputs = &a, .slot = 0, .position = 127, .rows = 1, .decode = true},
+                                    padding,
+                                    {.inputs = &b, .slot = 1, .position = 64, .rows = 1, .decode = true},
+                                    {.inputs = &c, .slot = 2, .position = 30, .rows = 1, .decode = true},
+                                    padding,
+                                    padding};
+  for (const bool prefill : {false, true}) {
+    SCOPED_TRACE(prefill);
+    std::vector<Work> work = decode;
+    if (prefill) work.push_back({.inputs = &d, .slot = 3, .position = 0, .rows = 100, .decode = false});
+    Layer apart(heads, 4);
+    apart.Step(before);
+    const Bits x = apart.Step(work);
+    for (const GatedNormCasts casts : kAllCasts) {
+      for (const bool graph : {false, true}) {
+        SCOPED_TRACE(static_cast<int>(casts) * 2 + graph);
+        Bits want = x;
+        for (size_t row = 0; row < decode.size(); ++row) {
+          if (work[row].rows == 0) continue;
+          const auto begin = x.begin() + static_cast<int64_t>(row) * heads.out_width();
+          const Bits normed =
+              NormOf(Bits(begin, begin + heads.out_width()),
+                     Slice(*work[row].inputs, work[row].position, work[row].position + 1).gate, heads, casts);
+          std::copy(normed.begin(), normed.end(), want.begin() + static_cast<int64_t>(row) * heads.out_width());
+        }
+        EXPECT_EQ(std::count(want.begin(), want.end(), kPoison), 3 * heads.out_width());
+        Layer together(heads, 4);
+        together.Step(before);
+        ExpectSame(together.Step(work, graph, casts), want);
+        ExpectSame(together.WhatMatters(0, 128), apart.WhatMatters(0, 128));
+        ExpectSame(together.WhatMatters(1, 65), apart.WhatMatters(1, 65));
+        ExpectSame(together.WhatMatters(2, 31), apart.WhatMatters(2, 31));
+        if (prefill) ExpectSame(together.WhatMatters(3, 100), apart.WhatMatters(3, 100));
+      }
+    }
+  }
+}
+
+// More blocks than run at once, every row of a chunk among them.
+TEST_F(Gdn, DecodeWithItsNormOfManySequences) {
+  const Heads heads = {3, 6};
+  const Inputs inputs = RandomInputs(heads, 65, 15);
+  constexpr int kSlots = 128;
+  std::vector<Work> before;
+  std::vector<Work> work;
+  for (int slot = 0; slot < kSlots; ++slot) {
+    const int position = 1 + slot % 64;
+    before.push_back({.inputs = &inputs, .slot = slot, .position = 0, .rows = position, .decode = false});
+    work.push_back({.inputs = &inputs, .slot = slot, .position = position, .rows = 1, .decode = true});
+  }
+  Layer whole(heads, 1);
+  const Bits x = Prefill(whole, inputs);
+  for (const GatedNormCasts casts : kAllCasts) {
+    const Bits normed = NormOf(x, inputs.gate, heads, casts);
+    Bits want;
+    for (const Work& w : work) {
+      const auto row = normed.begin() + w.position * heads.out_width();
+      want.insert(want.end(), row, row + heads.out_width());
+    }
+    Layer layer(heads, kSlots);
+    layer.Step(before);
+    ExpectSame(layer.Step(work, false, casts), want);
+  }
 }
 
 // From here on no GPU is needed: addresses are never followed.
@@ -486,6 +671,34 @@ TEST(GdnValidate, NamesTheBadField) {
   expect_refused(".tile_count", [](GdnParams& p) { p.batch.tile_count = -1; });
   expect_refused(".pieces", [](GdnParams& p) { p.batch.pieces = nullptr; });
   expect_refused(".tiles", [](GdnParams& p) { p.batch.tiles = nullptr; });
+}
+
+TEST(GdnValidate, TheNormNamesTheBadField) {
+  const GdnOutputNorm good = {.gate = Address(), .weight = Address(), .gate_stride = 392, .eps = 1e-5f};
+  ASSERT_TRUE(good.Validate(2).ok());
+  const auto expect_refused = [&](const char* field, const std::function<void(GdnOutputNorm&)>& change) {
+    GdnOutputNorm norm = good;
+    change(norm);
+    const absl::Status status = norm.Validate(2);
+    EXPECT_EQ(status.code(), absl::StatusCode::kInvalidArgument) << field;
+    EXPECT_THAT(std::string(status.message()), HasSubstr(field));
+    EXPECT_EQ(LaunchGdnDecodeNorm(GoodParams(), norm, nullptr), status);
+  };
+  expect_refused(".gate:", [](GdnOutputNorm& n) { n.gate = nullptr; });
+  expect_refused(".gate:", [](GdnOutputNorm& n) { n.gate = Address(4104); });
+  expect_refused(".weight:", [](GdnOutputNorm& n) { n.weight = nullptr; });
+  expect_refused(".weight:", [](GdnOutputNorm& n) { n.weight = Address(4104); });
+  expect_refused(".gate_stride", [](GdnOutputNorm& n) { n.gate_stride = 376; });
+  expect_refused(".gate_stride", [](GdnOutputNorm& n) { n.gate_stride = 388; });
+  expect_refused(".eps", [](GdnOutputNorm& n) { n.eps = -1.0f; });
+  expect_refused(".eps", [](GdnOutputNorm& n) { n.eps = NAN; });
+  expect_refused(".eps", [](GdnOutputNorm& n) { n.eps = INFINITY; });
+  GdnParams params = GoodParams();
+  params.value_heads = 3;
+  EXPECT_EQ(LaunchGdnDecodeNorm(params, good, nullptr), params.Validate());
+  params = GoodParams();
+  params.batch.decode_pieces = 0;
+  EXPECT_TRUE(LaunchGdnDecodeNorm(params, good, nullptr).ok());
 }
 
 TEST(GdnValidate, PrefillNeedsAWorkspace) {

@@ -262,11 +262,15 @@ void ForwardPass::GdnMixer(size_t index, const GdnWeights& weights, Rows in, con
   Record(index, "beta", beta);
   if (trace_ != nullptr) trace_->Record(ops_, static_cast<int64_t>(index), "g", g, DType::kF32);
   const Rows mixed = Take(buffers_->mixed, in.rows, values);
-  ops_.GdnChunk(conv, beta, g, shape, state, mixed);
-  Record(index, "gdn_out", mixed);
-  ops_.GatedRmsNorm(mixed, projected.columns(shape.conv_channels(), values), *weights.o_norm, layer.gdn_norm_eps,
-                    shape.value_dim, mixed);
-  Record(index, "gated_norm", mixed);
+  const Rows gate = projected.columns(shape.conv_channels(), values);
+  if (trace_ == nullptr) {
+    ops_.GdnChunkNorm(conv, beta, g, shape, state, gate, *weights.o_norm, layer.gdn_norm_eps, mixed);
+  } else {
+    ops_.GdnChunk(conv, beta, g, shape, state, mixed);
+    Record(index, "gdn_out", mixed);
+    ops_.GatedRmsNorm(mixed, gate, *weights.o_norm, layer.gdn_norm_eps, shape.value_dim, mixed);
+    Record(index, "gated_norm", mixed);
+  }
   ops_.Linear(mixed, *weights.o, out);
   Record(index, "mixer_out", out);
 }

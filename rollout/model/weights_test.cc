@@ -144,6 +144,10 @@ class RecordingOps : public Ops {
   }
   bool normalises_in_conv() const override { return false; }
   void GdnChunk(Rows, Rows, Rows, const GdnShape&, const GdnLayer&, Rows) override { FAIL(); }
+  void GdnChunkNorm(Rows, Rows, Rows, const GdnShape&, const GdnLayer&, Rows, const VectorWeight&, float,
+                    Rows) override {
+    FAIL();
+  }
   void GatedRmsNorm(Rows, Rows, const VectorWeight&, float, int64_t, Rows) override { FAIL(); }
 
  private:
