@@ -1,6 +1,6 @@
 // Times Gated DeltaNet's kernels on random inputs, heads as in Olmo Hybrid 7B, and prints them beside the bytes they
-// must move. `gdn_bench decode`, `gdn_bench prefill`; `gdn_bench once BATCH T` launches decode three times for a
-// profiler.
+// must move. `gdn_bench decode`, `gdn_bench norm` (decode with the output norm after it and in its launch), `gdn_bench
+// prefill`; `gdn_bench once BATCH T` launches decode three times for a profiler.
 #include <cstdio>
 #include <cstdlib>
 #include <functional>
@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "kernels/cuda/gated_rms_norm.h"
 #include "kernels/cuda/gdn_decode.h"
 #include "kernels/cuda/gdn_prefill.h"
 #include "kernels/float_bits.h"
@@ -151,6 +152,54 @@ void Decode() {
   }
 }
 
+// Each sequence at its own row. The norm reads and writes a row of each head: 6 bytes an element apart, 2 together.
+void Norm() {
+  for (const int batch : {1, 8, 32, 128, 256}) {
+    GdnParams params = MakeLayer(batch, batch);
+    params.batch.piece_count = batch;
+    params.batch.decode_pieces = batch;
+    std::vector<const DevicePiece*> pieces;
+    for (int s = 0; s < kGdnChunk; ++s) {
+      std::vector<int> rows;
+      for (int b = 0; b < batch; ++b) rows.push_back((b * 37 + 11 + s) % kGdnChunk);
+      pieces.push_back(DecodePieces(rows));
+    }
+    const auto* gate = reinterpret_cast<const __nv_bfloat16*>(
+        ToDevice(std::vector<uint16_t>(static_cast<size_t>(batch) * params.out_stride, F32ToBf16(0.7f))));
+    const float* weight = ToDevice(std::vector<float>(kGdnValueDim, 1.0f));
+    std::printf("decode batch %d:", batch);
+    for (const GatedNormCasts casts : {GatedNormCasts::kThree, GatedNormCasts::kTwo, GatedNormCasts::kOne}) {
+      const GdnOutputNorm norm = {
+          .gate = gate, .weight = weight, .gate_stride = params.out_stride, .eps = 1e-5f, .casts = casts};
+      const GatedRmsNormParams apart = {.x = params.out,
+                                        .gate = gate,
+                                        .weight = weight,
+                                        .out = params.out,
+                                        .rows = batch,
+                                        .heads = kHeads,
+                                        .head_dim = kGdnValueDim,
+                                        .x_stride = params.out_stride,
+                                        .gate_stride = params.out_stride,
+                                        .out_stride = params.out_stride,
+                                        .eps = norm.eps,
+                                        .casts = casts};
+      const double two = Time(kGdnChunk, [&](int i, cudaStream_t stream) {
+        params.batch.pieces = pieces[i];
+        Check(LaunchGdnDecode(params, stream));
+        Check(LaunchGatedRmsNorm(apart, stream));
+      });
+      const double one = Time(kGdnChunk, [&](int i, cudaStream_t stream) {
+        params.batch.pieces = pieces[i];
+        Check(LaunchGdnDecodeNorm(params, norm, stream));
+      });
+      constexpr const char* kNames[] = {"three", "two", "one"};
+      std::printf(" %s roundings: %.1f us in two launches, %.1f us in one;", kNames[static_cast<int>(casts)], two, one);
+    }
+    std::printf("\n");
+    std::fflush(stdout);
+  }
+}
+
 void Prefill() {
   for (const auto& [sequences, length] : {std::pair{1, 8192}, {4, 2048}, {16, 512}, {1, 1024}, {1, 512}, {1, 64}}) {
     const int rows = sequences * length;
@@ -193,12 +242,14 @@ int main(int argc, char** argv) {
   const std::string mode = argc > 1 ? argv[1] : "";
   if (mode == "decode") {
     lockstep::cuda::Decode();
+  } else if (mode == "norm") {
+    lockstep::cuda::Norm();
   } else if (mode == "prefill") {
     lockstep::cuda::Prefill();
   } else if (mode == "once" && argc == 4) {
     lockstep::cuda::Once(std::atoi(argv[2]), std::atoi(argv[3]));
   } else {
-    std::fprintf(stderr, "usage: gdn_bench decode | prefill | once BATCH T\n");
+    std::fprintf(stderr, "usage: gdn_bench decode | norm | prefill | once BATCH T\n");
     return 2;
   }
   return 0;

@@ -56,7 +56,11 @@ TEST(KernelTable, AFamilyOfAnotherCountHasNoRates) {
 
 TEST(KernelTable, DecodeReadsKeysValuesAndStates) {
   KernelTable table = MakeTable();
-  table.AddStep(kStep, std::vector<KernelLaunch>{{"DecodeKernel", 0, 3000}, {"GdnDecodeKernel", 3000, 5000}});
+  table.AddStep(kStep,
+                std::vector<KernelLaunch>{{"DecodeKernel", 0, 3000},
+                                          {"void lockstep::cuda::(anonymous namespace)::GdnDecodeKernel<lockstep::"
+                                           "cuda::gdn::TorchNorm<__nv_bfloat16> >(lockstep::cuda::GdnParams)",
+                                           3000, 5000}});
   const std::vector<KernelTable::Row> rows = table.Top(10);
   EXPECT_EQ(rows[0].operation, "attention");
   EXPECT_DOUBLE_EQ(*rows[0].gb_s, 2);
