@@ -22,6 +22,7 @@ constexpr int kNormWarp = 4;  // the first of two, which have no part in a row's
 // one), so every lane of a quad holds the whole result and they share the work on it.
 enum Vector { kRowK, kRowQ, kRowW };
 
+// Of row t, while it is solved for.
 struct SolveRow {
   float lower[kGdnChunk];  // row t of A, zero from t on
   float own[kBlock];       // row i of T's diagonal block
@@ -511,6 +512,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   [[maybe_unused]] const NormPlace place = {.thread = row.thread - kNormWarp * 32, .lane = lane};
   if constexpr (kNormed) {
     const __nv_bfloat16* gate = output_norm.gate + piece.row_begin * output_norm.gate_stride + head * kGdnValueDim;
+    // Ahead of the inputs, which these warps wait for: both waits are one.
     if (row.warp >= kNormWarp) norm.Load(output_norm, gate, place);
   }
   LoadInputs(params, row, piece.row_begin, head, state, shared);
