@@ -346,6 +346,9 @@ class Ops {
 
   // out = silu(gate) * up with silu rounded first; gate_up: [rows, 2 * out.width], gate in the first half.
   virtual void SwiGlu(Rows gate_up, Rows out) = 0;
+  // out = SwiGlu(Linear(x, gate_up)), with the bits of the two. room: [rows, 2 * out.width], which means nothing
+  // afterwards.
+  virtual void LinearSwiGlu(Rows x, const LinearWeight& gate_up, Rows room, Rows out) = 0;
 
   // Rotates pairs (i, i + head_dim / 2) of every head of q and k in place, as HF's rotate_half: angle = position *
   // inv_freq[i], in fp32; cos and sin are multiplied by `attention_scaling`. inv_freq: [head_dim / 2], exact.

@@ -170,6 +170,10 @@ void CpuOps::Add(Rows x, Rows residual) {
 void CpuOps::SwiGlu(Rows gate_up, Rows out) {
   CpuSwiGlu(context_, gate_up, out);
 }
+void CpuOps::LinearSwiGlu(Rows x, const LinearWeight& gate_up, Rows room, Rows out) {
+  Linear(x, gate_up, room);
+  SwiGlu(room, out);
+}
 void CpuOps::Rope(Rows q, Rows k, const VectorWeight& inv_freq, float attention_scaling, int64_t head_dim) {
   const std::span<const float> frequencies(inv_freq.floats(), static_cast<size_t>(inv_freq.size()));
   CpuRope(context_, q, batch_.positions, frequencies, attention_scaling, head_dim);

@@ -60,6 +60,7 @@ class CpuOps : public Ops {
   void RmsNormAdd(Rows x, const VectorWeight& weight, float eps, Rows residual) override;
   void Add(Rows x, Rows residual) override;
   void SwiGlu(Rows gate_up, Rows out) override;
+  void LinearSwiGlu(Rows x, const LinearWeight& gate_up, Rows room, Rows out) override;
   void Rope(Rows q, Rows k, const VectorWeight& inv_freq, float attention_scaling, int64_t head_dim) override;
   int64_t kv_page_multiple() const override { return 16; }
   int64_t KvPageBytes(const AttentionShape& shape, int64_t page_size) const override;

@@ -30,7 +30,17 @@ extern "C" int lockstep_linear(const void* x, int64_t x_stride, const void* weig
                                  static_cast<cudaStream_t>(stream)));
 }
 
-// The same with the tile given.
+// out[m, n] = silu(gate) * up, of gate | up = x * weight[2n, k]^T, in the bits of lockstep_linear and lockstep_swiglu.
+extern "C" int lockstep_linear_swiglu(const void* x, int64_t x_stride, const void* weight, void* out,
+                                      int64_t out_stride, int64_t m, int64_t n, int64_t k, int early_start,
+                                      void* stream) {
+  using namespace lockstep::cuda;
+  LinearParams params = Params(x, x_stride, weight, out, out_stride, /*fp32=*/0, m, n, k, early_start);
+  params.fusion = LinearFusion::kSwiGlu;
+  return CApiResult(LaunchLinear(params, static_cast<cudaStream_t>(stream)));
+}
+
+// The same as lockstep_linear with the tile given.
 extern "C" int lockstep_linear_tile(const void* x, int64_t x_stride, const void* weight, void* out, int64_t out_stride,
                                     int fp32, int64_t m, int64_t n, int64_t k, int early_start, int warpgroups,
                                     int blocks, int features, void* stream) {

@@ -512,6 +512,14 @@ void CudaOps::RoundResidual(Rows x, Rows out) {
       stream_));
 }
 
+namespace {
+
+// Weights are written by copies of the operations' stream, or of others while no step runs; and each step begins with a
+// copy.
+constexpr bool kEarlyStart = true;
+
+}  // namespace
+
 void CudaOps::Linear(Rows x, const LinearWeight& weight, Rows out) {
   const auto& packed = static_cast<const CudaLinearWeight&>(weight);
   LOCKSTEP_CHECK(x.width == packed.in_features() && out.width == packed.out_features() && x.rows == out.rows,
@@ -526,9 +534,7 @@ void CudaOps::Linear(Rows x, const LinearWeight& weight, Rows out) {
                      .k = x.width,
                      .x_stride = x.stride,
                      .out_stride = out.stride,
-                     // Weights are written by copies of this stream, or of others while no step runs; and each step
-                     // begins with a copy.
-                     .early_start = true},
+                     .early_start = kEarlyStart},
                     stream_));
 }
 
@@ -601,6 +607,24 @@ void CudaOps::SwiGlu(Rows gate_up, Rows out) {
                      .width = out.width,
                      .gate_up_stride = gate_up.stride,
                      .out_stride = out.stride},
+                    stream_));
+}
+
+void CudaOps::LinearSwiGlu(Rows x, const LinearWeight& gate_up, Rows, Rows out) {
+  const auto& packed = static_cast<const CudaLinearWeight&>(gate_up);
+  LOCKSTEP_CHECK(x.width == packed.in_features() && 2 * out.width == packed.out_features() && x.rows == out.rows,
+                 "LinearSwiGlu: [{}, {}] by [{}, {}] into [{}, {}]", x.rows, x.width, packed.out_features(),
+                 packed.in_features(), out.rows, out.width);
+  Keep(LaunchLinear({.x = Bf16(x),
+                     .weight = packed.data(),
+                     .out = Bf16(out),
+                     .fusion = LinearFusion::kSwiGlu,
+                     .m = x.rows,
+                     .n = out.width,
+                     .k = x.width,
+                     .x_stride = x.stride,
+                     .out_stride = out.stride,
+                     .early_start = kEarlyStart},
                     stream_));
 }
 

@@ -24,7 +24,8 @@ absl::StatusOr<int> Multiprocessors() {
   return count;
 }
 
-LinearKernel FindLinearKernel(const LinearTile& tile) {
+LinearKernel FindLinearKernel(LinearFusion fusion, const LinearTile& tile) {
+  if (fusion == LinearFusion::kSwiGlu) return FindLinearSwiGluKernel(tile);
   if (tile.warpgroups == 1) return FindLinearKernel1x1(tile.features);
   return tile.blocks == 1 ? FindLinearKernel2x1(tile.features) : FindLinearKernel2x2(tile.features);
 }
@@ -36,9 +37,11 @@ absl::Status Launch(const LinearParams& params, const LinearPlan& plan, cudaStre
   const int boxes = LinearStageBoxes(tile.tokens(), tile.features);
   const bool whole_boxes = params.k % kTensorMapBoxCols == 0;
   const int x_rows = static_cast<int>(std::min<int64_t>(tile.tokens(), params.m));
-  const int weight_rows = static_cast<int>(std::min<int64_t>(tile.features, params.n));
+  const bool pair = params.fusion == LinearFusion::kSwiGlu;
+  const int outputs = tile.outputs(params.fusion);
+  const int weight_rows = pair ? outputs : static_cast<int>(std::min<int64_t>(outputs, params.n));
   args.x_boxes = whole_boxes && x_rows == plan.x_rows ? boxes : 1;
-  args.weight_boxes = whole_boxes && weight_rows == tile.features ? boxes : 1;
+  args.weight_boxes = whole_boxes && weight_rows == outputs ? boxes : 1;
   const TensorMapParams x = {.data = params.x,
                              .rows = params.m,
                              .cols = params.k,
@@ -51,7 +54,8 @@ absl::Status Launch(const LinearParams& params, const LinearPlan& plan, cudaStre
                                   .cols = params.k,
                                   .stride = params.k,
                                   .box_rows = weight_rows,
-                                  .boxes = args.weight_boxes};
+                                  .boxes = args.weight_boxes,
+                                  .pair = pair};
   if (absl::Status status = MakeTensorMap(weight, &args.weight); !status.ok()) return status;
   args.out = params.out;
   args.out_stride = params.out_stride;
@@ -65,7 +69,7 @@ absl::Status Launch(const LinearParams& params, const LinearPlan& plan, cudaStre
   args.feature_tiles = static_cast<int>(plan.feature_tiles);
   args.group_tokens = static_cast<int>(plan.group_tokens);
 
-  const LinearKernel kernel = FindLinearKernel(tile);
+  const LinearKernel kernel = FindLinearKernel(params.fusion, tile);
   const cudaError_t error =
       cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes));
   if (absl::Status status = CudaStatus("cudaFuncSetAttribute", error); !status.ok()) return status;
@@ -83,12 +87,19 @@ absl::Status Launch(const LinearParams& params, const LinearPlan& plan, cudaStre
   return CudaStatus("Linear", cudaLaunchKernelEx(&config, kernel, args));
 }
 
+LinearShape ShapeOf(const LinearParams& params) {
+  return {.m = params.m, .n = params.n, .k = params.k, .fusion = params.fusion};
+}
+
 }  // namespace
 
 absl::Status LinearParams::Validate() const {
   if (m < 0 || m > INT32_MAX / 2) return BadField("LinearParams.m", m, "0 to 2^30 - 1");
   if (n <= 0 || n > INT32_MAX / 2 || n % kVector != 0) return BadField("LinearParams.n", n, "a multiple of 8");
   if (k <= 0 || k > INT32_MAX / 2 || k % 16 != 0) return BadField("LinearParams.k", k, "a multiple of 16");
+  if (fusion == LinearFusion::kSwiGlu && out_dtype != LinearOutput::kBf16) {
+    return BadField("LinearParams.out_dtype", "kFp32", "kBf16 with LinearFusion::kSwiGlu");
+  }
   if (absl::Status status = CheckPointer("LinearParams.x", x, 16); !status.ok()) return status;
   if (absl::Status status = CheckPointer("LinearParams.weight", weight, 16); !status.ok()) return status;
   if (absl::Status status = CheckPointer("LinearParams.out", out, 16); !status.ok()) return status;
@@ -101,8 +112,7 @@ absl::Status LaunchLinear(const LinearParams& params, const LinearTile& tile, cu
   if (params.m == 0) return absl::OkStatus();
   const absl::StatusOr<int> multiprocessors = Multiprocessors();
   if (!multiprocessors.ok()) return multiprocessors.status();
-  const absl::StatusOr<LinearPlan> plan =
-      PlanLinear({.m = params.m, .n = params.n, .k = params.k}, tile, *multiprocessors);
+  const absl::StatusOr<LinearPlan> plan = PlanLinear(ShapeOf(params), tile, *multiprocessors);
   if (!plan.ok()) return plan.status();
   return Launch(params, *plan, stream);
 }
@@ -112,7 +122,7 @@ absl::Status LaunchLinear(const LinearParams& params, cudaStream_t stream) {
   if (params.m == 0) return absl::OkStatus();
   const absl::StatusOr<int> multiprocessors = Multiprocessors();
   if (!multiprocessors.ok()) return multiprocessors.status();
-  const LinearShape shape = {.m = params.m, .n = params.n, .k = params.k};
+  const LinearShape shape = ShapeOf(params);
   const absl::StatusOr<LinearPlan> plan =
       PlanLinear(shape, ChooseLinearTile(shape, *multiprocessors), *multiprocessors);
   if (!plan.ok()) return plan.status();

@@ -11,17 +11,21 @@
 #include "kernels/cuda/tma.h"
 #include "kernels/cuda/wgmma.cuh"
 
+#if defined(__CUDACC__)
+#include "kernels/cuda/swiglu.cuh"
+#endif
+
 namespace lockstep::cuda {
 
 struct LinearKernelArgs {
   CUtensorMap x;       // boxes of the tile's tokens, or m if that is less
-  CUtensorMap weight;  // boxes of the tile's features, or n
+  CUtensorMap weight;  // boxes of the tile's features, or n; of LinearFusion::kSwiGlu a pair: gate's rows and up's
   int x_boxes = 0;     // of one copy: the stage's, or one at a time
   int weight_boxes = 0;
   void* out = nullptr;
   int64_t out_stride = 0;
   int m = 0;
-  int n = 0;
+  int n = 0;  // of out
   int k = 0;
   bool fp32 = false;
   int x_rows = 0;  // of a box in the ring
@@ -37,6 +41,7 @@ using LinearKernel = void (*)(LinearKernelArgs);
 LinearKernel FindLinearKernel1x1(int features);
 LinearKernel FindLinearKernel2x1(int features);
 LinearKernel FindLinearKernel2x2(int features);
+LinearKernel FindLinearSwiGluKernel(const LinearTile& tile);
 
 // Two warps that copy beside the warpgroup that multiplies; beside two, a whole warpgroup, since registers change hands
 // by warpgroups.
@@ -52,12 +57,18 @@ constexpr int kBoxGroups = kTensorMapBoxCols / kGroup;  // products in a box
 constexpr int kGroupBytes = kGroup * static_cast<int>(sizeof(__nv_bfloat16));
 
 // What a tile's kernel knows when it is compiled.
-template <int kWarpgroups, int kBlocks, int kFeatures>
+template <int kWarpgroupCount, int kBlockCount, int kFeatureCount, LinearFusion kFusion>
 struct LinearTraits {
+  static constexpr bool kSwiGlu = kFusion == LinearFusion::kSwiGlu;
+  static constexpr int kWarpgroups = kWarpgroupCount;
+  static constexpr int kBlocks = kBlockCount;
+  static constexpr int kFeatures = kFeatureCount;
+  static constexpr int kOutputs =
+      LinearTile{.warpgroups = kWarpgroups, .blocks = kBlocks, .features = kFeatures}.outputs(kFusion);
   static constexpr int kTokens = kWarpgroups * kBlocks * 64;
   static constexpr int kStageBoxes = LinearStageBoxes(kTokens, kFeatures);
-  static constexpr int kThreads = LinearThreads(kWarpgroups);
   static constexpr int kConsumers = kWarpgroups * 128;  // threads
+  static_assert(kOutputs % 8 == 0, "rows of the weight come in groups of the swizzle's 8");
 };
 
 // The ring: stages of x's boxes and the weight's after them. Addresses are of shared memory.
@@ -77,45 +88,59 @@ struct LinearOrigin {
 };
 
 // Tokens run fastest, so that the tiles under way share weights; groups keep their rows of x within L2.
-template <class Traits, int kFeatures>
+template <class Traits>
 __device__ LinearOrigin TileOrigin(const LinearKernelArgs& args, int index) {
   int first_row = 0;
-  int first_col = index * kFeatures;
+  int first_col = index * Traits::kOutputs;
   if (args.token_tiles > 1) {
     const int group_tiles = args.group_tokens * args.feature_tiles;
     const int group = index / group_tiles;
     const int rest = index % group_tiles;
     const int width = min(args.group_tokens, args.token_tiles - group * args.group_tokens);
     first_row = (group * args.group_tokens + rest % width) * Traits::kTokens;
-    first_col = rest / width * kFeatures;
+    first_col = rest / width * Traits::kOutputs;
   }
-  return {max(0, min(first_row, args.m - Traits::kTokens)), max(0, min(first_col, args.n - kFeatures)), first_row,
-          first_col};
+  return {max(0, min(first_row, args.m - Traits::kTokens)), max(0, min(first_col, args.n - Traits::kOutputs)),
+          first_row, first_col};
 }
 
 enum class LinearOperand { kX, kWeight };
 
 // One thread for each operand, so that the instructions around a copy do not add up.
-template <class Traits, int kFeatures, LinearOperand kOperand>
+// kSwiGlu: a stage's box of the weight is gate's rows from the tile's first column on and, behind them, up's, which one
+// copy brings. A half must not lie elsewhere, so of a matrix with less rows than a tile the zeros behind it come too.
+template <class Traits, LinearOperand kOperand>
 __device__ void CopyTiles(const LinearKernelArgs& args, const LinearRing& ring) {
   constexpr bool kWeight = kOperand == LinearOperand::kWeight;
+  constexpr bool kPair = kWeight && Traits::kSwiGlu;
+  constexpr int kFeatures = Traits::kFeatures;
   constexpr int kBoxes = Traits::kStageBoxes;
   const uint32_t x_bytes = args.x_rows * kRowBytes;
   const uint32_t stage_bytes = (x_bytes + kFeatures * kRowBytes) * kBoxes;
   const uint32_t begin = ring.stages + (kWeight ? x_bytes * kBoxes : 0);
   const uint32_t box_bytes = kWeight ? kFeatures * kRowBytes : x_bytes;
-  const uint32_t copied_bytes = (kWeight ? min(kFeatures, args.n) : min(Traits::kTokens, args.m)) * kRowBytes * kBoxes;
+  const int copied_rows = kPair ? kFeatures : kWeight ? min(kFeatures, args.n) : min(Traits::kTokens, args.m);
+  const uint32_t copied_bytes = copied_rows * kRowBytes * kBoxes;
   const CUtensorMap* map = kWeight ? &args.weight : &args.x;
   const bool together = kWeight ? args.weight_boxes == kBoxes : args.x_boxes == kBoxes;
   const bool whole_boxes = args.k % kTensorMapBoxCols == 0;
   // Weights that no other token tile reads pass through L2 but once.
   const CachePolicy policy = kWeight && args.token_tiles == 1 ? CachePolicy::kEvictFirst : CachePolicy::kEvictNormal;
+  const auto copy = [&](uint32_t to, int row, int k, uint32_t barrier) {
+    const int box = whole_boxes ? k / kTensorMapBoxCols : 0;
+    const int col = whole_boxes ? 0 : k;
+    if constexpr (kPair) {
+      CopyPairedBoxes(to, map, box, row, col, barrier, policy);
+    } else {
+      CopyBoxes(to, map, box, row, col, barrier, policy);
+    }
+  };
 
   int stage = 0;
   uint32_t parity = 1;  // of the emptying that must have passed: none in the first round
 #pragma unroll 1
   for (int index = blockIdx.x; index < args.token_tiles * args.feature_tiles; index += gridDim.x) {
-    const LinearOrigin origin = TileOrigin<Traits, kFeatures>(args, index);
+    const LinearOrigin origin = TileOrigin<Traits>(args, index);
     const int row = kWeight ? origin.col : origin.row;
 #pragma unroll 1
     for (int k = 0; k < args.k; k += kBoxes * kTensorMapBoxCols) {
@@ -123,13 +148,11 @@ __device__ void CopyTiles(const LinearKernelArgs& args, const LinearRing& ring) 
       WaitBarrier(ring.Empty(stage), parity);
       ArriveExpectBytes(ring.Full(stage), copied_bytes);
       if (together) {
-        CopyBoxes(to, map, whole_boxes ? k / kTensorMapBoxCols : 0, row, whole_boxes ? 0 : k, ring.Full(stage), policy);
+        copy(to, row, k, ring.Full(stage));
       } else {
 #pragma unroll 1
         for (int box = 0; box < kBoxes; ++box) {
-          const int col = k + box * kTensorMapBoxCols;
-          CopyBoxes(to + box * box_bytes, map, whole_boxes ? col / kTensorMapBoxCols : 0, row, whole_boxes ? 0 : col,
-                    ring.Full(stage), policy);
+          copy(to + box * box_bytes, row, k + box * kTensorMapBoxCols, ring.Full(stage));
         }
       }
       if (++stage == args.stages) {
@@ -153,36 +176,51 @@ struct LinearWindow {
   __device__ bool Col(int col) const { return col >= first_col && col < end_col; }
 };
 
-// Rows `row` and `row` + 8 of this thread. Neighbouring threads exchange halves of two column groups, so that each
-// stores 8 bytes and four of them a whole sector.
-template <int kFeatures>
-__device__ void StoreBf16(const LinearKernelArgs& args, const LinearWindow& window, const float (&d)[kFeatures / 2],
-                          int row, int col) {
+// Two neighbouring outputs of this thread in bf16: of column group `group`, in row g (half 0) or g + 8 (wgmma.cuh).
+template <class Traits>
+__device__ uint32_t OutputPair(const float (&d)[Traits::kFeatures / 2], int group, int half) {
+  const auto pair = [&](int of) { return PackBf16(d[4 * of + 2 * half], d[4 * of + 2 * half + 1]); };
+  if constexpr (Traits::kSwiGlu) {
+    return SwiGlu<2>({pair(group)}, {pair(group + Traits::kOutputs / 8)}).words[0];
+  } else {
+    return pair(group);
+  }
+}
+
+// Rows `row` (half 0) and `row` + 8 of this thread, or one of them. Neighbouring threads exchange halves of two column
+// groups, so that each stores 8 bytes and four of them a whole sector.
+template <class Traits, int kFirstHalf, int kEndHalf>
+__device__ void StoreBf16(const LinearKernelArgs& args, const LinearWindow& window,
+                          const float (&d)[Traits::kFeatures / 2], int row, int col) {
   const int lane = threadIdx.x % 4;
   const bool odd = lane % 2 != 0;
-  __nv_bfloat16* low = static_cast<__nv_bfloat16*>(args.out) + row * args.out_stride + col;
-  __nv_bfloat16* high = low + 8 * args.out_stride;
-  constexpr int kPairs = kFeatures / 16;
+  __nv_bfloat16* out[] = {static_cast<__nv_bfloat16*>(args.out) + row * args.out_stride + col, nullptr};
+  out[1] = out[0] + 8 * args.out_stride;
+  constexpr int kPairs = Traits::kOutputs / 16;
 #pragma unroll
   for (int p = 0; p < kPairs; ++p) {
-    const float* v = d + 8 * p;
-    const uint32_t low0 = PackBf16(v[0], v[1]), high0 = PackBf16(v[2], v[3]);
-    const uint32_t low1 = PackBf16(v[4], v[5]), high1 = PackBf16(v[6], v[7]);
-    const uint32_t low_other = __shfl_xor_sync(0xFFFFFFFFu, odd ? low0 : low1, 1);
-    const uint32_t high_other = __shfl_xor_sync(0xFFFFFFFFu, odd ? high0 : high1, 1);
+    uint2 words[2];
+#pragma unroll
+    for (int half = kFirstHalf; half < kEndHalf; ++half) {
+      const uint32_t first = OutputPair<Traits>(d, 2 * p, half), second = OutputPair<Traits>(d, 2 * p + 1, half);
+      const uint32_t other = __shfl_xor_sync(0xFFFFFFFFu, odd ? first : second, 1);
+      words[half] = odd ? make_uint2(other, second) : make_uint2(first, other);
+    }
     const int offset = 16 * p + (odd ? 8 : 0) + 4 * (lane / 2);
     if (!window.Col(col + offset)) continue;
-    const uint2 low_pair = odd ? make_uint2(low_other, low1) : make_uint2(low0, low_other);
-    const uint2 high_pair = odd ? make_uint2(high_other, high1) : make_uint2(high0, high_other);
-    if (window.Row(row)) *reinterpret_cast<uint2*>(low + offset) = low_pair;
-    if (window.Row(row + 8)) *reinterpret_cast<uint2*>(high + offset) = high_pair;
+#pragma unroll
+    for (int half = kFirstHalf; half < kEndHalf; ++half) {
+      if (window.Row(row + 8 * half)) *reinterpret_cast<uint2*>(out[half] + offset) = words[half];
+    }
   }
-  if constexpr (kFeatures % 16 != 0) {
-    constexpr int kLast = kPairs * 8;
+  if constexpr (Traits::kOutputs % 16 != 0) {
     const int offset = 16 * kPairs + 2 * lane;
     if (!window.Col(col + offset)) return;
-    if (window.Row(row)) *reinterpret_cast<uint32_t*>(low + offset) = PackBf16(d[kLast], d[kLast + 1]);
-    if (window.Row(row + 8)) *reinterpret_cast<uint32_t*>(high + offset) = PackBf16(d[kLast + 2], d[kLast + 3]);
+#pragma unroll
+    for (int half = kFirstHalf; half < kEndHalf; ++half) {
+      const uint32_t word = OutputPair<Traits>(d, 2 * kPairs, half);
+      if (window.Row(row + 8 * half)) *reinterpret_cast<uint32_t*>(out[half] + offset) = word;
+    }
   }
 }
 
@@ -201,13 +239,15 @@ __device__ void StoreFp32(const LinearKernelArgs& args, const LinearWindow& wind
 }
 
 // Every accumulator takes the groups of 16 in ascending order, from zero: the contract.
-template <class Traits, int kBlocks, int kFeatures>
+template <class Traits>
 __device__ void ConsumeTiles(const LinearKernelArgs& args, const LinearRing& ring) {
+  constexpr int kBlocks = Traits::kBlocks;
+  constexpr int kFeatures = Traits::kFeatures;
   constexpr int kBoxes = Traits::kStageBoxes;
   const uint32_t x_bytes = args.x_rows * kRowBytes;
   const uint32_t stage_bytes = (x_bytes + kFeatures * kRowBytes) * kBoxes;
-  const int warpgroup = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 128, 0);  // so that the compiler knows it is uniform
-  const int warpgroup_row = warpgroup * kBlocks * 64;
+  const int warp = __shfl_sync(0xFFFFFFFFu, threadIdx.x / 32, 0);  // so that the compiler knows it is uniform
+  const int warpgroup_row = warp / 4 * kBlocks * 64;
   const int lane = threadIdx.x % 32;
   float d[kBlocks][kFeatures / 2];
 
@@ -248,16 +288,20 @@ __device__ void ConsumeTiles(const LinearKernelArgs& args, const LinearRing& rin
     }
     WgmmaWait<0>();
     if (lane == 0) Arrive(ring.Empty(previous));
-    const LinearOrigin origin = TileOrigin<Traits, kFeatures>(args, index);
+    const LinearOrigin origin = TileOrigin<Traits>(args, index);
     const LinearWindow window = {origin.first_row, args.m, origin.first_col, args.n};
-    const int row = origin.row + warpgroup_row + threadIdx.x / 32 % 4 * 16 + lane / 4;
+    const int warp_row = origin.row + warpgroup_row + warp % 4 * 16;
+    const int row = warp_row + lane / 4;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       PinRegisters(d[b]);
-      if (args.fp32) {
+      if constexpr (Traits::kSwiGlu) {  // so dear that 8 rows of a warp of which none is stored are left out
+        if (warp_row + b * 64 < args.m) StoreBf16<Traits, 0, 1>(args, window, d[b], row + b * 64, origin.col);
+        if (warp_row + b * 64 + 8 < args.m) StoreBf16<Traits, 1, 2>(args, window, d[b], row + b * 64, origin.col);
+      } else if (args.fp32) {
         StoreFp32<kFeatures>(args, window, d[b], row + b * 64, origin.col);
       } else {
-        StoreBf16<kFeatures>(args, window, d[b], row + b * 64, origin.col);
+        StoreBf16<Traits, 0, 2>(args, window, d[b], row + b * 64, origin.col);
       }
     }
   }
@@ -269,10 +313,8 @@ __device__ void ConsumeTiles(const LinearKernelArgs& args, const LinearRing& rin
 // are not stored.
 // Traffic: the weight once from memory (again for every group_tokens token tiles), x once; from L2 into shared memory
 // x_rows + kFeatures rows of k for each tile.
-template <int kWarpgroups, int kBlocks, int kFeatures>
-__global__ void __launch_bounds__(LinearTraits<kWarpgroups, kBlocks, kFeatures>::kThreads, 1)
-    LinearTileKernel(const __grid_constant__ LinearKernelArgs args) {
-  using Traits = LinearTraits<kWarpgroups, kBlocks, kFeatures>;
+template <class Traits>
+__device__ __forceinline__ void RunTiles(const LinearKernelArgs& args) {
   __shared__ uint64_t barriers[2 * kLinearMaxStages];
   extern __shared__ uint8_t memory[];
   const LinearRing ring = {.stages = (SharedAddress(memory) + 1023) / 1024 * 1024,
@@ -286,25 +328,42 @@ __global__ void __launch_bounds__(LinearTraits<kWarpgroups, kBlocks, kFeatures>:
   }
   __syncthreads();
   if (threadIdx.x >= Traits::kConsumers) {
-    if constexpr (kWarpgroups > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
+    if constexpr (Traits::kWarpgroups > 1) asm volatile("setmaxnreg.dec.sync.aligned.u32 40;");
     const int thread = threadIdx.x - Traits::kConsumers;
     if (thread == 0) {  // reads what no earlier kernel writes, so it does not wait for one
-      CopyTiles<Traits, kFeatures, LinearOperand::kWeight>(args, ring);
+      CopyTiles<Traits, LinearOperand::kWeight>(args, ring);
     } else if (thread == 32) {
       AwaitPreviousKernel();
-      CopyTiles<Traits, kFeatures, LinearOperand::kX>(args, ring);
+      CopyTiles<Traits, LinearOperand::kX>(args, ring);
     }
   } else {
-    if constexpr (kWarpgroups > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
-    ConsumeTiles<Traits, kBlocks, kFeatures>(args, ring);
+    if constexpr (Traits::kWarpgroups > 1) asm volatile("setmaxnreg.inc.sync.aligned.u32 232;");
+    ConsumeTiles<Traits>(args, ring);
   }
 }
 
+template <int kWarpgroups, int kBlocks, int kFeatures>
+__global__ void __launch_bounds__(LinearThreads(kWarpgroups), 1)
+    LinearTileKernel(const __grid_constant__ LinearKernelArgs args) {
+  RunTiles<LinearTraits<kWarpgroups, kBlocks, kFeatures, LinearFusion::kNone>>(args);
+}
+
+// A kernel of its own, so that profiles tell it apart.
+template <int kWarpgroups, int kBlocks, int kFeatures>
+__global__ void __launch_bounds__(LinearThreads(kWarpgroups), 1)
+    LinearSwiGluTileKernel(const __grid_constant__ LinearKernelArgs args) {
+  RunTiles<LinearTraits<kWarpgroups, kBlocks, kFeatures, LinearFusion::kSwiGlu>>(args);
+}
+
 // The kernel among `kFeatures`... that a tile names.
-template <int kWarpgroups, int kBlocks, int... kFeatures>
+template <int kWarpgroups, int kBlocks, LinearFusion kFusion = LinearFusion::kNone, int... kFeatures>
 LinearKernel FindWidth(std::integer_sequence<int, kFeatures...>, int features) {
   LinearKernel found = nullptr;
-  ((features == kFeatures ? found = LinearTileKernel<kWarpgroups, kBlocks, kFeatures> : found), ...);
+  if constexpr (kFusion == LinearFusion::kSwiGlu) {
+    ((features == kFeatures ? found = LinearSwiGluTileKernel<kWarpgroups, kBlocks, kFeatures> : found), ...);
+  } else {
+    ((features == kFeatures ? found = LinearTileKernel<kWarpgroups, kBlocks, kFeatures> : found), ...);
+  }
   return found;
 }
 

@@ -26,17 +26,24 @@ void VisitWidths(std::integer_sequence<int, kWidths...>, int warpgroups, int blo
 }
 
 template <class Visitor>
-void VisitTiles(const Visitor& visit) {
-  VisitWidths(LinearWidths1x1(), 1, 1, visit);
-  VisitWidths(LinearWidths2x1(), 2, 1, visit);
-  VisitWidths(LinearWidths2x2(), 2, 2, visit);
+void VisitTiles(LinearFusion fusion, const Visitor& visit) {
+  if (fusion == LinearFusion::kSwiGlu) {
+    VisitWidths(LinearSwiGluWidths1x1(), 1, 1, visit);
+    VisitWidths(LinearSwiGluWidths2x1(), 2, 1, visit);
+    VisitWidths(LinearSwiGluWidths2x2(), 2, 2, visit);
+  } else {
+    VisitWidths(LinearWidths1x1(), 1, 1, visit);
+    VisitWidths(LinearWidths2x1(), 2, 1, visit);
+    VisitWidths(LinearWidths2x2(), 2, 2, visit);
+  }
 }
 
 int CopiedRows(const LinearShape& shape, const LinearTile& tile) {
   return static_cast<int>(std::min<int64_t>(tile.tokens(), CeilDiv(shape.m, 8) * 8));
 }
 
-// In cycles of a multiprocessor. The constants are fitted to what an H200 did, at sizes from 1 to 8,192 tokens.
+// In cycles of a multiprocessor. The constants are fitted to what an H200 did, at sizes from 1 to 8,192 tokens; but
+// kActivated is the special function unit's rate, two functions an output.
 double EstimateCycles(const LinearShape& shape, const LinearTile& tile, int multiprocessors) {
   constexpr double kMemoryBytes = 2150;     // a cycle, of the whole device
   constexpr double kSharedBandwidth = 128;  // bytes a cycle
@@ -45,16 +52,20 @@ double EstimateCycles(const LinearShape& shape, const LinearTile& tile, int mult
   constexpr double kDependent = 30;         // between two products of one accumulator
   constexpr double kTileCycles = 1500;
   constexpr double kStoredOutputs = 16;  // a cycle
+  constexpr double kActivated = 8;       // outputs a cycle, kSwiGlu
   const int64_t token_tiles = CeilDiv(shape.m, tile.tokens());
-  const int64_t tiles = token_tiles * CeilDiv(shape.n, tile.features);
+  const int64_t tiles = token_tiles * CeilDiv(shape.n, tile.outputs(shape.fusion));
   const auto rounds = static_cast<double>(CeilDiv(tiles, multiprocessors));
-  const double outputs = tile.tokens() * tile.features;
+  const double products = tile.tokens() * tile.features;
+  const double outputs = tile.tokens() * tile.outputs(shape.fusion);
 
   // A product reads 64 rows of x and all the tile's weights; a copy writes each once. 32 bytes a row and group.
   const double rows = CopiedRows(shape, tile) + tile.features + tile.tokens() / 64 * (64.0 + tile.features);
   const double shared = rows * 32 / kSharedBandwidth;
-  const double group = std::max({kDependent, shared, outputs / kProducts * kThrottle}) + 0.1 * shared;
-  const double work = rounds * (static_cast<double>(shape.k) / 16 * group + kTileCycles + outputs / kStoredOutputs);
+  const double group = std::max({kDependent, shared, products / kProducts * kThrottle}) + 0.1 * shared;
+  const double activation = shape.fusion == LinearFusion::kSwiGlu ? outputs / kActivated : 0;
+  const double work =
+      rounds * (static_cast<double>(shape.k) / 16 * group + kTileCycles + activation + outputs / kStoredOutputs);
   // What the last round leaves idle pulls no weights; fewer multiprocessors pull nearly as fast as all.
   const auto all = static_cast<double>(multiprocessors);
   const double busy = static_cast<double>(std::min<int64_t>(tiles, multiprocessors));
@@ -69,7 +80,7 @@ double EstimateCycles(const LinearShape& shape, const LinearTile& tile, int mult
 LinearTile ChooseLinearTile(const LinearShape& shape, int multiprocessors) {
   LinearTile best;
   double least = std::numeric_limits<double>::infinity();
-  VisitTiles([&](const LinearTile& tile) {
+  VisitTiles(shape.fusion, [&](const LinearTile& tile) {
     const double cycles = EstimateCycles(shape, tile, multiprocessors);
     if (cycles >= least) return;
     least = cycles;
@@ -80,10 +91,11 @@ LinearTile ChooseLinearTile(const LinearShape& shape, int multiprocessors) {
 
 absl::StatusOr<LinearPlan> PlanLinear(const LinearShape& shape, const LinearTile& tile, int multiprocessors) {
   bool compiled = false;
-  VisitTiles([&](const LinearTile& other) { compiled |= other == tile; });
+  VisitTiles(shape.fusion, [&](const LinearTile& other) { compiled |= other == tile; });
   if (!compiled) {
     return absl::InvalidArgumentError(
-        absl::StrCat("LinearTile: no kernel of ", tile.warpgroups, " x ", tile.blocks, " x ", tile.features));
+        absl::StrCat("LinearTile: no kernel of ", tile.warpgroups, " x ", tile.blocks, " x ", tile.features,
+                     shape.fusion == LinearFusion::kSwiGlu ? " with SwiGLU" : ""));
   }
   LinearPlan plan{.tile = tile};
   plan.x_rows = CopiedRows(shape, tile);
@@ -96,7 +108,7 @@ absl::StatusOr<LinearPlan> PlanLinear(const LinearShape& shape, const LinearTile
   plan.stages = static_cast<int>(std::min<int64_t>({room, wanted, kLinearMaxStages}));
   plan.shared_bytes = kAlignment + plan.stages * plan.stage_bytes + overhang;
   plan.token_tiles = CeilDiv(shape.m, tile.tokens());
-  plan.feature_tiles = CeilDiv(shape.n, tile.features);
+  plan.feature_tiles = CeilDiv(shape.n, tile.outputs(shape.fusion));
   plan.thread_blocks = std::min<int64_t>(plan.token_tiles * plan.feature_tiles, multiprocessors);
   plan.group_tokens = std::min<int64_t>(plan.token_tiles, kGroupTokens / tile.tokens());
   return plan;

@@ -1,6 +1,7 @@
 #include "kernels/cuda/bf16_rows.cuh"
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/params.h"
+#include "kernels/cuda/swiglu.cuh"
 #include "kernels/cuda/swiglu.h"
 
 namespace lockstep::cuda {
@@ -23,14 +24,7 @@ __global__ void __launch_bounds__(kThreads) SwiGluKernel(const __grid_constant__
   const __nv_bfloat16* gate_row = params.gate_up + row * params.gate_up_stride;
   const Vector gate = Load<kVector>(gate_row + column);
   const Vector up = Load<kVector>(gate_row + params.width + column);
-  Floats<kVector> out = Unpack(gate);
-#pragma unroll
-  for (int k = 0; k < kVector; ++k) out.v[k] = SiluOfBf16(out.v[k]);
-  out = RoundBf16(out);
-  const Floats<kVector> factor = Unpack(up);
-#pragma unroll
-  for (int k = 0; k < kVector; ++k) out.v[k] = __fmul_rn(out.v[k], factor.v[k]);
-  Store(Pack(out), params.out + row * params.out_stride + column);
+  Store(SwiGlu(gate, up), params.out + row * params.out_stride + column);
 }
 
 }  // namespace

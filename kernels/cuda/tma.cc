@@ -28,18 +28,29 @@ absl::Status MakeTensorMap(const TensorMapParams& params, CUtensorMap* map) {
   const auto cols = static_cast<cuuint64_t>(params.cols);
   const cuuint64_t row_bytes = static_cast<cuuint64_t>(params.stride) * sizeof(__nv_bfloat16);
   const cuuint64_t box_bytes = kTensorMapBoxCols * sizeof(__nv_bfloat16);
-  const cuuint64_t sizes[] = {whole ? kTensorMapBoxCols : cols, rows, whole ? cols / kTensorMapBoxCols : 1};
-  const cuuint64_t strides[] = {row_bytes, box_bytes};
-  const cuuint32_t box[] = {kTensorMapBoxCols, static_cast<cuuint32_t>(params.box_rows),
-                            static_cast<cuuint32_t>(params.boxes)};
-  const cuuint32_t steps[] = {1, 1, 1};
-  const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, const_cast<__nv_bfloat16*>(params.data),
-                                 sizes, strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
+  const cuuint64_t columns = whole ? cols / kTensorMapBoxCols : 1;
+  const auto box_rows = static_cast<cuuint32_t>(params.box_rows);
+  const auto boxes = static_cast<cuuint32_t>(params.boxes);
+  cuuint64_t sizes[] = {whole ? kTensorMapBoxCols : cols, rows, columns, 1};
+  cuuint64_t strides[] = {row_bytes, box_bytes, 0};
+  cuuint32_t box[] = {kTensorMapBoxCols, box_rows, boxes, 1};
+  if (params.pair) {  // the two matrices' dimension comes before the boxes'
+    sizes[2] = 2;
+    sizes[3] = columns;
+    strides[1] = rows * row_bytes;
+    strides[2] = box_bytes;
+    box[2] = 2;
+    box[3] = boxes;
+  }
+  const cuuint32_t steps[] = {1, 1, 1, 1};
+  const CUresult result = encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, params.pair ? 4 : 3,
+                                 const_cast<__nv_bfloat16*>(params.data), sizes, strides, box, steps,
+                                 CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
                                  CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return absl::OkStatus();
   return absl::InternalError(absl::StrCat("cuTensorMapEncodeTiled: error ", static_cast<int>(result), " for [",
                                           params.rows, ", ", params.cols, "] of stride ", params.stride, ", boxes ",
-                                          params.boxes, " of ", params.box_rows));
+                                          params.boxes, " of ", params.box_rows, params.pair ? ", a pair" : ""));
 }
 
 }  // namespace lockstep::cuda

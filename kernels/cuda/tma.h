@@ -15,6 +15,8 @@ namespace lockstep::cuda {
 // A view of a row-major bf16 matrix [rows, cols] as columns of boxes 64 elements wide, for copies of [boxes, box_rows,
 // 64] into shared memory: rows of 128 bytes in the 128-byte swizzle, box after box. What lies outside of the matrix
 // arrives as zeros. The map is a kernel's __grid_constant__ argument, so a captured launch keeps it.
+// A pair is two such matrices, one behind the other in memory. A copy of it is [boxes, 2, box_rows, 64]: for each box
+// rows of the first, then the same rows of the second.
 struct TensorMapParams {
   const __nv_bfloat16* data = nullptr;  // 16-byte aligned
   int64_t rows = 0;
@@ -22,6 +24,7 @@ struct TensorMapParams {
   int64_t stride = 0;  // elements, a multiple of 8
   int box_rows = 0;    // 1 to 256
   int boxes = 0;       // of one copy; 1 if cols is no multiple of 64
+  bool pair = false;   // for CopyPairedBoxes
 };
 absl::Status MakeTensorMap(const TensorMapParams& params, CUtensorMap* map);
 
@@ -77,6 +80,16 @@ __device__ inline void CopyBoxes(uint32_t to, const CUtensorMap* map, int box, i
       "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
       " [%0], [%1, {%2, %3, %4}], [%5], %6;" ::"r"(to),
       "l"(map), "r"(col), "r"(row), "r"(box), "r"(barrier), "l"(static_cast<uint64_t>(policy))
+      : "memory");
+}
+
+// The same of a pair.
+__device__ inline void CopyPairedBoxes(uint32_t to, const CUtensorMap* map, int box, int row, int col, uint32_t barrier,
+                                       CachePolicy policy) {
+  asm volatile(
+      "cp.async.bulk.tensor.4d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.L2::cache_hint"
+      " [%0], [%1, {%2, %3, %4, %5}], [%6], %7;" ::"r"(to),
+      "l"(map), "r"(col), "r"(row), "r"(0), "r"(box), "r"(barrier), "l"(static_cast<uint64_t>(policy))
       : "memory");
 }
 

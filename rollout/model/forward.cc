@@ -278,9 +278,13 @@ void ForwardPass::GdnMixer(size_t index, const GdnWeights& weights, Rows in, con
 void ForwardPass::Mlp(size_t index, const LayerWeights& weights, Rows in, Rows out) {
   const Rows gate_up = Take(buffers_->wide, in.rows, 2 * spec_.intermediate_size);
   const Rows mixed = Take(buffers_->mixed, in.rows, spec_.intermediate_size);
-  ops_.Linear(in, *weights.gate_up, gate_up);
-  Record(index, "gate_up", gate_up, {{"gate", spec_.intermediate_size}, {"up", spec_.intermediate_size}});
-  ops_.SwiGlu(gate_up, mixed);
+  if (trace_ == nullptr) {
+    ops_.LinearSwiGlu(in, *weights.gate_up, gate_up, mixed);
+  } else {  // a backend may never have gate_up in memory
+    ops_.Linear(in, *weights.gate_up, gate_up);
+    Record(index, "gate_up", gate_up, {{"gate", spec_.intermediate_size}, {"up", spec_.intermediate_size}});
+    ops_.SwiGlu(gate_up, mixed);
+  }
   Record(index, "swiglu", mixed);
   ops_.Linear(mixed, *weights.down, out);
   Record(index, "mlp_out", out);

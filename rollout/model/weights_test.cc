@@ -133,6 +133,7 @@ class RecordingOps : public Ops {
   void RmsNormAdd(Rows, const VectorWeight&, float, Rows) override { FAIL(); }
   void Add(Rows, Rows) override { FAIL(); }
   void SwiGlu(Rows, Rows) override { FAIL(); }
+  void LinearSwiGlu(Rows, const LinearWeight&, Rows, Rows) override { FAIL(); }
   void Rope(Rows, Rows, const VectorWeight&, float, int64_t) override { FAIL(); }
   int64_t KvPageBytes(const AttentionShape&, int64_t) const override { return 0; }
   void WriteKv(Rows, Rows, const AttentionShape&, const KvLayer&) override { FAIL(); }

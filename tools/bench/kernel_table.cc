@@ -61,7 +61,9 @@ std::vector<KernelTable::Work> KernelTable::WorkOf(const ProfiledStep& step, std
       const LinearProduct& product = products_[std::min(n, layers)];
       const double rows = n < layers ? static_cast<double>(step.rows)
                                      : static_cast<double>(step.logit_rows) / static_cast<double>(step.head_blocks);
-      work[linear[n]] = {product.name, product.bytes + rows * (product.in + product.out) * kActivationBytes,
+      // SwiGLU in the same kernel: of gate and up one output is stored.
+      const double stored = names[linear[n]].starts_with("LinearSwiGlu") ? product.out / 2 : product.out;
+      work[linear[n]] = {product.name, product.bytes + rows * (product.in + stored) * kActivationBytes,
                          2 * rows * product.in * product.out};
     }
   }

@@ -41,6 +41,19 @@ TEST(KernelTable, LinearLaunchesAreLayersInTheirOrder) {
   EXPECT_DOUBLE_EQ(*rows[1].gb_s, (400 + 2 * 30 * 2) / 1000.0);
 }
 
+TEST(KernelTable, SwiGluInALinearKernelStoresHalf) {
+  KernelTable table = MakeTable();
+  table.AddStep(kStep,
+                std::vector<KernelLaunch>{{"LinearSwiGluTileKernel<1>", 0, 1000}, {"LinearTileKernel<1>", 1000, 3000}});
+  const std::vector<KernelTable::Row> rows = table.Top(10);
+  ASSERT_EQ(rows.size(), 2u);
+  EXPECT_EQ(rows[0].operation, "head");
+  EXPECT_DOUBLE_EQ(*rows[0].gb_s, (1000 + 60 * 2) / 2000.0);
+  EXPECT_EQ(rows[1].operation, "up");
+  EXPECT_DOUBLE_EQ(*rows[1].gb_s, (400 + 2 * (10 + 10) * 2) / 1000.0);
+  EXPECT_DOUBLE_EQ(*rows[1].tflop_s, 2 * 2 * 10 * 20 / 1000.0 * 1e-3);
+}
+
 TEST(KernelTable, AFamilyOfAnotherCountHasNoRates) {
   KernelTable table = MakeTable();
   table.AddStep(kStep, std::vector<KernelLaunch>{{"LinearTileKernel<1>", 0, 1000},
