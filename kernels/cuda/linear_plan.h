@@ -42,8 +42,8 @@ using LinearWidths2x1 = std::integer_sequence<int, 64, 72, 80, 88, 96, 104, 112,
 using LinearWidths2x2 = std::integer_sequence<int, 96, 128, 168, 192>;
 // Of kSwiGlu: multiples of 16, so that gate's half is whole groups of the swizzle's 8 rows.
 using LinearSwiGluWidths1x1 = std::integer_sequence<int, 16, 32, 64, 96, 128, 144, 160, 176, 192, 208, 224, 240, 256>;
-using LinearSwiGluWidths2x1 = std::integer_sequence<int, 64, 96, 128, 176, 192, 224, 240, 256>;
-using LinearSwiGluWidths2x2 = std::integer_sequence<int, 96, 128, 192>;
+using LinearSwiGluWidths2x1 = std::integer_sequence<int, 64, 96, 128, 144, 160, 176, 192, 208, 224, 240, 256>;
+using LinearSwiGluWidths2x2 = std::integer_sequence<int, 96, 128, 176, 192>;
 
 // Boxes of 64 elements of k in a stage of the ring: small tiles take two at a time.
 constexpr int LinearStageBoxes(int tokens, int features) {
