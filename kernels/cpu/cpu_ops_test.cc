@@ -47,6 +47,9 @@ TEST(CpuOps, AnMlpThroughTheInterface) {
   ops->Linear(norm.view(), *weight, gate_up.view());
   ops->Logits(norm.view(), *weight, logits.view());
   ops->SwiGlu(gate_up.view(), out.view());
+  Matrix room(2, 2 * hidden);
+  Matrix in_one(2, hidden);
+  ops->LinearSwiGlu(norm.view(), *weight, room.view(), in_one.view());
   Matrix residual = x;
   ops->Add(out.view(), residual.view());
   Matrix post = x;
@@ -62,6 +65,7 @@ TEST(CpuOps, AnMlpThroughTheInterface) {
       EXPECT_EQ(logits.at(r, i), norm.at(r, i));
       const double gate = norm.at(r, i);
       EXPECT_NEAR(out.at(r, i), gate / (1 + std::exp(-gate)) * 2 * gate, 0.01 * std::abs(gate * gate));
+      EXPECT_EQ(in_one.at(r, i), out.at(r, i));
       EXPECT_EQ(residual.at(r, i), RoundBf16(x.at(r, i) + out.at(r, i)));
       EXPECT_EQ(fused.at(r, i), residual.at(r, i));
       EXPECT_NE(post.at(r, i), residual.at(r, i));

@@ -13,15 +13,17 @@ constexpr int64_t kRowBytes = 128;        // of a box
 
 void ExpectSound(const LinearShape& shape, const LinearTile& tile, int multiprocessors) {
   SCOPED_TRACE(::testing::Message() << shape.m << " x " << shape.n << " x " << shape.k << ", tile " << tile.warpgroups
-                                    << " x " << tile.blocks << " x " << tile.features);
+                                    << " x " << tile.blocks << " x " << tile.features
+                                    << (shape.fusion == LinearFusion::kSwiGlu ? ", SwiGLU" : ""));
   const absl::StatusOr<LinearPlan> plan = PlanLinear(shape, tile, multiprocessors);
   ASSERT_TRUE(plan.ok()) << plan.status().message();
   ASSERT_EQ(plan->tile, tile);
   // The tiles reach every output, and no row or column of tiles is idle.
   ASSERT_GE(plan->token_tiles * tile.tokens(), shape.m);
   ASSERT_LT((plan->token_tiles - 1) * tile.tokens(), shape.m);
-  ASSERT_GE(plan->feature_tiles * tile.features, shape.n);
-  ASSERT_LT((plan->feature_tiles - 1) * tile.features, shape.n);
+  ASSERT_GE(plan->feature_tiles * tile.outputs(shape.fusion), shape.n);
+  ASSERT_LT((plan->feature_tiles - 1) * tile.outputs(shape.fusion), shape.n);
+  ASSERT_EQ(tile.outputs(shape.fusion) % 8, 0);
   ASSERT_EQ(plan->thread_blocks, std::min<int64_t>(plan->token_tiles * plan->feature_tiles, multiprocessors));
   ASSERT_GE(plan->group_tokens, 1);
   ASSERT_LE(plan->group_tokens, plan->token_tiles);
@@ -45,10 +47,12 @@ TEST(CudaLinearPlan, ChosenTilesAreSound) {
   for (const int multiprocessors : {1, 8, 114, 132}) {
     for (const int64_t m :
          {1, 2, 8, 9, 31, 64, 65, 100, 128, 129, 200, 256, 257, 512, 777, 2048, 8192, 16384, 100000}) {
-      for (const int64_t n : {8, 64, 264, 512, 3840, 4096, 11520, 12288, 17280, 22016, 100280, 100352}) {
+      for (const int64_t n : {8, 64, 264, 512, 3840, 4096, 11008, 11520, 12288, 17280, 22016, 100280, 100352}) {
         for (const int64_t k : {16, 48, 256, 768, 3840, 4096, 5760, 11008}) {
-          const LinearShape shape = {.m = m, .n = n, .k = k};
-          ExpectSound(shape, ChooseLinearTile(shape, multiprocessors), multiprocessors);
+          for (const LinearFusion fusion : {LinearFusion::kNone, LinearFusion::kSwiGlu}) {
+            const LinearShape shape = {.m = m, .n = n, .k = k, .fusion = fusion};
+            ExpectSound(shape, ChooseLinearTile(shape, multiprocessors), multiprocessors);
+          }
         }
       }
     }
@@ -56,11 +60,12 @@ TEST(CudaLinearPlan, ChosenTilesAreSound) {
 }
 
 template <int... kWidths>
-void ExpectAllSound(std::integer_sequence<int, kWidths...>, int warpgroups, int blocks) {
+void ExpectAllSound(std::integer_sequence<int, kWidths...>, int warpgroups, int blocks,
+                    LinearFusion fusion = LinearFusion::kNone) {
   for (const int features : {kWidths...}) {
     for (const int64_t m : {1, 40, 300}) {
       const LinearTile tile = {.warpgroups = warpgroups, .blocks = blocks, .features = features};
-      ExpectSound({.m = m, .n = 3840, .k = 3840}, tile, kMultiprocessors);
+      ExpectSound({.m = m, .n = 3840, .k = 3840, .fusion = fusion}, tile, kMultiprocessors);
     }
   }
 }
@@ -69,6 +74,9 @@ TEST(CudaLinearPlan, CompiledTilesAreSound) {
   ExpectAllSound(LinearWidths1x1(), 1, 1);
   ExpectAllSound(LinearWidths2x1(), 2, 1);
   ExpectAllSound(LinearWidths2x2(), 2, 2);
+  ExpectAllSound(LinearSwiGluWidths1x1(), 1, 1, LinearFusion::kSwiGlu);
+  ExpectAllSound(LinearSwiGluWidths2x1(), 2, 1, LinearFusion::kSwiGlu);
+  ExpectAllSound(LinearSwiGluWidths2x2(), 2, 2, LinearFusion::kSwiGlu);
 }
 
 // A decode step waits for memory: nearly every multiprocessor must pull weights, and all as many.
@@ -102,6 +110,18 @@ TEST(CudaLinearPlan, ChoosesWhatWasFast) {
   EXPECT_EQ(choice(2048, 3840, 11008), (LinearTile{.warpgroups = 2, .features = 240}));
 }
 
+// Gate and up of 11,008 features: 126 tiles of 88 each, one a multiprocessor.
+TEST(CudaLinearPlan, SwiGluKeepsTheDeviceBusy) {
+  const auto choice = [](int64_t m) {
+    return ChooseLinearTile({.m = m, .n = 11008, .k = 3840, .fusion = LinearFusion::kSwiGlu}, kMultiprocessors);
+  };
+  for (const int64_t m : {1, 16, 32, 64}) EXPECT_EQ(choice(m), (LinearTile{.features = 176})) << m;
+  for (const int64_t m : {65, 100, 128}) {
+    EXPECT_EQ(choice(m), (LinearTile{.warpgroups = 2, .features = 176})) << m;
+  }
+  EXPECT_EQ(choice(2048), (LinearTile{.warpgroups = 2, .blocks = 2, .features = 192}));
+}
+
 TEST(CudaLinearPlan, RefusesWhatIsNotCompiled) {
   const LinearShape shape = {.m = 64, .n = 3840, .k = 3840};
   const auto refused = [&](const LinearTile& tile) {
@@ -111,6 +131,10 @@ TEST(CudaLinearPlan, RefusesWhatIsNotCompiled) {
   EXPECT_TRUE(refused({.warpgroups = 1, .blocks = 2, .features = 64}));
   EXPECT_TRUE(refused({.warpgroups = 1, .blocks = 1, .features = 60}));
   EXPECT_FALSE(refused({.warpgroups = 1, .blocks = 1, .features = 64}));
+  const LinearShape swiglu = {.m = 64, .n = 3840, .k = 3840, .fusion = LinearFusion::kSwiGlu};
+  EXPECT_EQ(PlanLinear(swiglu, {.features = 168}, kMultiprocessors).status().code(),
+            absl::StatusCode::kInvalidArgument);
+  EXPECT_TRUE(PlanLinear(swiglu, {.features = 176}, kMultiprocessors).ok());
 }
 
 }  // namespace
