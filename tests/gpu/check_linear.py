@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""The linear layer beside PyTorch's own, bit for bit at every number of rows, with timings beside cuBLAS.
+"""The linear layer beside PyTorch's own, bit for bit at every number of rows, with timings beside cuBLAS. The one that ends in SwiGLU beside PyTorch's, with
+timings beside the linear layer and SwiGLU as two kernels.
 
 Needs a Hopper GPU and torch. The library is liblockstep_cuda.so, or $LOCKSTEP_CUDA_LIBRARY. Ends with 1 if any bit differs. With --json, or $JOB_OUT set, the
 timings are written as JSON. Rate: TB/s of weight bytes below 512 rows, where memory is the bound; TFLOP/s of 2mnk from there on.
@@ -40,6 +41,7 @@ TRAINER_ROWS = 2048
 ROWS = (1, 2, 7, 16, 33, 64, 128, 200, 256, 288, 512, 2048)
 LONG_SHAPES = ("gdn_in", "down", "gdn_o")
 LONG_ROWS = (8192, 16384)
+SWIGLU_SHAPES = ("gate_up", "olmo3_gate_up", "tiny_gate_up")
 TIMED_SHAPES = ("gate_up", "down", "gdn_in", "gdn_o", "attention_qkv", "attention_o", "head")
 TIMED_ROWS = (1, 16, 32, 64, 128, 256, 2048, 8192)
 ROTATED_BYTES = 260e6  # several times the L2 cache
@@ -55,6 +57,8 @@ def load_library():
     lib.lockstep_last_error.restype = ctypes.c_char_p
     pointer, count = ctypes.c_void_p, ctypes.c_int64
     lib.lockstep_linear.argtypes = [pointer, count, pointer, pointer, count, ctypes.c_int, count, count, count, ctypes.c_int, pointer]
+    lib.lockstep_linear_swiglu.argtypes = [pointer, count, pointer, pointer, count, count, count, count, ctypes.c_int, pointer]
+    lib.lockstep_swiglu.argtypes = [pointer, pointer, count, count, count, count, pointer]
 
 
 def linear(x, weight, out, early_start=False):
@@ -63,6 +67,21 @@ def linear(x, weight, out, early_start=False):
                                  weight.shape[0], weight.shape[1], int(early_start), stream)
     if status != 0:
         raise RuntimeError(f"lockstep_linear: {lib.lockstep_last_error().decode()}")
+
+
+def linear_swiglu(x, weight, out, early_start=False):
+    stream = torch.cuda.current_stream().cuda_stream
+    status = lib.lockstep_linear_swiglu(x.data_ptr(), x.stride(0), weight.data_ptr(), out.data_ptr(), out.stride(0), x.shape[0], out.shape[1], weight.shape[1],
+                                        int(early_start), stream)
+    if status != 0:
+        raise RuntimeError(f"lockstep_linear_swiglu: {lib.lockstep_last_error().decode()}")
+
+
+def swiglu(gate_up, out):
+    stream = torch.cuda.current_stream().cuda_stream
+    status = lib.lockstep_swiglu(gate_up.data_ptr(), out.data_ptr(), out.shape[0], out.shape[1], gate_up.stride(0), out.stride(0), stream)
+    if status != 0:
+        raise RuntimeError(f"lockstep_swiglu: {lib.lockstep_last_error().decode()}")
 
 
 def bits(t):
@@ -115,6 +134,37 @@ def check(name, row_counts, trainer_rows):
         if n * trainer_rows > 1 << 28:
             break  # the fp32 form of the largest outputs is one form too many for the card's memory
     print(f"{name:14s} k {x.shape[1]:6d} n {want.shape[1]:7d} rows {row_counts}: {differing} of {compared} differ", flush=True)
+    return differing
+
+
+def check_swiglu(name, row_counts, trainer_rows):
+    """The trainer's MLP up to its down projection, and our two kernels, over trainer_rows; our one must be equal to both whatever the rows."""
+    x, parts, fused = make_operands(name, trainer_rows)
+    n = parts[0].shape[0]
+    want = F.silu(F.linear(x, parts[0])) * F.linear(x, parts[1])
+    gate_up = torch.empty(trainer_rows, 2 * n, device="cuda", dtype=torch.bfloat16)
+    unfused = torch.empty(trainer_rows, n, device="cuda", dtype=torch.bfloat16)
+    linear(x, fused, gate_up)
+    swiglu(gate_up, unfused)
+    differing = 0
+    compared = 0
+    for rows in row_counts:
+        poison = torch.full((rows + MARGIN, n + MARGIN), float("nan"), device="cuda", dtype=torch.bfloat16)
+        out = poison.clone()
+        linear_swiglu(x[:rows], fused, out[:rows, :n])
+        for other, values in (("PyTorch", want), ("two kernels", unfused)):
+            wrong = bits(out[:rows, :n]) != bits(values[:rows])
+            compared += wrong.numel()
+            count = int(wrong.sum())
+            differing += count
+            if count:
+                row, col = wrong.nonzero()[0].tolist()
+                got, wanted = out[row, col].item(), values[row, col].item()
+                print(f"  {name} with SwiGLU {rows} rows: {count} differ from {other}; first [{row}, {col}] {got!r}, want {wanted!r}")
+        if not torch.equal(bits(out[rows:]), bits(poison[rows:])) or not torch.equal(bits(out[:, n:]), bits(poison[:, n:])):
+            print(f"  {name} with SwiGLU {rows} rows: written outside of the output")
+            differing += 1
+    print(f"{name + '_swiglu':14s} k {x.shape[1]:6d} n {n:7d} rows {row_counts}: {differing} of {compared} differ", flush=True)
     return differing
 
 
@@ -174,6 +224,31 @@ def measure(seconds):
     return results
 
 
+def measure_swiglu():
+    """Like measure(), the peer being our linear layer followed by SwiGLU; early: both with early starts, as the engine runs them."""
+    results = []
+    print(f"{'shape':18s} {'rows':>6s} {'one':>9s} {'early':>9s} {'two':>9s} {'early':>9s} {'ratio':>6s}")
+    x, _, fused = make_operands("gate_up", max(TIMED_ROWS))
+    n, k = fused.shape[0] // 2, fused.shape[1]
+    weights = [fused] + [fused.clone() for _ in range(min(64, int(ROTATED_BYTES / (4 * n * k))))]
+    for rows in TIMED_ROWS:
+        some = x[:rows]
+        gate_up = torch.empty(rows, 2 * n, device="cuda", dtype=torch.bfloat16)
+        out = torch.empty(rows, n, device="cuda", dtype=torch.bfloat16)
+
+        def two(weight, early_start):
+            linear(some, weight, gate_up, early_start=early_start)
+            swiglu(gate_up, out)
+
+        us = [time_us(lambda w: linear_swiglu(some, w, out, early_start=early), weights) for early in (False, True)]
+        peer = [time_us(lambda w: two(w, early), weights) for early in (False, True)]
+        print(f"{'gate_up_swiglu':18s} {rows:6d} {us[0]:9.2f} {us[1]:9.2f} {peer[0]:9.2f} {peer[1]:9.2f} {peer[1] / us[1]:6.2f}", flush=True)
+        results.append({"name": "linear", "shape": f"gate_up_swiglu {rows}x{2 * n}x{k}", "us": us[0], "early_us": us[1], "peer": "ours, two kernels",
+                        "peer_us": peer[0], "peer_early_us": peer[1], "ratio": peer[0] / us[0], "bytes": 4 * n * k, "tb_s": 4 * n * k / us[0] / 1e6,
+                        "tflop_s": 4 * rows * n * k / us[0] / 1e6})
+    return results
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--no_check", action="store_true")
@@ -192,9 +267,11 @@ def main():
             differing += check(name, ROWS, TRAINER_ROWS)
         for name in LONG_SHAPES:
             differing += check(name, LONG_ROWS, max(LONG_ROWS))
+        for name in SWIGLU_SHAPES:
+            differing += check_swiglu(name, ROWS, TRAINER_ROWS)
         print("all bits equal" if differing == 0 else f"{differing} differ")
     if not options.no_timing:
-        results = measure(options.seconds)
+        results = measure_swiglu() + measure(options.seconds)
         path = options.json or (os.path.join(os.environ["JOB_OUT"], "linear.json") if "JOB_OUT" in os.environ else None)
         if path:
             pathlib.Path(path).write_text(json.dumps({"device": torch.cuda.get_device_name(), "kernels": results}, indent=1))
