@@ -17,9 +17,9 @@ enum class LinearOutput { kBf16, kFp32 };
 
 // out = round(x * weight^T), or of kSwiGlu what LaunchSwiGlu makes of that, bit for bit. Strides in elements.
 struct LinearParams {
-  const __nv_bfloat16* x = nullptr;       // [m, k]
-  const __nv_bfloat16* weight = nullptr;  // [n, k], rows side by side; kSwiGlu: [2n, k], gate's n and up's
-  void* out = nullptr;                    // [m, n]; must not overlap the operands
+  const __nv_bfloat16* x = nullptr;              // [m, k]
+  const __nv_bfloat16* weight = nullptr;         // [n, k], rows side by side; kSwiGlu: [2n, k], gate's n and up's
+  void* out = nullptr;                           // [m, n]; must not overlap the operands
   LinearOutput out_dtype = LinearOutput::kBf16;  // kSwiGlu: kBf16 alone
   LinearFusion fusion = LinearFusion::kNone;
   int64_t m = 0;

@@ -93,9 +93,9 @@ absl::StatusOr<LinearPlan> PlanLinear(const LinearShape& shape, const LinearTile
   bool compiled = false;
   VisitTiles(shape.fusion, [&](const LinearTile& other) { compiled |= other == tile; });
   if (!compiled) {
-    return absl::InvalidArgumentError(
-        absl::StrCat("LinearTile: no kernel of ", tile.warpgroups, " x ", tile.blocks, " x ", tile.features,
-                     shape.fusion == LinearFusion::kSwiGlu ? " with SwiGLU" : ""));
+    return absl::InvalidArgumentError(absl::StrCat("LinearTile: no kernel of ", tile.warpgroups, " x ", tile.blocks,
+                                                   " x ", tile.features,
+                                                   shape.fusion == LinearFusion::kSwiGlu ? " with SwiGLU" : ""));
   }
   LinearPlan plan{.tile = tile};
   plan.x_rows = CopiedRows(shape, tile);
