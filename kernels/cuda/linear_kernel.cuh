@@ -8,12 +8,9 @@
 #include <cstdint>
 
 #include "kernels/cuda/linear_plan.h"
+#include "kernels/cuda/swiglu.cuh"
 #include "kernels/cuda/tma.h"
 #include "kernels/cuda/wgmma.cuh"
-
-#if defined(__CUDACC__)
-#include "kernels/cuda/swiglu.cuh"
-#endif
 
 namespace lockstep::cuda {
 
@@ -108,7 +105,7 @@ enum class LinearOperand { kX, kWeight };
 
 // One thread for each operand, so that the instructions around a copy do not add up.
 // kSwiGlu: a stage's box of the weight is gate's rows from the tile's first column on and, behind them, up's, which one
-// copy brings. A half must not lie elsewhere, so of a matrix with less rows than a tile the zeros behind it come too.
+// copy brings. Up's place is fixed, so of matrices with fewer rows than a tile takes the zeros behind them come too.
 template <class Traits, LinearOperand kOperand>
 __device__ void CopyTiles(const LinearKernelArgs& args, const LinearRing& ring) {
   constexpr bool kWeight = kOperand == LinearOperand::kWeight;
@@ -307,6 +304,7 @@ __device__ void ConsumeTiles(const LinearKernelArgs& args, const LinearRing& rin
   }
 }
 
+// What both kernels do.
 // Grid: at most a block for every multiprocessor; each takes tiles in turn. A block is kWarpgroups warpgroups that
 // multiply, of kBlocks x 64 tokens each, and two threads that copy. The products read 64 rows of x for every 64 tokens,
 // of which x_rows were copied: the others are whatever the ring holds, and so are the accumulators of their rows, which
