@@ -14,6 +14,7 @@
 #include "absl/flags/flag.h"
 #include "absl/flags/parse.h"
 #include "absl/flags/usage.h"
+#include "absl/functional/function_ref.h"
 #include "absl/strings/numbers.h"
 #include "absl/strings/str_cat.h"
 #include "nlohmann/json.hpp"
@@ -100,7 +101,9 @@ void Profile(LocalModel& model, const std::vector<PointShape>& shapes, const std
   }
 }
 
-absl::StatusOr<nlohmann::json> RunGrid(LocalModel& model, const std::string& name, double bandwidth) {
+using Write = absl::FunctionRef<absl::Status(const nlohmann::json& rows)>;
+
+absl::Status RunGrid(LocalModel& model, const std::string& name, double bandwidth, Write write) {
   LOCKSTEP_ASSIGN_OR_RETURN(const std::vector<int64_t> batches, Numbers("batch", absl::GetFlag(FLAGS_batch)));
   LOCKSTEP_ASSIGN_OR_RETURN(const std::vector<int64_t> contexts, Numbers("context", absl::GetFlag(FLAGS_context)));
   PrintPointHeader();
@@ -120,10 +123,11 @@ absl::StatusOr<nlohmann::json> RunGrid(LocalModel& model, const std::string& nam
     }
   }
   if (absl::GetFlag(FLAGS_profile)) Profile(model, shapes, times, results);
-  return results;
+  return write(results);
 }
 
-absl::StatusOr<nlohmann::json> RunRlRows(LocalModel& model, const std::string& name, double bandwidth) {
+// A run takes long: `write` gets the rows so far after each.
+absl::Status RunRlRows(LocalModel& model, const std::string& name, double bandwidth, Write write) {
   LOCKSTEP_ASSIGN_OR_RETURN(const std::vector<int64_t> responses, Numbers("response", absl::GetFlag(FLAGS_response)));
   LOCKSTEP_ASSIGN_OR_RETURN(const std::vector<int64_t> most,
                             Numbers("max_sequences", absl::GetFlag(FLAGS_max_sequences)));
@@ -174,8 +178,9 @@ absl::StatusOr<nlohmann::json> RunRlRows(LocalModel& model, const std::string& n
     LOCKSTEP_ASSIGN_OR_RETURN(row.result, RunRl(model, row.options, bandwidth));
     PrintRl(row);
     rows.push_back(RlJson(row));
+    LOCKSTEP_RETURN_IF_ERROR(write(rows));
   }
-  return rows;
+  return absl::OkStatus();
 }
 
 absl::Status Bench() {
@@ -190,20 +195,21 @@ absl::Status Bench() {
               model->backend->device().c_str(), bandwidth * 1e-9);
   const bool rl = absl::GetFlag(FLAGS_rl);
   const std::string name = std::filesystem::path(dir).filename().string();
-  LOCKSTEP_ASSIGN_OR_RETURN(const nlohmann::json rows,
-                            rl ? RunRlRows(*model, name, bandwidth) : RunGrid(*model, name, bandwidth));
-  const std::string path = absl::GetFlag(FLAGS_json);
-  if (path.empty()) return absl::OkStatus();
-  std::ofstream out(path);
-  out << nlohmann::json{{"device", model->backend->device()},
-                        {"threads", model->threads->threads()},
-                        {"numerics", numerics},
-                        {"read_gb_s", bandwidth * 1e-9},
-                        {rl ? "rl" : "results", rows}}
-             .dump(2)
-      << "\n";
-  if (!out.flush()) return absl::InternalError(absl::StrCat("--json: cannot write ", path));
-  return absl::OkStatus();
+  const auto write = [&](const nlohmann::json& rows) -> absl::Status {
+    const std::string path = absl::GetFlag(FLAGS_json);
+    if (path.empty()) return absl::OkStatus();
+    std::ofstream out(path);
+    out << nlohmann::json{{"device", model->backend->device()},
+                          {"threads", model->threads->threads()},
+                          {"numerics", numerics},
+                          {"read_gb_s", bandwidth * 1e-9},
+                          {rl ? "rl" : "results", rows}}
+               .dump(2)
+        << "\n";
+    if (!out.flush()) return absl::InternalError(absl::StrCat("--json: cannot write ", path));
+    return absl::OkStatus();
+  };
+  return rl ? RunRlRows(*model, name, bandwidth, write) : RunGrid(*model, name, bandwidth, write);
 }
 
 }  // namespace
