@@ -8,9 +8,9 @@
 // Activations live in the backend's own container: on CPU always fp32 words, holding values already rounded to
 // `profile.activations`, or `profile.residual` (so a bf16 activation is a bf16 value in an fp32 word); on CUDA words of
 // that dtype in device memory.
-// All methods are called by one thread at a time, the step loop's; they may use all of the backend's threads inside, or return
-// before the device has done the work: results on the host wait for Synchronize(). Shapes are CHECKed: a wrong shape
-// here is a bug of the caller, not bad input. What the device itself reports goes to status().
+// All methods are called by one thread at a time, the step loop's; they may use all of the backend's threads inside, or
+// return before the device has done the work: results on the host wait for Synchronize(). Shapes are CHECKed: a wrong
+// shape here is a bug of the caller, not bad input. What the device itself reports goes to status().
 #pragma once
 
 #include <cstddef>

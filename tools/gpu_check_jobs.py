@@ -39,6 +39,18 @@ class Result:
         return fields
 
 
+_running = set()  # processes of run_job
+
+
+def kill_running():
+    """Ends every job under way, with what it has started."""
+    for process in list(_running):
+        try:
+            os.killpg(process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+
 def run_job(job, limit, log):
     """Runs the command for at most `limit` seconds; its processes end with it. `log`: a file for its output."""
     begin = time.perf_counter()
@@ -57,6 +69,7 @@ def run_job(job, limit, log):
         )
     except OSError as error:
         return Result(job.name, 0.0, None, str(error), broken=str(error))
+    _running.add(process)
     try:
         output, _ = process.communicate(timeout=limit)
         status = process.returncode
@@ -64,6 +77,7 @@ def run_job(job, limit, log):
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         status = None
+    _running.discard(process)
     result = Result(job.name, time.perf_counter() - begin, status, output)
     if status is None:
         result.summary = f"stopped after {limit:.0f} s"

@@ -330,8 +330,8 @@ struct ValueOperands {
   float2 rescale;  // of columns 2 (lane % 4) and the next
 };
 
-// A warp: 16 dims of the output. A product of the chain waits some 33 cycles for the one before it: in between, the next
-// tile's operands are fetched.
+// A warp: 16 dims of the output. A product of the chain waits some 33 cycles for the one before it: in between, the
+// next tile's operands are fetched.
 template <class Order>
 __device__ void SumValues(const AttentionArgs& args, const Unit& unit, const KeyRange<Order>& range, int which,
                           ValueShared<Order>& shared) {
@@ -458,11 +458,12 @@ template <class Order>
 absl::Status Launch(const AttentionParams& params, cudaStream_t stream) {
   absl::StatusOr<AttentionArgs> args = MakeAttentionArgs(params, KvBox::kRows);
   if (!args.ok()) return args.status();
-  const SpreadArgs spread = {.attention = *args,
-                       .kv = params.kv.base,
-                       .records = static_cast<float*>(params.workspace),
-                       .tiles_a_unit = static_cast<int32_t>((params.max_positions + Order::kKeys - 1) / Order::kKeys),
-                       .columns = static_cast<int32_t>(RecordColumns(params.heads, params.kv.kv_heads))};
+  const SpreadArgs spread = {
+      .attention = *args,
+      .kv = params.kv.base,
+      .records = static_cast<float*>(params.workspace),
+      .tiles_a_unit = static_cast<int32_t>((params.max_positions + Order::kKeys - 1) / Order::kKeys),
+      .columns = static_cast<int32_t>(RecordColumns(params.heads, params.kv.kv_heads))};
   const int64_t units = DecodeUnits(params.heads, params.kv.kv_heads);
   const int64_t pieces = params.batch.decode_pieces;
   const int64_t splits = std::clamp<int64_t>(kScoreBlocks / (units * pieces), 1, spread.tiles_a_unit);

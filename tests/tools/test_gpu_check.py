@@ -179,12 +179,18 @@ def fake_bin(tmp_path):
     return make
 
 
+def gpu_check_command(tmp_path, folder, *flags):
+    command = [sys.executable, str(ROOT / "tools" / "gpu_check"), "--bin", str(folder), "--out", str(tmp_path / "out.json")]
+    return [*command, "--models", "tiny", "--stages", "invariance,bench", "--scratch", str(tmp_path / "scratch"), *flags]
+
+
+ENVIRONMENT = {key: value for key, value in os.environ.items() if key != "LOCKSTEP_BIN"}
+
+
 def gpu_check(tmp_path, folder, *flags):
     out = tmp_path / "out.json"
-    command = [sys.executable, str(ROOT / "tools" / "gpu_check"), "--bin", str(folder), "--out", str(out)]
-    command += ["--models", "tiny", "--stages", "invariance,bench", "--scratch", str(tmp_path / "scratch"), *flags]
-    environment = {key: value for key, value in os.environ.items() if key != "LOCKSTEP_BIN"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+    command = gpu_check_command(tmp_path, folder, *flags)
+    result = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
     return result, json.loads(out.read_text()) if out.exists() else None
 
 
@@ -218,6 +224,19 @@ def test_the_budget_bounds_everything(tmp_path, fake_bin):
     assert time.monotonic() - begin < 10
     assert result.returncode == 1
     assert [len(stage["jobs"]) for stage in measurement["stages"]] == [2, 1]
+
+
+def test_sigterm_ends_the_jobs_too(tmp_path, fake_bin):
+    begun, alive = tmp_path / "begun", tmp_path / "alive"
+    folder = fake_bin(f"(sleep 2; touch {alive}) & touch {begun}; sleep 60", "exit 0")
+    process = subprocess.Popen(gpu_check_command(tmp_path, folder), stdout=subprocess.DEVNULL, env=ENVIRONMENT)
+    deadline = time.monotonic() + 20
+    while not begun.exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.terminate()
+    assert process.wait(10) == 143
+    time.sleep(2.5)
+    assert begun.exists() and not alive.exists()
 
 
 def test_wrong_usage(tmp_path, fake_bin):
