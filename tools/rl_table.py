@@ -3,7 +3,7 @@
 
     build/cuda/bin/lockstep-bench --rl ... --model olmo-hybrid-7b --json hybrid.json
     build/cuda/bin/lockstep-bench --rl ... --model olmo3-7b --json dense.json
-    tools/rl_table.py --hybrid hybrid.json --dense dense.json [--plot rl.png]
+    tools/rl_table.py --hybrid hybrid.json --dense dense.json [--plot rl.png] [--json docs/measurements/rl.json]
 
 A row for each response length that both have. Measured: hybrid's tokens a second over dense's. Predicted: the same of
 the floors, that is, of the bytes that each model's steps must move. Gain: how much of the predicted lead is there,
@@ -12,9 +12,14 @@ shape and of one kind of length.
 """
 
 import argparse
+import datetime
 import json
 import pathlib
+import shlex
 import sys
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
+from build_tree import commit_text  # noqa: E402
 
 SHAPE = ("prompts", "samples", "prompt_tokens", "length_sigma")
 # Share of the predicted lead that is wanted.
@@ -120,6 +125,7 @@ def main():
     parser.add_argument("--hybrid", required=True, help="JSON of lockstep-bench --rl of the hybrid model")
     parser.add_argument("--dense", required=True, help="the same of the dense model")
     parser.add_argument("--plot", type=pathlib.Path, help="also a PNG; needs matplotlib")
+    parser.add_argument("--json", type=pathlib.Path, help="also both runs' rows, for docs/measurements")
     arguments = parser.parse_args()
     try:
         (device, hybrid), (other, dense) = read(arguments.hybrid), read(arguments.dense)
@@ -129,6 +135,15 @@ def main():
         print("\n".join(markdown(rows)))
         if arguments.plot:
             plot(rows, device, arguments.plot)
+        if arguments.json:
+            measurement = {
+                "commit": commit_text(),  # run beside the programs that measured: in their bundle or build tree
+                "command": shlex.join(["tools/rl_table.py", *sys.argv[1:]]),
+                "device": device,
+                "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+                "rows": rows,
+            }
+            arguments.json.write_text(json.dumps(measurement, indent=1) + "\n")
     except KeyError as error:
         parser.error(f"a row has no {error}: of another version of lockstep-bench?")
     except (ValueError, OSError) as error:

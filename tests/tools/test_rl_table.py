@@ -53,7 +53,9 @@ def test_the_table(tmp_path, monkeypatch, capsys):
     dense = write(
         tmp_path / "d.json", "GPU", row("dense-7b", 1024, 1500.0, 1600.0), row("dense-7b", 4096, 1000.0, 1000.0)
     )
-    run(monkeypatch, "--hybrid", hybrid, "--dense", dense)
+    run(monkeypatch, "--hybrid", hybrid, "--dense", dense, "--json", str(tmp_path / "rl.json"))
+    found = json.loads((tmp_path / "rl.json").read_text())
+    assert {"commit", "command", "device", "date"} <= set(found) and found["rows"][0]["hybrid"]["tok_s"] == 3000.0
     lines = capsys.readouterr().out.splitlines()
     assert len({line.count("|") for line in lines[:6]}) == 1
     assert lines[2].startswith("| 1,024 | hybrid-7b | 3,000 | 4,000 | 1.33 | 100 | 90 | 0.250 | 2.00 | 2.50 | 67% |")
