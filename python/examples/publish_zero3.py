@@ -1,7 +1,7 @@
 """New weights from a DeepSpeed ZeRO-3 module. Every rank calls publish(); rank 0 sends.
 
 Parameters are empty until gathered: their whole shape is ds_shape. GatheredParameters is a collective, so every rank
-walks the iterator. The project's tests import it; it has not run under DeepSpeed.
+walks the iterator. tests/python/test_zero3.py runs it (DeepSpeed 0.19.8, two ranks on CPUs).
 """
 
 from lockstep import WeightPublisher
