@@ -192,6 +192,18 @@ def read_bench(job, result):
         result.summary += f"; {left_out[0]}"
 
 
+def read_rl(job, result):
+    """lockstep-bench --rl's rows: a file of their own."""
+    rows = json.loads(job.json.read_text())["rl"]
+    result.summary = ", ".join(f"{row['response_tokens']}: {row['tok_s']:.0f} tok/s" for row in rows)
+
+
+def read_last_line(job, result):
+    """Of a program that writes a measurement of its own."""
+    lines = result.output.strip().splitlines()
+    result.summary = lines[-1][:200] if lines else ""
+
+
 def merge(measurement, found):
     """Adds a job's findings: lists grow, counts add up."""
     for key, value in found.items():

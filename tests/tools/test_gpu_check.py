@@ -226,6 +226,26 @@ def test_the_budget_bounds_everything(tmp_path, fake_bin):
     assert [len(stage["jobs"]) for stage in measurement["stages"]] == [2, 1]
 
 
+def test_an_rl_stage_writes_its_own_table(tmp_path, fake_bin):
+    def row(model):
+        r = {"model": model, "prompts": 64, "samples": 8, "prompt_tokens": 2048, "length_sigma": 0.0, "ratio": 1.2}
+        r |= {"response_tokens": 1024, "tok_s": 5.0, "floor_tok_s": 6.0, "sequences_fit": 9, "mean_batch": 8.0}
+        return r | {"gpu_hours": 0.5, "steps": 10, "measured_steps": 5}
+
+    scratch = tmp_path / "scratch"
+    for model in ("olmo-hybrid-7b", "olmo3-7b"):
+        (scratch / model).mkdir(parents=True)
+        (scratch / model / "done").touch()
+    rl = json.dumps({"device": "GPU", "rl": [row("m")]})
+    bench = f"while [ $# -gt 1 ]; do shift; done; echo '{rl}' > \"$1\""
+    flags = ("--stages", "rl", "--models", "olmo-hybrid-7b,olmo3-7b", "--keep_weights")
+    result, measurement = gpu_check(tmp_path, fake_bin("exit 0", bench), *flags)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert [job["name"] for job in measurement["stages"][0]["jobs"]] == ["rl olmo-hybrid-7b", "rl olmo3-7b", "rl table"]
+    assert measurement["stages"][0]["jobs"][0]["summary"] == "1024: 5 tok/s"
+    assert json.loads((tmp_path / "rl.json").read_text())["rows"][0]["measured"] == 1.0
+
+
 def test_sigterm_ends_the_jobs_too(tmp_path, fake_bin):
     begun, alive = tmp_path / "begun", tmp_path / "alive"
     folder = fake_bin(f"(sleep 2; touch {alive}) & touch {begun}; sleep 60", "exit 0")
