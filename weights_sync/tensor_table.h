@@ -35,6 +35,7 @@ struct ArrivedRows {
   int64_t rows = 0;
   const std::byte* data = nullptr;  // [rows, elements of a row], contiguous, aligned to 8 bytes
   DType dtype = DType::kF32;
+  uint64_t digest = 0;  // of the data
 };
 
 // A run of one tensor's values in a buffer of an inbox.

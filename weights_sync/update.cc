@@ -245,7 +245,7 @@ absl::Status WeightUpdate::Push(const WeightVersion& version, int64_t tensor, in
       return absl::FailedPreconditionError(
           absl::StrCat("tensor: ", partial, " tensors are partly received; finish one before ", name, " begins"));
     }
-    arriving.bytes.resize(total);
+    arriving.bytes = TakeMemory(*open, total);
   }
   std::memcpy(arriving.bytes.data() + arriving.received, data.data(), data.size());
   arriving.digester.Add(data);
@@ -336,6 +336,24 @@ absl::Status WeightUpdate::EndReceive(const WeightVersion& version, const absl::
   return absl::OkStatus();
 }
 
+std::vector<std::byte> WeightUpdate::TakeMemory(Open& open, int64_t bytes) {
+  auto least = open.spare.end();
+  for (auto i = open.spare.begin(); i != open.spare.end(); ++i) {
+    if (static_cast<int64_t>(i->size()) >= bytes && (least == open.spare.end() || i->size() < least->size())) least = i;
+  }
+  if (least == open.spare.end()) return std::vector<std::byte>(bytes);
+  std::vector<std::byte> memory = std::move(*least);
+  open.spare.erase(least);
+  return memory;
+}
+
+void WeightUpdate::KeepMemory(Open& open, std::vector<std::byte> memory) {
+  open.spare.push_back(std::move(memory));
+  if (open.spare.size() <= kMaxSpare) return;
+  open.spare.erase(std::min_element(open.spare.begin(), open.spare.end(),
+                                    [](const auto& x, const auto& y) { return x.size() < y.size(); }));
+}
+
 absl::Status WeightUpdate::StageWhole(Open& open, size_t tensor) {
   Arriving& arriving = open.arriving[tensor];
   const TensorPlace& place = open.places[tensor];
@@ -344,8 +362,9 @@ absl::Status WeightUpdate::StageWhole(Open& open, size_t tensor) {
                                       .first_row = place.first_row,
                                       .rows = place.rows,
                                       .data = arriving.bytes.data(),
-                                      .dtype = open.manifest.tensors[tensor].dtype});
-  std::vector<std::byte>().swap(arriving.bytes);
+                                      .dtype = open.manifest.tensors[tensor].dtype,
+                                      .digest = arriving.digest});
+  KeepMemory(open, std::exchange(arriving.bytes, {}));
   return staged;
 }
 

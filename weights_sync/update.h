@@ -55,6 +55,7 @@ struct Receive {
 
 // Tensors of which a part has arrived wait in host memory; more than this many at once are refused.
 inline constexpr size_t kMaxPartialTensors = 16;
+inline constexpr size_t kMaxSpare = 2;
 
 // Thread-safe.
 class WeightUpdate {
@@ -104,7 +105,7 @@ class WeightUpdate {
 
  private:
   struct Arriving {
-    std::vector<std::byte> bytes;  // while it is partial
+    std::vector<std::byte> bytes;  // at least its own, while it is partial
     int64_t received = 0;
     Digester digester;
     uint64_t digest = 0;  // once it is whole
@@ -115,6 +116,8 @@ class WeightUpdate {
     Manifest manifest;
     std::vector<TensorPlace> places;  // by tensor, as is the next
     std::vector<Arriving> arriving;
+    // Memory of tensors that are staged, for those that follow: new memory costs as much as filling it.
+    std::vector<std::vector<std::byte>> spare;
     UpdateState state = UpdateState::kReceiving;
     std::shared_ptr<std::atomic<bool>> dropped = std::make_shared<std::atomic<bool>>(false);
     int64_t arriving_bytes = 0;  // of the receive under way
@@ -139,6 +142,9 @@ class WeightUpdate {
   // The shadow's thread.
   void Keep();
   absl::Status AwaitInbox(absl::Time deadline, const char* what) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // At least as much.
+  static std::vector<std::byte> TakeMemory(Open& open, int64_t bytes);
+  static void KeepMemory(Open& open, std::vector<std::byte> memory);
   absl::Status StageWhole(Open& open, size_t tensor) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   static std::vector<int64_t> ReceivedOf(const Open& open);
 

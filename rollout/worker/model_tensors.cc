@@ -376,6 +376,10 @@ std::vector<size_t> ModelTensors::WrittenSlots(size_t slot) const {
 absl::Status ModelTensors::WriteValues(size_t slot, const std::byte* data, DType dtype, int64_t count) {
   for (const size_t s : WrittenSlots(slot)) {
     const Target& target = targets_[s];
+    if (dtype == target.dtype) {
+      LOCKSTEP_RETURN_IF_ERROR(stage_->Write(target.offset, {data, static_cast<size_t>(count * DTypeBytes(dtype))}));
+      continue;
+    }
     LOCKSTEP_RETURN_IF_ERROR(
         ForEachBlock(data, dtype, count, target.dtype, [&](std::span<const std::byte> values, int64_t at) {
           return stage_->Write(target.offset + at * DTypeBytes(target.dtype), values);
@@ -388,6 +392,12 @@ absl::Status ModelTensors::Stage(const ArrivedRows& rows) {
   const TensorSlot& slot = slots_[rows.slot];
   if (slot.tied_to >= 0) return absl::OkStatus();  // came, or comes, with what it is tied to
   Staged& staged = staged_[rows.slot];
+  if (staged.rows == 0 && rows.rows == slot.shape[0] && rows.dtype == slot.held) {  // as it is held, at once
+    staged.rows = rows.rows;
+    staged.digest = rows.digest;
+    staged.touched = true;
+    return WriteValues(rows.slot, rows.data, rows.dtype, Elements(slot));
+  }
   const int64_t row = Elements(slot) / slot.shape[0], count = rows.rows * row, bytes = DTypeBytes(slot.held);
   // Rounded to the held dtype first, and from there to the dtype of the stage, which holds it exactly.
   std::vector<std::byte>& held = staged.parts;

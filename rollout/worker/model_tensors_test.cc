@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "tests/testing/random_model.h"
+#include "weights_sync/digest.h"
 
 namespace lockstep {
 namespace {
@@ -44,7 +45,8 @@ class ModelTensorsTest : public ::testing::TestWithParam<bool> {
                           .first_row = first,
                           .rows = count,
                           .data = reinterpret_cast<const std::byte*>(values.data()),
-                          .dtype = DType::kF32});
+                          .dtype = DType::kF32,
+                          .digest = Digest(std::as_bytes(std::span(values)))});
   }
 
   const std::unique_ptr<LocalModel> model_ = MakeRandomModel(ModelKind::kHybrid, "fp32", 1, 1);
