@@ -12,6 +12,8 @@ import sys
 import threading
 import time
 
+from chaos_report import start_time
+
 READY = re.compile(r"^lockstep-worker ready data=(\S+) control=(\S+)$")
 FIRED = re.compile(r"failpoint (\S+?)=(\S+) at hit (\d+)")
 # Passed many times in an update: by what the version's tensors give. The others once, or as traffic has it.
@@ -157,7 +159,7 @@ class Worker:
             environment = {**os.environ, "LOCKSTEP_FAILPOINTS": ";".join(self.plan)}
             with open(self.log_path, "w") as log:
                 process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
-            self.campaign.pids.append(process.pid)
+            self.campaign.pids[process.pid] = start_time(process.pid)
             match = READY.match(process.stdout.readline().rstrip("\n"))
             if match:
                 break
@@ -273,7 +275,7 @@ class Learner:
                 stderr=log,
                 text=True,
             )
-        self.campaign.pids.append(self.process.pid)
+        self.campaign.pids[self.process.pid] = start_time(self.process.pid)
         self.lines = queue.Queue()
         threading.Thread(target=self.read, args=(self.process, self.lines), daemon=True).start()
         self.wait_for("ready", 60)

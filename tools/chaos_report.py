@@ -24,10 +24,19 @@ def shared_memory():
     return {p.name for p in folder.iterdir()} if folder.exists() else set()
 
 
+def start_time(pid):
+    """When the process started, in the kernel's ticks; None: there is none."""
+    try:
+        return int(pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, ValueError):
+        return None
+
+
 def left_over(campaign, before):
     """Processes of the campaign, or shared memory that nobody has open: both must be gone."""
-    for pid in campaign.pids:
-        if pathlib.Path(f"/proc/{pid}").exists():
+    for pid, started in campaign.pids.items():
+        # A long campaign sees numbers come round again.
+        if started is not None and start_time(pid) == started:
             campaign.violation("left over", f"process {pid} is still there")
     new = shared_memory() - before
     in_use = set()

@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 import grpc
 import numpy as np
 from chaos_fleet import READY
+from chaos_report import start_time
 
 TEMPERATURE = 0.9
 MAX_REDRAWN = 128  # tokens of a span; the log-probabilities of longer ones are checked all the same
@@ -175,7 +176,7 @@ class Reference:
         self.process = subprocess.Popen(
             [*command, "--memory_gb", "0.5"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
         )
-        self.campaign.pids.append(self.process.pid)
+        self.campaign.pids[self.process.pid] = start_time(self.process.pid)
         self.channel = grpc.insecure_channel(READY.match(self.process.stdout.readline().rstrip("\n"))[1], CHANNEL)
         self.stub = self.campaign.stubs.grpc.RolloutStub(self.channel)
         return self

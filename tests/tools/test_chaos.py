@@ -107,3 +107,19 @@ def test_old_or_new_and_two_versions_are_found(chaos, campaign):
     campaign.inspect(record | {"ok": False, "outcome": "failed"})
     assert not campaign.violations
     campaign.violations.clear()
+
+
+def test_a_process_number_that_came_round_again_is_nobodys(chaos, campaign):
+    import os
+
+    from chaos_report import left_over, shared_memory, start_time
+
+    campaign.violations.clear()
+    campaign.pids[os.getpid()] = start_time(os.getpid()) - 1
+    left_over(campaign, shared_memory())
+    assert not campaign.violations
+    campaign.pids[os.getpid()] = start_time(os.getpid())
+    left_over(campaign, shared_memory())
+    assert {v["check"] for v in campaign.violations} == {"left over"}
+    del campaign.pids[os.getpid()]
+    campaign.violations.clear()
