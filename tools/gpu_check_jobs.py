@@ -193,8 +193,9 @@ def read_bench(job, result):
 
 
 def read_rl(job, result):
-    """lockstep-bench --rl's rows: a file of their own."""
+    """lockstep-bench --rl's rows, of one model."""
     rows = json.loads(job.json.read_text())["rl"]
+    result.found = {"rl": rows}
     result.summary = ", ".join(f"{row['response_tokens']}: {row['tok_s']:.0f} tok/s" for row in rows)
 
 

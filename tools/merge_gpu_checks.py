@@ -16,7 +16,7 @@ import sys
 
 RUN_FIELDS = ("commit", "command", "device", "versions", "date", "stages")
 KEPT_FIELDS = (*RUN_FIELDS, "invariance")  # of each run
-ROW_FIELDS = ("parity", "decode", "kernels", "prefill", "serving", "sanitizer")
+ROW_FIELDS = ("parity", "decode", "kernels", "prefill", "serving", "sanitizer", "rl")
 
 
 def merge(measurements):

@@ -425,6 +425,7 @@ absl::Status WeightUpdate::Verify(const WeightVersion& version, std::span<const 
   LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.verify.compared"));
   LOCKSTEP_RETURN_IF_ERROR(table_.Finish());
   open->state = UpdateState::kVerified;
+  open->spare.clear();
   return absl::OkStatus();
 }
 

@@ -55,6 +55,7 @@ struct Receive {
 
 // Tensors of which a part has arrived wait in host memory; more than this many at once are refused.
 inline constexpr size_t kMaxPartialTensors = 16;
+// Tensors' memory that is kept for those that follow, until all have come.
 inline constexpr size_t kMaxSpare = 2;
 
 // Thread-safe.

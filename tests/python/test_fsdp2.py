@@ -5,6 +5,7 @@ import sys
 import pytest
 import torch
 from fake_weights import FakeWeights
+from two_ranks import run_two_ranks
 
 from lockstep.publisher import manifest_of
 
@@ -40,19 +41,7 @@ def rank_main(rank, address, init_file, paths, results):
 def test_two_ranks(repo_root, tmp_path):
     model = make_model()
     worker = FakeWeights(manifest_of(model)).start()
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.Queue()
-    paths = [str(repo_root / p) for p in ("python", "python/examples", "tests/python")]
-    arguments = (worker.address, str(tmp_path / "init"), paths, results)
-    ranks = [context.Process(target=rank_main, args=(rank, *arguments)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    try:
-        outcome = dict(results.get(timeout=90) for _ in ranks)
-    finally:
-        for process in ranks:
-            process.join(10)
-            process.kill()
+    outcome = dict(run_two_ranks(rank_main, worker, repo_root, tmp_path, timeout=90))
     assert outcome == {0: [[(0, 1)], "begin"], 1: [None, "walked"]}
     for name, tensor in model.state_dict().items():
         assert worker.weights[name].tobytes() == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()

@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from fake_weights import FakeWeights
+from two_ranks import run_two_ranks
 
 from lockstep.publisher import manifest_of
 
@@ -67,19 +68,7 @@ def rank_main(rank, address, init_file, paths, results):
 def test_two_ranks(repo_root, tmp_path):
     model = make_model()
     worker = FakeWeights(manifest_of(model)).start()
-    context = torch.multiprocessing.get_context("spawn")
-    results = context.Queue()
-    paths = [str(repo_root / p) for p in ("python", "python/examples", "tests/python")]
-    arguments = (worker.address, str(tmp_path / "init"), paths, results)
-    ranks = [context.Process(target=rank_main, args=(rank, *arguments)) for rank in range(2)]
-    for process in ranks:
-        process.start()
-    try:
-        found = {rank: rest for rank, *rest in (results.get(timeout=500) for _ in ranks)}
-    finally:
-        for process in ranks:
-            process.join(10)
-            process.kill()
+    found = {rank: rest for rank, *rest in run_two_ranks(rank_main, worker, repo_root, tmp_path, timeout=500)}
     assert {rank: outcome for rank, (outcome, _) in found.items()} == {0: [[(0, 1)], "begin"], 1: [None, "walked"]}
     before = dict(model.named_parameters())
     for name, trained in found[0][1].items():

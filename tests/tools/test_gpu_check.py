@@ -242,7 +242,7 @@ def test_an_rl_stage_writes_its_own_table(tmp_path, fake_bin):
     result, measurement = gpu_check(tmp_path, fake_bin("exit 0", bench), *flags)
     assert result.returncode == 0, result.stdout + result.stderr
     assert [job["name"] for job in measurement["stages"][0]["jobs"]] == ["rl olmo-hybrid-7b", "rl olmo3-7b", "rl table"]
-    assert measurement["stages"][0]["jobs"][0]["summary"] == "1024: 5 tok/s"
+    assert measurement["stages"][0]["jobs"][0]["summary"] == "1024: 5 tok/s" and len(measurement["rl"]) == 2
     assert json.loads((tmp_path / "rl.json").read_text())["rows"][0]["measured"] == 1.0
 
 

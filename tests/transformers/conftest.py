@@ -1,4 +1,4 @@
-"""Before torch is imported: bf16 products as CPUs without AMX give them, which is what the tolerances are of."""
+"""Before torch is imported: oneDNN without AMX, whose bf16 products sum in an order that hf-torch does not know."""
 
 import os
 
