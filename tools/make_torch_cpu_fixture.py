@@ -1,6 +1,6 @@
 """Writes tests/data/torch_cpu: inputs and outputs of PyTorch's and transformers' own CPU code in bf16, which
-kernels/cpu/torch_cpu_test.cc compares with in bits. Needs a CPU with AVX512-BF16 (oneDNN has other orders without), and
-was run with PyTorch 2.13.0 (CPU) and transformers 5.17.0:
+kernels/cpu/torch_cpu_test.cc compares with in bits. Needs an AMD CPU with AVX512-BF16 (oneDNN has other orders without,
+oneMKL's triangular solve has others on Intel's), and was run with PyTorch 2.13.0 (CPU) and transformers 5.17.0:
 
     .venv/bin/python tools/make_torch_cpu_fixture.py
 """
@@ -81,8 +81,8 @@ def gates(generator):
 @torch.no_grad()
 def main():
     flags = pathlib.Path("/proc/cpuinfo").read_text()
-    if "avx512_bf16" not in flags:
-        raise SystemExit("make_torch_cpu_fixture: needs a CPU with AVX512-BF16")
+    if "AuthenticAMD" not in flags or "avx512_bf16" not in flags:
+        raise SystemExit("make_torch_cpu_fixture: needs an AMD CPU with AVX512-BF16")
     OUT.mkdir(parents=True, exist_ok=True)
     generator = torch.Generator().manual_seed(7)
     for part in (linear, norm, attention, gated_delta_rule, gates):

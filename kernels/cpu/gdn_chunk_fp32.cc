@@ -8,10 +8,11 @@
 //   S'   = e^G_63 S + sum_j (e^(G_63 - G_j) k_j) v'_j
 //
 // Products with q, k, S and v' are chains of fused multiply-adds over ascending d_k or j from zero, as oneMKL makes
-// them at these depths. The two solves, LAPACK's, multiply and add apart: j in fours goes to 4 sums by j % 4, joined as
-// (0 + 2) + (1 + 3), the last j % 4 follow in order, and the whole is subtracted. G is summed in fp64 and each G_t
-// rounded. A decode row reads S, 6 d_k (t + 1) bytes of bf16 keys and w and 8 d_v t of u and v' (at 96 x 192: 73.7 KB +
-// 2.1 KB per open row); S is written once in 64 rows.
+// them at these depths. The two solves multiply and add apart, as oneMKL's portable kernel does (AMD's processors run
+// it; Intel's have others): j in fours goes to 4 sums by j % 4, joined as (0 + 2) + (1 + 3), the last j % 4 follow in
+// order, and the whole is subtracted. G is summed in fp64 and each G_t rounded. A decode row reads S, 6 d_k (t + 1)
+// bytes of bf16 keys and w and 8 d_v t of u and v' (at 96 x 192: 73.7 KB + 2.1 KB per open row); S is written once in
+// 64 rows.
 #include <algorithm>
 #include <bit>
 #include <cmath>
