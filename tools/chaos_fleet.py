@@ -146,9 +146,10 @@ class Worker:
         self.last_seen = (0, (0, 0))  # generation, and the version it served after the last update
         self.thread = threading.Thread(target=self.watch, daemon=True)
 
-    def start(self, armed=True):
+    def start(self):
         self.read, self.fatal, self.external, self.stopped_at = 0, None, False, None
-        self.plan = self.campaign.coverage.plan() if armed and self.campaign.faults else []
+        armed = self.campaign.faults and self.index in self.campaign.armed
+        self.plan = self.campaign.coverage.plan() if armed else []
         ports = ("127.0.0.1:0", "127.0.0.1:0")
         if self.generation and self.rng.random() < 0.7:  # else the fleet's list changes
             ports = (self.data, self.control)
@@ -221,6 +222,8 @@ class Worker:
                 tail = self.log_path.read_text()[-2000:]
                 self.campaign.violation("death", f"worker {self.index} ended by itself, status {status}:\n{tail}")
             self.campaign.coverage.release(self.plan)
+            if self.plan:
+                self.campaign.pass_on(self.index)
             self.process.stdout.close()
             time.sleep(self.rng.choice((0.0, 0.05, 0.3)))
             if self.campaign.over.is_set():
@@ -269,7 +272,13 @@ class Learner:
         script = pathlib.Path(__file__).with_name("chaos_learner.py")
         with open(self.campaign.scratch / "learner.log", "a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, str(script), str(self.campaign.seed), self.campaign.transport, self.campaign.nccl_library],
+                [
+                    sys.executable,
+                    str(script),
+                    str(self.campaign.seed),
+                    self.campaign.transport,
+                    self.campaign.nccl_library,
+                ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,

@@ -61,10 +61,10 @@ class Sample:
 
 
 class Clients:
-    """`count` threads for each worker, and one whose requests are long."""
+    """`count` threads for each worker, and one whose requests are long. Each rests for up to `pause_s` after a call."""
 
-    def __init__(self, campaign, count, deadline_s):
-        self.campaign, self.deadline_s = campaign, deadline_s
+    def __init__(self, campaign, count, pause_s, deadline_s):
+        self.campaign, self.pause_s, self.deadline_s = campaign, pause_s, deadline_s
         self.samples, self.lock = [], threading.Lock()
         self.calls = {}  # by status code
         self.longest = 0.0
@@ -102,7 +102,7 @@ class Clients:
                 self.call(stub, worker.index, generation, rng, rng.randrange(1300, 1800), n=3)
             else:
                 self.call(stub, worker.index, generation, rng, rng.randrange(20, 200), waits)
-            time.sleep(rng.random() * 0.12)
+            time.sleep(rng.random() * self.pause_s)
 
     def call(self, stub, worker, generation, rng, tokens, min_version=None, n=None):
         """One Generate call; its samples, which are kept as well."""
