@@ -23,6 +23,7 @@ ABSL_FLAG(std::string, numerics, "hf-torch", "numerics profile");
 ABSL_FLAG(int32_t, threads, static_cast<int32_t>(std::max(1u, std::thread::hardware_concurrency())), "threads");
 ABSL_FLAG(std::string, backend, "cpu", "cpu or cuda");
 ABSL_FLAG(bool, cuda_graphs, true, "on cuda: record decode steps and replay them");
+ABSL_FLAG(bool, shared_prefix_attention, false, "on cuda: decode reads the keys and values that sequences share once");
 ABSL_FLAG(int32_t, prompts, 16, "random prompts, of 1 to --prompt_tokens tokens");
 ABSL_FLAG(int32_t, prompt_tokens, 200, "longest prompt");
 ABSL_FLAG(int32_t, max_tokens, 96, "generated tokens a prompt");
@@ -103,7 +104,9 @@ absl::StatusOr<std::vector<std::shared_ptr<CollectingSink>>> Run(LocalModel& mod
 
 absl::StatusOr<bool> CheckParity(const std::string& dir, const std::string& numerics, int threads,
                                  const Options& options) {
-  const BackendOptions backend{.name = absl::GetFlag(FLAGS_backend), .cuda_graphs = absl::GetFlag(FLAGS_cuda_graphs)};
+  const BackendOptions backend{.name = absl::GetFlag(FLAGS_backend),
+                               .cuda_graphs = absl::GetFlag(FLAGS_cuda_graphs),
+                               .shared_prefix_attention = absl::GetFlag(FLAGS_shared_prefix_attention)};
   LOCKSTEP_ASSIGN_OR_RETURN(const std::unique_ptr<LocalModel> model, LoadLocalModel(dir, numerics, threads, backend));
   // On a device the number of host threads computes nothing.
   std::unique_ptr<LocalModel> single;

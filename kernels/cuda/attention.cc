@@ -45,13 +45,20 @@ absl::Status AttentionParams::Validate() const {
     if (max_positions <= 0 || max_positions > INT32_MAX) {
       return BadField("AttentionParams.max_positions", max_positions, "1 to 2^31 - 1 with a workspace");
     }
-    const int64_t wanted = AttentionWorkspaceBytes(batch.decode_pieces, heads, kv.kv_heads, max_positions);
+    const int64_t wanted = AttentionWorkspaceBytes(batch, heads, kv.kv_heads, max_positions);
     if (workspace_bytes < wanted) {
       return absl::InvalidArgumentError(
           absl::StrCat("AttentionParams.workspace_bytes: ", workspace_bytes, ", want at least ", wanted));
     }
   }
+  if (batch.share_count < 0 || batch.share_count > 65535) {
+    return BadField("AttentionParams.batch.share_count", batch.share_count, "0 to 65535");
+  }
   if (batch.decode_pieces == 0 && batch.tile_count == 0) return absl::OkStatus();
+  if (batch.share_count > 0) {
+    if (absl::Status status = CheckPointer("AttentionParams.batch.shares", batch.shares, sizeof(int32_t)); !status.ok())
+      return status;
+  }
   const std::pair<const char*, const void*> arrays[] = {{"AttentionParams.batch.pieces", batch.pieces},
                                                         {"AttentionParams.batch.pages", batch.pages}};
   for (const auto& [field, pointer] : arrays) {
@@ -78,11 +85,20 @@ absl::StatusOr<AttentionArgs> MakeAttentionArgs(const AttentionParams& params, K
       .window = static_cast<int32_t>(params.window),
       .exponent = {.folded = static_cast<float>(params.scale * kLog2E),
                    .scale = params.scale,
-                   .log2e = static_cast<float>(kLog2E)}};
+                   .log2e = static_cast<float>(kLog2E)},
+      .shared_rows = nullptr};
 }
 
 int64_t DecodeUnits(int64_t heads, int64_t kv_heads) {
   return kv_heads * ((heads / kv_heads + kDecodeColumns - 1) / kDecodeColumns);
+}
+
+int64_t AttentionWorkspaceBytes(const DeviceBatch& batch, int64_t heads, int64_t kv_heads, int64_t max_positions) {
+  if (DecodeIsSpread(batch.decode_pieces, heads, kv_heads)) {
+    return SpreadWorkspaceBytes(batch.decode_pieces, heads, kv_heads, max_positions);
+  }
+  if (batch.share_count == 0 || heads != kv_heads) return 0;
+  return batch.decode_pieces * heads * static_cast<int64_t>(sizeof(RowState));
 }
 
 absl::Status LaunchAttention(const AttentionParams& params, cudaStream_t stream) {

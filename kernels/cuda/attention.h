@@ -36,8 +36,9 @@ struct AttentionParams {
   int64_t heads = 0;   // a multiple of kv.kv_heads
   int64_t window = 0;  // 0: every earlier key
   float scale = 0;     // of q k^T
-  // For decode pieces too few to fill the card otherwise: AttentionWorkspaceBytes() for max_positions, or null for
-  // none. Undefined contents; the kernels of one stream may share it.
+  // For decode pieces too few to fill the card otherwise, and for those that batch.shares names:
+  // AttentionWorkspaceBytes() for max_positions, or null: neither is done then, and the bits are the same. Undefined
+  // contents; the kernels of one stream may share it.
   void* workspace = nullptr;
   int64_t workspace_bytes = 0;
   int64_t max_positions = 0;  // above every decode piece's position; used with a workspace only
@@ -45,9 +46,13 @@ struct AttentionParams {
   absl::Status Validate() const;
 };
 
-// What lets `decode_pieces` pieces of up to `max_positions` positions be spread over the whole card; 0 when one block a
-// head and piece fills it.
-int64_t AttentionWorkspaceBytes(int64_t decode_pieces, int64_t heads, int64_t kv_heads, int64_t max_positions);
+// Whether decode of so many pieces is spread over the card, given a workspace. Then, and only then, the launch depends
+// on max_positions.
+bool DecodeIsSpread(int64_t decode_pieces, int64_t heads, int64_t kv_heads);
+
+// What lets few decode pieces of up to `max_positions` positions be spread over the whole card, or many take the keys
+// and values of batch.shares together (with one query head a kv head, under the programs that go forwards). 0: neither.
+int64_t AttentionWorkspaceBytes(const DeviceBatch& batch, int64_t heads, int64_t kv_heads, int64_t max_positions);
 
 // Both kernels, decode pieces and tiles. Asynchronous on `stream`.
 absl::Status LaunchAttention(const AttentionParams& params, cudaStream_t stream);

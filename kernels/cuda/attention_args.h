@@ -26,6 +26,14 @@ struct ExponentScale {
   float log2e;
 };
 
+// What a row of attention has come to after some of its tiles, in memory: of one query head.
+struct RowState {
+  float o[kKvHeadDim];  // the output, not divided yet
+  float sums[4];        // of the weights: each thread's of a quad
+  float max;
+  float unused[3];  // to whole 16 bytes
+};
+
 struct AttentionArgs {
   CUtensorMap map;  // of the pages
   DeviceBatch batch;
@@ -39,15 +47,13 @@ struct AttentionArgs {
   int32_t group;  // query heads of a kv head
   int32_t window;
   ExponentScale exponent;
+  RowState* shared_rows;  // [decode_pieces, heads]: after the tiles that pieces share; null: none are shared
 };
 
 absl::StatusOr<AttentionArgs> MakeAttentionArgs(const AttentionParams& params, KvBox box);
 
 // Blocks of the decode kernels' first dimension: a kv head and up to 8 of its query heads each.
 int64_t DecodeUnits(int64_t heads, int64_t kv_heads);
-
-// Whether decode of so many pieces is spread, given a workspace.
-bool DecodeIsSpread(int64_t decode_pieces, int64_t heads, int64_t kv_heads);
 
 // Lets `kernel` have `bytes` of shared memory.
 template <class Kernel>
@@ -56,6 +62,8 @@ absl::Status AllowSharedMemory(const char* name, Kernel* kernel, int bytes) {
   if (error == cudaSuccess) return absl::OkStatus();
   return absl::InternalError(std::string(name) + ": " + cudaGetErrorString(error));
 }
+
+int64_t SpreadWorkspaceBytes(int64_t decode_pieces, int64_t heads, int64_t kv_heads, int64_t max_positions);
 
 // Decode with one sequence's keys spread over the card; needs params.workspace. The same bits.
 absl::Status LaunchAttentionDecodeSpread(const AttentionParams& params, cudaStream_t stream);

@@ -27,12 +27,12 @@ struct DecodeShared {
 
 // The loading warp: blocks of a tile's keys, then of its values.
 template <class Order>
-__device__ void Load(const AttentionArgs& args, const DevicePiece& piece, const KeyRange<Order>& range, int kv_head,
-                     DecodeShared<Order>& shared) {
+__device__ void Load(const AttentionArgs& args, const DevicePiece& piece, const KeyRange<Order>& range, int first_step,
+                     int kv_head, DecodeShared<Order>& shared) {
   constexpr int kHalves = Order::kKeys / kBlock;
   PageCursor<Order> cursor(args, piece, range);
   RingIndex<kSlots> ring;
-  for (int step = 0; step < range.tiles; ++step) {
+  for (int step = first_step; step < range.tiles; ++step) {
     const int tile = range.Tile(step);
 #pragma unroll
     for (int unit = 0; unit < 2 * kHalves; ++unit) {
@@ -50,26 +50,77 @@ __device__ void Load(const AttentionArgs& args, const DevicePiece& piece, const 
   }
 }
 
-// Grid: (kv_heads * groups of 8 query heads, decode_pieces), 4 warps of mathematics and one that loads.
-// A block walks its sequence tile by tile: the warps share a tile's keys for the scores, and the head dimension for the
+// Whether a piece's first `shared` positions are another kernel's, which has left what they give in shared_rows. Not
+// where the window cuts them off.
+__device__ bool IsShared(const AttentionArgs& args, const DevicePiece& piece) {
+  return args.shared_rows != nullptr && piece.shared > 0 && (args.window == 0 || piece.position < args.window);
+}
+
+// The rows that a block computes, the columns of its products, and the keys they see.
+struct Columns {
+  DevicePiece piece;  // whose pages hold the keys, up to its position; row_count 0: nothing to do
+  int kv_head;
+  int64_t first_head;
+  int count;
+  int window;
+  const DeviceShare* share = nullptr;  // null: `count` heads from first_head on, all of `piece`; else one head of each
+
+  // Block (x, y) of a grid (kv_heads * groups of 8 query heads, decode_pieces).
+  __device__ static Columns OfPiece(const AttentionArgs& args) {
+    Columns columns;
+    columns.piece = args.batch.pieces[blockIdx.y];
+    columns.kv_head = static_cast<int>(blockIdx.x) % args.kv_heads;
+    const int first_column = static_cast<int>(blockIdx.x) / args.kv_heads * kColumns;
+    columns.first_head = static_cast<int64_t>(columns.kv_head) * args.group + first_column;
+    columns.count = min(kColumns, args.group - first_column);
+    columns.window = args.window;
+    return columns;
+  }
+  // Block (x, y) of a grid (kv_heads, share_count), one query head a kv head.
+  __device__ static Columns OfShare(const AttentionArgs& args) {
+    Columns columns;
+    columns.share = &args.batch.shares[blockIdx.y];
+    columns.count = columns.share->count;
+    bool any = false;
+    for (int i = 0; i < columns.count; ++i) any |= IsShared(args, args.batch.pieces[columns.share->pieces[i]]);
+    if (any) columns.piece = args.batch.pieces[columns.share->pieces[0]];
+    columns.piece.position = columns.share->positions - 1;
+    columns.kv_head = static_cast<int>(blockIdx.x);
+    columns.first_head = columns.kv_head;
+    columns.window = 0;  // wider than what is shared, for those that take part
+    return columns;
+  }
+  __device__ DevicePiece Piece(const AttentionArgs& args, int column) const {
+    return share == nullptr ? piece : args.batch.pieces[share->pieces[column]];
+  }
+  __device__ int64_t Head(int column) const { return share == nullptr ? first_head + column : first_head; }
+};
+
+// 4 warps of mathematics and one that loads.
+// A block walks its keys tile by tile: the warps share a tile's keys for the scores, and the head dimension for the
 // sum over the values; every warp computes all the weights. Keys are the rows of the first product and dims those of
-// the second, so that up to 8 query heads cost what one costs.
-// Traffic: the keys and values that the piece sees, 512 bytes a position and kv head, each once.
-template <class Order>
+// the second, so that up to 8 columns cost what one costs: query heads of one kv head or, with kShare, the pieces of a
+// DeviceShare, whose states after the shared tiles go to shared_rows, where each piece's own block finds them.
+// Columns never meet in any sum: what a column gives does not depend on the others.
+// Traffic: the keys and values that the piece sees, 512 bytes a position and kv head, each once; of a share once for
+// all its pieces, and 2 x 544 bytes a piece and head.
+template <class Order, bool kShare>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) DecodeKernel(const __grid_constant__ AttentionArgs args) {
   constexpr int kKeys = Order::kKeys;
   constexpr int kHalves = kKeys / kBlock;
   constexpr int kRowTiles = kKeys / (16 * kMathWarps);  // of 16 keys, a warp
   constexpr int kDimTiles = kHeadDim / (16 * kMathWarps);
+  static_assert(!kShare || Order::kForward, "the first tiles are those at the front");
   extern __shared__ __align__(1024) std::byte raw[];
   auto& shared = *reinterpret_cast<DecodeShared<Order>*>(raw);
   FollowPreviousKernel();
-  const DevicePiece piece = args.batch.pieces[blockIdx.y];
+  const Columns work = kShare ? Columns::OfShare(args) : Columns::OfPiece(args);
+  const DevicePiece& piece = work.piece;
   if (piece.row_count == 0) return;
-  const int kv_head = static_cast<int>(blockIdx.x) % args.kv_heads;
-  const int first_column = static_cast<int>(blockIdx.x) / args.kv_heads * kColumns;
-  const int columns = min(kColumns, args.group - first_column);
-  const KeyRange<Order> range(piece.position, args.window);
+  const int columns = work.count;
+  const KeyRange<Order> range(piece.position, work.window);
+  const bool resumes = !kShare && Order::kForward && IsShared(args, piece);
+  const int first_step = resumes ? piece.shared / kKeys : 0;
   const int warp = static_cast<int>(threadIdx.x / 32);
   const int lane = static_cast<int>(threadIdx.x % 32);
 
@@ -82,7 +133,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) DecodeKernel(const __g
   }
   __syncthreads();
   if (warp == kMathWarps) {
-    Load(args, piece, range, kv_head, shared);
+    Load(args, piece, range, first_step, work.kv_head, shared);
     return;
   }
 
@@ -90,15 +141,27 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) DecodeKernel(const __g
   const int quad = lane % 4;
   // Of a second operand this thread holds column lane / 4; the columns past the last repeat it, unused.
   const int column = min(group_row, columns - 1);
-  const int64_t first_head = static_cast<int64_t>(kv_head) * args.group + first_column;
   uint32_t q[16];
-  LoadQueries(args, piece, first_head + column, q);
+  LoadQueries(args, work.Piece(args, column), work.Head(column), q);
+  const int64_t heads = static_cast<int64_t>(args.kv_heads) * args.group;
+  const int dim = warp * kDimTiles * 16 + group_row;  // this thread's of the output: + 16 d and + 16 d + 8
 
   float row_max = -INFINITY;
   RowSum<Order> sum;
   float o[kDimTiles][4] = {};
+  if (resumes) {
+    // One query head a kv head, so every column is that one.
+    const RowState& state = args.shared_rows[static_cast<int64_t>(blockIdx.y) * heads + work.first_head];
+    row_max = state.max;
+    sum = RowSum<Order>(state.sums[quad]);
+#pragma unroll
+    for (int d = 0; d < kDimTiles; ++d) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) o[d][i] = state.o[dim + 16 * d + i / 2 * 8];
+    }
+  }
   RingIndex<kSlots> ring;
-  for (int step = 0; step < range.tiles; ++step) {
+  for (int step = first_step; step < range.tiles; ++step) {
     const int tile = range.Tile(step);
     const int tile_begin = tile * kKeys;
     auto& scores = shared.scores[step & 1];
@@ -187,29 +250,57 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) DecodeKernel(const __g
     }
   }
 
+  if constexpr (kShare) {
+    const auto state = [&](int c) -> RowState& {
+      return args.shared_rows[work.share->pieces[c] * heads + work.first_head];
+    };
+    if (warp == 0 && group_row < columns) {
+      state(group_row).sums[quad] = sum.partial();
+      if (quad == 0) state(group_row).max = row_max;
+    }
+#pragma unroll
+    for (int d = 0; d < kDimTiles; ++d) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        const int to = 2 * quad + i % 2;
+        if (to < columns) state(to).o[dim + 16 * d + i / 2 * 8] = o[d][i];
+      }
+    }
+    return;
+  }
   const float inverse = sum.Inverse();
   const float inverses[2] = {__shfl_sync(0xFFFFFFFFu, inverse, 8 * quad),
                              __shfl_sync(0xFFFFFFFFu, inverse, 8 * quad + 4)};
-  __nv_bfloat16* out = args.out + piece.row_begin * args.out_stride + first_head * kHeadDim;
+  __nv_bfloat16* out = args.out + piece.row_begin * args.out_stride + work.first_head * kHeadDim;
 #pragma unroll
   for (int d = 0; d < kDimTiles; ++d) {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const int to = 2 * quad + i % 2;
       if (to >= columns) continue;
-      out[to * kHeadDim + (warp * kDimTiles + d) * 16 + group_row + i / 2 * 8] =
-          __float2bfloat16_rn(__fmul_rn(o[d][i], inverses[i % 2]));
+      out[to * kHeadDim + dim + 16 * d + i / 2 * 8] = __float2bfloat16_rn(__fmul_rn(o[d][i], inverses[i % 2]));
     }
   }
 }
 
 template <class Order>
 absl::Status Launch(const AttentionParams& params, cudaStream_t stream) {
-  const absl::StatusOr<AttentionArgs> args = MakeAttentionArgs(params, KvBox::kRows);
+  absl::StatusOr<AttentionArgs> args = MakeAttentionArgs(params, KvBox::kRows);
   if (!args.ok()) return args.status();
+  if constexpr (Order::kForward) {
+    if (params.batch.share_count > 0 && params.workspace != nullptr && params.heads == params.kv.kv_heads) {
+      args->shared_rows = static_cast<RowState*>(params.workspace);
+      const dim3 grid(static_cast<unsigned>(params.kv.kv_heads), static_cast<unsigned>(params.batch.share_count));
+      if (absl::Status status = LaunchKernel("AttentionDecodeShared", DecodeKernel<Order, true>, grid, kThreads,
+                                             sizeof(DecodeShared<Order>), LaunchOrder::kOverlapped, stream, *args);
+          !status.ok()) {
+        return status;
+      }
+    }
+  }
   const dim3 grid(static_cast<unsigned>(DecodeUnits(params.heads, params.kv.kv_heads)),
                   static_cast<unsigned>(params.batch.decode_pieces));
-  return LaunchKernel("AttentionDecode", DecodeKernel<Order>, grid, kThreads, sizeof(DecodeShared<Order>),
+  return LaunchKernel("AttentionDecode", DecodeKernel<Order, false>, grid, kThreads, sizeof(DecodeShared<Order>),
                       LaunchOrder::kOverlapped, stream, *args);
 }
 

@@ -484,8 +484,7 @@ bool DecodeIsSpread(int64_t decode_pieces, int64_t heads, int64_t kv_heads) {
   return decode_pieces * DecodeUnits(heads, kv_heads) <= kSpreadUnits;
 }
 
-int64_t AttentionWorkspaceBytes(int64_t decode_pieces, int64_t heads, int64_t kv_heads, int64_t max_positions) {
-  if (!DecodeIsSpread(decode_pieces, heads, kv_heads)) return 0;
+int64_t SpreadWorkspaceBytes(int64_t decode_pieces, int64_t heads, int64_t kv_heads, int64_t max_positions) {
   // Enough for both programs: their tiles differ.
   const int64_t tiles = (max_positions + CudnnOrder::kKeys - 1) / CudnnOrder::kKeys;
   constexpr int64_t kFa2Tiles = CudnnOrder::kKeys / Fa2Order::kKeys;

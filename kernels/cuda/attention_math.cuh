@@ -23,12 +23,6 @@ using CudnnOrder = TileOrder<true, 128, true>;
 using CudnnMaskOrder = TileOrder<true, 128, false>;
 using Fa2Order = TileOrder<false, 64, true>;
 
-__device__ inline float Exp2(float x) {
-  float y;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
 // The factors by which one tile changes a row.
 struct TileFactors {
   float rescale;  // of the row's sum and output so far
@@ -70,6 +64,9 @@ __device__ inline float Weight(float score, const TileFactors& factors, const Ex
 template <class Order>
 class RowSum {
  public:
+  RowSum() = default;
+  // Goes on from another's partial() after a whole number of tiles.
+  __device__ explicit RowSum(float partial) : sum_(partial) {}
   __device__ void BeginTile(float rescale) {
     before_ = sum_;
     rescale_ = rescale;
@@ -88,15 +85,14 @@ class RowSum {
   __device__ void EndTile() {
     if constexpr (Order::kCudnn) sum_ = __fmaf_rn(before_, rescale_, sum_);
   }
+  __device__ float partial() const { return sum_; }
   // 1 / the whole row's sum, in all threads of the quad. cuDNN takes the approximate reciprocal.
   __device__ float Inverse() const {
     constexpr int kNear = Order::kCudnn ? 1 : 2;
     float sum = __fadd_rn(sum_, __shfl_xor_sync(0xFFFFFFFFu, sum_, kNear));
     sum = __fadd_rn(sum, __shfl_xor_sync(0xFFFFFFFFu, sum, 3 - kNear));
     if constexpr (!Order::kCudnn) return __fdiv_rn(1.0f, sum);
-    float inverse;
-    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(sum));
-    return inverse;
+    return Reciprocal(sum);
   }
 
  private:

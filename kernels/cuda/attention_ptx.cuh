@@ -1,4 +1,5 @@
-// The Hopper instructions attention is made of: barriers in shared memory, tensor copies, matrix products.
+// The Hopper instructions attention is made of: barriers in shared memory, tensor copies, matrix products, the
+// approximate functions of a softmax.
 #pragma once
 
 #include <cuda.h>
@@ -103,6 +104,18 @@ __device__ inline void Mma16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0,
       "%3};"
       : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
       : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
+}
+
+__device__ inline float Exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+__device__ inline float Reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
 }
 
 __device__ inline uint32_t PackBf16(float low, float high) {

@@ -6,10 +6,12 @@
 #include <memory>
 #include <numeric>
 #include <random>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/batch_shares.h"
 #include "kernels/cuda/cuda_test_util.h"
 #include "kernels/cuda/kv_cache.h"
 #include "kernels/float_bits.h"
@@ -73,9 +75,12 @@ class Sequences {
     return rows;
   }
 
-  // Stores the rows' k and v and returns their attention [rows, heads * 128]. `workspace`: give one.
+  // What attention may do with decode pieces.
+  enum class Decode { kPlain, kSpread, kShared };
+
+  // Stores the rows' k and v and returns their attention [rows, heads * 128].
   Bits Run(const std::vector<Span>& decode, const std::vector<Span>& prefill, bool write = true,
-           bool workspace = false) {
+           Decode how = Decode::kPlain) {
     std::vector<Span> spans = decode;
     spans.insert(spans.end(), prefill.begin(), prefill.end());
     std::vector<DevicePiece> pieces;
@@ -105,7 +110,25 @@ class Sequences {
       }
       rows += span.count;
     }
+    std::vector<DeviceShare> shares;
+    if (how == Decode::kShared) {
+      std::vector<Piece> host_pieces;
+      for (size_t i = 0; i < decode.size(); ++i) {
+        host_pieces.push_back({.row_begin = static_cast<int64_t>(i),
+                               .row_count = 1,
+                               .position = decode[i].position,
+                               .page_table = &pages[pieces[i].page_begin]});
+      }
+      shares.resize(MaxShares(static_cast<int64_t>(decode.size())));
+      const int64_t found = FindShares(host_pieces, shape_.page_size, shares);
+      EXPECT_GT(found, 0);
+      for (const DeviceShare& share : std::span(shares).first(found)) {
+        for (int i = 0; i < share.count; ++i) pieces[share.pieces[i]].shared = share.positions;
+      }
+    }
     // Padding, as a captured batch has it.
+    const auto decode_pieces = static_cast<int32_t>(decode.size() + (prefill.empty() ? 2 : 0));
+    if (prefill.empty()) pieces.resize(pieces.size() + 2);
     const int padded_rows = rows + 2;
     positions.insert(positions.end(), 2, kPoisonPage);
     row_piece.insert(row_piece.end(), 2, -1);
@@ -113,15 +136,18 @@ class Sequences {
     const DeviceArray<DevicePiece> device_pieces(pieces);
     const DeviceArray<DeviceTile> device_tiles(tiles);
     const DeviceArray<int32_t> device_pages(pages), device_positions(positions), device_row_piece(row_piece);
+    const DeviceArray<DeviceShare> device_shares(shares);
     const DeviceBatch batch = {.pieces = device_pieces.data(),
                                .tiles = device_tiles.data(),
+                               .shares = device_shares.data(),
                                .pages = device_pages.data(),
                                .positions = device_positions.data(),
                                .row_piece = device_row_piece.data(),
                                .rows = padded_rows,
                                .piece_count = static_cast<int32_t>(pieces.size()),
-                               .decode_pieces = static_cast<int32_t>(decode.size()),
-                               .tile_count = static_cast<int32_t>(tiles.size())};
+                               .decode_pieces = decode_pieces,
+                               .tile_count = static_cast<int32_t>(tiles.size()),
+                               .share_count = static_cast<int32_t>(shares.size())};
     const int64_t kv_width = shape_.kv_heads * kDim;
     const int64_t fused = 2 * kv_width + kFusedPad;
     if (write) {
@@ -150,8 +176,8 @@ class Sequences {
     const DeviceArray<uint16_t> out(Bits(q.size(), kPoison));
     const int64_t max_positions = *std::max_element(lengths_.begin(), lengths_.end());
     const int64_t bytes =
-        workspace ? AttentionWorkspaceBytes(batch.decode_pieces, shape_.heads, shape_.kv_heads, max_positions) : 0;
-    EXPECT_EQ(workspace, bytes > 0);
+        how == Decode::kPlain ? 0 : AttentionWorkspaceBytes(batch, shape_.heads, shape_.kv_heads, max_positions);
+    EXPECT_EQ(how != Decode::kPlain, bytes > 0);
     const DeviceArray<uint8_t> device_workspace(std::vector<uint8_t>(bytes, 0xFF));
     const AttentionParams params = {.program = shape_.program,
                                     .batch = batch,
@@ -163,7 +189,7 @@ class Sequences {
                                     .heads = shape_.heads,
                                     .window = shape_.window,
                                     .scale = kScale,
-                                    .workspace = workspace ? device_workspace.data() : nullptr,
+                                    .workspace = bytes > 0 ? device_workspace.data() : nullptr,
                                     .workspace_bytes = bytes,
                                     .max_positions = max_positions};
     const absl::Status status = LaunchAttention(params, nullptr);
@@ -321,6 +347,19 @@ TEST_F(CudaAttention, DecodeHasPrefillsBits) {
   }
 }
 
+TEST_F(CudaAttention, SharedDecodeHasPrefillsBits) {
+  for (const Shape& shape : Shapes()) {
+    if (shape.heads != shape.kv_heads) continue;
+    SCOPED_TRACE(shape.Name());
+    constexpr int kLength = 700;
+    Sequences sequences(shape, {kLength});
+    const Bits whole = sequences.Whole();
+    std::vector<Span> rows;
+    for (int t = 0; t < kLength; ++t) rows.push_back({0, t, 1});
+    ExpectSameBits(sequences.Run(rows, {}, /*write=*/false, Sequences::Decode::kShared), whole);
+  }
+}
+
 TEST_F(CudaAttention, SpreadDecodeHasPrefillsBits) {
   for (const Shape& shape : Shapes()) {
     SCOPED_TRACE(shape.Name());
@@ -331,11 +370,11 @@ TEST_F(CudaAttention, SpreadDecodeHasPrefillsBits) {
     for (const int t : {0, 1, 15, 16, 63, 64, 99, 127, 128, 191, 192, 255, 256, 300, 389}) {
       SCOPED_TRACE(t);
       const Bits want(whole.begin() + t * width, whole.begin() + (t + 1) * width);
-      ExpectSameBits(sequences.Run({{0, t, 1}}, {}, /*write=*/false, /*workspace=*/true), want);
+      ExpectSameBits(sequences.Run({{0, t, 1}}, {}, /*write=*/false, Sequences::Decode::kSpread), want);
     }
     Bits want(whole.begin() + 200 * width, whole.begin() + 201 * width);
     want.insert(want.end(), whole.begin() + 9 * width, whole.begin() + 10 * width);
-    ExpectSameBits(sequences.Run({{0, 200, 1}, {0, 9, 1}}, {}, /*write=*/false, /*workspace=*/true), want);
+    ExpectSameBits(sequences.Run({{0, 200, 1}, {0, 9, 1}}, {}, /*write=*/false, Sequences::Decode::kSpread), want);
   }
 }
 
@@ -354,7 +393,7 @@ TEST_F(CudaAttention, SpreadDecodeOfLongRowsHasPrefillsBits) {
       for (const int t : {1849, 1535, 1407, 64, 1700}) {  // 12, 24, then 36 units and more
         rows.push_back({0, t, 1});
         want.insert(want.end(), whole.begin() + t * width, whole.begin() + (t + 1) * width);
-        ExpectSameBits(sequences.Run(rows, {}, /*write=*/false, /*workspace=*/true), want);
+        ExpectSameBits(sequences.Run(rows, {}, /*write=*/false, Sequences::Decode::kSpread), want);
       }
     }
   }
@@ -457,6 +496,13 @@ TEST(CudaParams, WriteKvNamesTheBadField) {
   ExpectRefusedAfter(good, ".batch.row_piece", [](P& p) { p.batch.row_piece = nullptr; });
 }
 
+DeviceBatch Pieces(int32_t decode_pieces, int32_t shares = 0) {
+  DeviceBatch batch;
+  batch.decode_pieces = decode_pieces;
+  batch.share_count = shares;
+  return batch;
+}
+
 TEST(CudaParams, AttentionNamesTheBadField) {
   using P = AttentionParams;
   const P good = {.batch = GoodBatch(),
@@ -484,21 +530,26 @@ TEST(CudaParams, AttentionNamesTheBadField) {
   ExpectRefusedAfter(good, ".batch.pieces", [](P& p) { p.batch.pieces = nullptr; });
   ExpectRefusedAfter(good, ".batch.pages", [](P& p) { p.batch.pages = nullptr; });
   ExpectRefusedAfter(good, ".batch.tiles", [](P& p) { p.batch.tiles = nullptr; });
+  ExpectRefusedAfter(good, ".batch.share_count", [](P& p) { p.batch.share_count = -1; });
+  ExpectRefusedAfter(good, ".batch.shares", [](P& p) { p.batch.share_count = 1; });
   ExpectRefusedAfter(good, ".workspace:", [](P& p) { p.workspace = Address(4160); });
   ExpectRefusedAfter(good, ".max_positions", [](P& p) { p.workspace = Address(); });
   ExpectRefusedAfter(good, ".workspace_bytes", [](P& p) {
     p.workspace = Address();
     p.max_positions = 100;
-    p.workspace_bytes = AttentionWorkspaceBytes(1, 4, 2, 100) - 1;
+    p.workspace_bytes = AttentionWorkspaceBytes(Pieces(1), 4, 2, 100) - 1;
   });
 }
 
-TEST(CudaParams, AttentionWorkspaceIsForFewSequences) {
-  EXPECT_EQ(AttentionWorkspaceBytes(32, 30, 30, 8192), 0);
+TEST(CudaParams, AttentionWorkspaceIsForFewSequencesAndForShares) {
+  EXPECT_EQ(AttentionWorkspaceBytes(Pieces(32), 30, 30, 8192), 0);
   // Per head and 64 positions, 64 scores and 8 maxima.
-  EXPECT_EQ(AttentionWorkspaceBytes(1, 30, 30, 8192), 30 * 128 * (64 + 8) * 4);
+  EXPECT_EQ(AttentionWorkspaceBytes(Pieces(1), 30, 30, 8192), 30 * 128 * (64 + 8) * 4);
   // 12 query heads of a kv head are two units of up to 8.
-  EXPECT_EQ(AttentionWorkspaceBytes(1, 12, 1, 1), 2 * 2 * (8 * 64 + 8) * 4);
+  EXPECT_EQ(AttentionWorkspaceBytes(Pieces(1), 12, 1, 1), 2 * 2 * (8 * 64 + 8) * 4);
+  // Per row and head, 128 outputs, 4 sums, a maximum, 3 of padding.
+  EXPECT_EQ(AttentionWorkspaceBytes(Pieces(32, 4), 30, 30, 8192), 32 * 30 * (128 + 8) * 4);
+  EXPECT_EQ(AttentionWorkspaceBytes(Pieces(32, 4), 30, 15, 8192), 0);
 }
 
 }  // namespace

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "kernels/cuda/batch_shares.h"
 #include "rollout/base/check.h"
 
 namespace lockstep::cuda {
@@ -48,8 +49,11 @@ int64_t BatchSizes::row_piece_at() const {
 int64_t BatchSizes::logit_rows_at() const {
   return After(row_piece_at(), rows, sizeof(int32_t));
 }
-int64_t BatchSizes::pages_at() const {
+int64_t BatchSizes::shares_at() const {
   return After(logit_rows_at(), logit_rows, sizeof(int32_t));
+}
+int64_t BatchSizes::pages_at() const {
+  return After(shares_at(), shares, sizeof(DeviceShare));
 }
 int64_t BatchSizes::bytes() const {
   return After(pages_at(), pages, sizeof(int32_t));
@@ -85,7 +89,7 @@ BatchSizes RecordedSizes(int64_t rows, int64_t pages) {
   return {.rows = rows, .logit_rows = rows, .pieces = rows, .decode_pieces = rows, .tiles = 0, .pages = pages};
 }
 
-void WriteBatchImage(const StepBatch& batch, const BatchSizes& sizes, int64_t page_size, std::byte* image) {
+int64_t WriteBatchImage(const StepBatch& batch, const BatchSizes& sizes, int64_t page_size, std::byte* image) {
   auto* pieces = ArrayAt<DevicePiece>(image, sizes.pieces_at());
   auto* tiles = ArrayAt<DeviceTile>(image, sizes.tiles_at());
   auto* tokens = ArrayAt<int32_t>(image, sizes.tokens_at());
@@ -129,11 +133,20 @@ void WriteBatchImage(const StepBatch& batch, const BatchSizes& sizes, int64_t pa
   LOCKSTEP_CHECK(page <= sizes.pages && tile == sizes.tiles, "{} of {} pages, {} of {} tiles", page, sizes.pages, tile,
                  sizes.tiles);
   std::fill(pieces + batch.pieces.size(), pieces + sizes.pieces, DevicePiece{});
+
+  const std::span shares(ArrayAt<DeviceShare>(image, sizes.shares_at()), sizes.shares);
+  const int64_t decodes = std::min<int64_t>(sizes.decode_pieces, static_cast<int64_t>(batch.pieces.size()));
+  const int64_t found = FindShares(batch.pieces.first(decodes), page_size, shares);
+  for (const DeviceShare& share : shares.first(found)) {
+    for (int32_t i = 0; i < share.count; ++i) pieces[share.pieces[i]].shared = share.positions;
+  }
+  return found;
 }
 
 DeviceBatch BatchAt(const std::byte* base, const BatchSizes& sizes) {
   return {.pieces = reinterpret_cast<const DevicePiece*>(base + sizes.pieces_at()),
           .tiles = reinterpret_cast<const DeviceTile*>(base + sizes.tiles_at()),
+          .shares = reinterpret_cast<const DeviceShare*>(base + sizes.shares_at()),
           .pages = reinterpret_cast<const int32_t*>(base + sizes.pages_at()),
           .tokens = reinterpret_cast<const int32_t*>(base + sizes.tokens_at()),
           .positions = reinterpret_cast<const int32_t*>(base + sizes.positions_at()),
@@ -141,7 +154,8 @@ DeviceBatch BatchAt(const std::byte* base, const BatchSizes& sizes) {
           .rows = static_cast<int32_t>(sizes.rows),
           .piece_count = static_cast<int32_t>(sizes.pieces),
           .decode_pieces = static_cast<int32_t>(sizes.decode_pieces),
-          .tile_count = static_cast<int32_t>(sizes.tiles)};
+          .tile_count = static_cast<int32_t>(sizes.tiles),
+          .share_count = static_cast<int32_t>(sizes.shares)};
 }
 
 const int32_t* LogitRowsAt(const std::byte* base, const BatchSizes& sizes) {

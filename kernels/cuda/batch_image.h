@@ -19,7 +19,8 @@ struct BatchSizes {
   int64_t pieces = 0;      // padding included
   int64_t decode_pieces = 0;
   int64_t tiles = 0;
-  int64_t pages = 0;  // entries of all page tables
+  int64_t shares = 0;  // padding included; MaxShares() if attention is to share what it reads
+  int64_t pages = 0;   // entries of all page tables
 
   // Byte offsets.
   int64_t pieces_at() const { return 0; }
@@ -28,11 +29,12 @@ struct BatchSizes {
   int64_t positions_at() const;
   int64_t row_piece_at() const;
   int64_t logit_rows_at() const;
+  int64_t shares_at() const;
   int64_t pages_at() const;
   int64_t bytes() const;
 };
 
-// A batch with nothing padded. `page_size`: positions a page, 0 for a model without pages.
+// A batch with nothing padded and no shares. `page_size`: positions a page, 0 for a model without pages.
 BatchSizes SizesOf(const StepBatch& batch, int64_t page_size);
 
 // Whether a step over the batch is one that is recorded: decode rows only, each with its logits.
@@ -40,11 +42,12 @@ bool IsDecodeStep(const StepBatch& batch);
 // The padded number of rows of a recorded step of `rows` rows; 0: too many to be recorded.
 int64_t RecordedRows(int64_t rows);
 constexpr int64_t kMaxRecordedRows = 256;
-// The sizes of a recorded step of `rows` (padded) rows.
+// The sizes of a recorded step of `rows` (padded) rows, without shares.
 BatchSizes RecordedSizes(int64_t rows, int64_t pages);
 
-// Writes the batch's arrays, padding included, to `image` [sizes.bytes()].
-void WriteBatchImage(const StepBatch& batch, const BatchSizes& sizes, int64_t page_size, std::byte* image);
+// Writes the batch's arrays, padding included, to `image` [sizes.bytes()]. Returns the number of shares that were found
+// and had room.
+int64_t WriteBatchImage(const StepBatch& batch, const BatchSizes& sizes, int64_t page_size, std::byte* image);
 
 // The arrays of an image that lies at `base` on the device.
 DeviceBatch BatchAt(const std::byte* base, const BatchSizes& sizes);

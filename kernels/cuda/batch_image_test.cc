@@ -122,6 +122,39 @@ TEST(BatchImage, ARecordedStepIsPaddedWithNothing) {
   EXPECT_EQ(RecordedSizes(4, 1).pages_at(), RecordedSizes(4, 100000).pages_at());
 }
 
+TEST(BatchImage, PiecesKnowWhatTheyShare) {
+  Batch batch;
+  batch.pieces.clear();
+  batch.tokens.clear();
+  batch.positions.clear();
+  batch.Add(640, 1, 7);
+  batch.Add(20, 1, 8);
+  batch.Add(600, 1, 9);
+  batch.tables.back() = batch.tables[batch.tables.size() - 3];
+  batch.pieces.back().page_table = batch.tables.back().data();
+  batch.logit_rows = {0, 1, 2};
+  BatchSizes sizes = RecordedSizes(4, SizesOf(batch.view(), Batch::kPageSize).pages);
+  const int64_t bytes = sizes.bytes();
+  sizes.shares = 2;
+  EXPECT_GT(sizes.bytes(), bytes);
+  std::vector<std::byte> image(sizes.bytes(), std::byte{0xEE});
+  EXPECT_EQ(WriteBatchImage(batch.view(), sizes, Batch::kPageSize, image.data()), 1);
+  const DeviceBatch device = BatchAt(image.data(), sizes);
+  EXPECT_EQ(device.share_count, 2);
+  EXPECT_EQ(device.shares[0].count, 2);
+  EXPECT_EQ(device.shares[0].positions, 512);
+  EXPECT_THAT(std::vector<int32_t>(device.shares[0].pieces, device.shares[0].pieces + 2), ElementsAre(0, 2));
+  EXPECT_EQ(device.shares[1].count, 0);
+  EXPECT_EQ(device.pieces[0].shared, 512);
+  EXPECT_EQ(device.pieces[1].shared, 0);
+  EXPECT_EQ(device.pieces[2].shared, 512);
+  EXPECT_EQ(device.pieces[3].shared, 0);
+  // Without room none are looked for.
+  sizes.shares = 0;
+  EXPECT_EQ(WriteBatchImage(batch.view(), sizes, Batch::kPageSize, image.data()), 0);
+  EXPECT_EQ(BatchAt(image.data(), sizes).pieces[0].shared, 0);
+}
+
 TEST(BatchImage, RecordedSizesAreALadder) {
   for (int64_t rows = 1; rows <= kMaxRecordedRows; ++rows) {
     const int64_t padded = RecordedRows(rows);

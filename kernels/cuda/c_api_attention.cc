@@ -85,7 +85,9 @@ int lockstep_attention(int32_t program, const void* pieces, const void* tiles, c
 
 int64_t lockstep_attention_workspace_bytes(int64_t decode_pieces, int64_t heads, int64_t kv_heads,
                                            int64_t max_positions) {
-  return lockstep::cuda::AttentionWorkspaceBytes(decode_pieces, heads, kv_heads, max_positions);
+  lockstep::cuda::DeviceBatch batch;
+  batch.decode_pieces = static_cast<int32_t>(decode_pieces);
+  return lockstep::cuda::AttentionWorkspaceBytes(batch, heads, kv_heads, max_positions);
 }
 
 }  // extern "C"

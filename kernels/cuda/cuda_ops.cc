@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/cuda/add.h"
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/batch_shares.h"
 #include "kernels/cuda/embedding.h"
 #include "kernels/cuda/gated_rms_norm.h"
 #include "kernels/cuda/gather_rows.h"
@@ -38,6 +39,8 @@ constexpr int64_t kUploadBytes = int64_t{64} << 20;  // of one of the two pinned
 // Left to the runtime, to graphs and to workspaces when memory is planned.
 constexpr int64_t kReserveBytes = int64_t{1} << 30;
 constexpr int64_t kWorkspaceBytes = int64_t{64} << 20;
+// At most, for a step's prompts in a Gated DeltaNet layer: 8,448 rows of a 7B at a time.
+constexpr int64_t kGdnPrefillBytes = int64_t{256} << 20;
 // Attention over few sequences is cut up by the longest one's length, so a recorded step is one for lengths up to a
 // power of two, this at least.
 constexpr int64_t kMinPositions = 2048;
@@ -431,6 +434,7 @@ StepRows CudaOps::BeginStep(const StepBatch& batch) {
   sizes_ = SizesOf(batch, batch.page_size);
   record_ = options_.graphs && IsDecodeStep(batch) ? RecordedRows(sizes_.rows) : 0;
   if (record_ > 0) sizes_ = RecordedSizes(record_, sizes_.pages);
+  if (options_.shared_prefix_attention) sizes_.shares = MaxShares(sizes_.decode_pieces);
   max_positions_ = kMinPositions;
   for (const Piece& piece : batch.pieces) {
     while (max_positions_ < piece.position + piece.row_count) max_positions_ *= 2;
@@ -442,12 +446,13 @@ StepRows CudaOps::BeginStep(const StepBatch& batch) {
   Image& image = images_[next_image_];
   next_image_ ^= 1;
   Keep(CudaStatus(cudaEventSynchronize(image.copied), "a step on the device"));
-  WriteBatchImage(batch, sizes_, batch.page_size, image.host.data());
+  const int64_t shares = WriteBatchImage(batch, sizes_, batch.page_size, image.host.data());
   Keep(CudaStatus(
       cudaMemcpyAsync(device_image_->data(), image.host.data(), sizes_.bytes(), cudaMemcpyHostToDevice, stream_),
       "BeginStep"));
   Keep(CudaStatus(cudaEventRecord(image.copied, stream_), "BeginStep"));
   batch_ = BatchAt(device_image_->data(), sizes_);
+  if (record_ == 0) batch_.share_count = static_cast<int32_t>(shares);
   return {sizes_.rows, std::min(sizes_.logit_rows, max_logit_rows())};
 }
 
@@ -457,12 +462,18 @@ void CudaOps::RunStep(const void* owner, absl::FunctionRef<void()> step) {
     step();
     return;
   }
-  const RecordKey key{owner, record_, max_positions_};
+  RecordKey key{owner, record_, 0};
   auto found = recorded_.find(key);
   if (found == recorded_.end()) {
+    key.max_positions = max_positions_;
+    found = recorded_.find(key);
+  }
+  if (found == recorded_.end()) {
     cudaGraphExec_t graph = nullptr;
+    asked_positions_ = false;
     Record(step, &graph);
     if (!status_.ok()) return;
+    if (!asked_positions_) key.max_positions = 0;
     found = recorded_.emplace(key, graph).first;
   }
   Keep(CudaStatus(cudaGraphLaunch(found->second, stream_), "a recorded step"));
@@ -669,7 +680,8 @@ void CudaOps::WriteKv(Rows k, Rows v, const AttentionShape& shape, const KvLayer
 }
 
 void CudaOps::Attention(Rows q, const AttentionShape& shape, const KvLayer& kv, Rows out) {
-  const int64_t workspace = AttentionWorkspaceBytes(batch_.decode_pieces, shape.heads, shape.kv_heads, max_positions_);
+  asked_positions_ |= DecodeIsSpread(batch_.decode_pieces, shape.heads, shape.kv_heads);
+  const int64_t workspace = AttentionWorkspaceBytes(batch_, shape.heads, shape.kv_heads, max_positions_);
   Keep(LaunchAttention({.program = *ProgramOf(shape.window > 0 ? profile_.sliding_attention : profile_.attention),
                         .batch = batch_,
                         .q = Bf16(q),
@@ -757,7 +769,8 @@ const void* GatedNormWeight(const VectorWeight& weight, GatedNormCasts casts) {
 
 void CudaOps::GdnPrefill(const GdnParams& gdn) {
   if (gdn.batch.tile_count == 0) return;
-  const int64_t workspace = GdnPrefillWorkspaceBytes(gdn.value_heads, gdn.batch.tile_count);
+  const int64_t workspace = std::clamp(GdnPrefillWorkspaceBytes(gdn.value_heads, gdn.batch.tile_count),
+                                       GdnPrefillWorkspaceBytes(gdn.value_heads, 1), kGdnPrefillBytes);
   Keep(LaunchGdnPrefill({.gdn = gdn, .workspace = Workspace(workspace), .workspace_bytes = workspace}, stream_));
 }
 

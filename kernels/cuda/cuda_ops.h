@@ -1,7 +1,8 @@
 // CudaOps: the CUDA backend as one object. Every method launches its operation, which lives in a file of its own, on
 // one stream; nothing waits but what says so.
 //
-// A step of decode rows alone is recorded as a CUDA graph, once for each padded size, and replayed: its kernels find
+// A step of decode rows alone is recorded as a CUDA graph, once for each padded size (of few
+// sequences, for each power of two of their length), and replayed: its kernels find
 // the batch at fixed addresses. Other steps are launched kernel by kernel. Bits are the same either way.
 #pragma once
 
@@ -23,6 +24,7 @@ namespace lockstep::cuda {
 struct CudaOpsOptions {
   int device = 0;
   bool graphs = true;
+  bool shared_prefix_attention = false;  // read the keys and values that decode rows have in common once for all
 };
 
 class CudaOps final : public Ops {
@@ -130,14 +132,15 @@ class CudaOps final : public Ops {
   PinnedMemory upload_[2];  // what weights go through, in turn; locking pages anew for each matrix would take seconds
   // The last one is in use; kernels in flight and recorded steps may still use outgrown ones.
   std::vector<std::unique_ptr<CudaMemory>> workspaces_;
-  BatchSizes sizes_;           // of the current step
-  DeviceBatch batch_;          // the current step's
-  int64_t record_ = 0;         // rows of the current step if it is to be replayed; else 0
-  int64_t max_positions_ = 0;  // at least every piece's last position + 1: a power of two
+  BatchSizes sizes_;              // of the current step
+  DeviceBatch batch_;             // the current step's
+  int64_t record_ = 0;            // rows of the current step if it is to be replayed; else 0
+  int64_t max_positions_ = 0;     // at least every piece's last position + 1: a power of two
+  bool asked_positions_ = false;  // whether the operations since it was cleared depend on max_positions_
   struct RecordKey {
     const void* owner;
-    int64_t rows;  // padded
-    int64_t max_positions;
+    int64_t rows;           // padded
+    int64_t max_positions;  // 0: the step is the same for any
     auto operator<=>(const RecordKey&) const = default;
   };
   std::map<RecordKey, cudaGraphExec_t> recorded_;

@@ -96,7 +96,8 @@ LinearShape ShapeOf(const LinearParams& params) {
 absl::Status LinearParams::Validate() const {
   if (m < 0 || m > INT32_MAX / 2) return BadField("LinearParams.m", m, "0 to 2^30 - 1");
   if (n <= 0 || n > INT32_MAX / 2 || n % kVector != 0) return BadField("LinearParams.n", n, "a multiple of 8");
-  if (k <= 0 || k > INT32_MAX / 2 || k % 16 != 0) return BadField("LinearParams.k", k, "a multiple of 16");
+  if (k <= 0 || k > INT32_MAX / 2 || k % kLinearInputMultiple != 0)
+    return BadField("LinearParams.k", k, "a multiple of 16");
   if (fusion == LinearFusion::kSwiGlu && out_dtype != LinearOutput::kBf16) {
     return BadField("LinearParams.out_dtype", "kFp32", "kBf16 with LinearFusion::kSwiGlu");
   }

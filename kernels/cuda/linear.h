@@ -13,6 +13,8 @@
 
 namespace lockstep::cuda {
 
+constexpr int64_t kLinearInputMultiple = 16;  // k is a multiple of it
+
 enum class LinearOutput { kBf16, kFp32 };
 
 // out = round(x * weight^T), or of kSwiGlu what LaunchSwiGlu makes of that, bit for bit. Strides in elements.

@@ -13,8 +13,6 @@ constexpr int kThreads = 128;  // of a row; as many as accumulators in the sum's
 constexpr int kVector = 8;
 constexpr int kStep = kThreads * kVector;  // elements that a block loads at once
 // Widths outside are refused: PyTorch chooses the reduction's shape by width, and its order is known for these.
-constexpr int64_t kMinWidth = 128;
-constexpr int64_t kMaxWidth = 4096;
 
 using Vector = Bf16s<kVector>;  // the alignment of either dtype's accesses
 
@@ -53,7 +51,7 @@ __device__ void StorePart(const Part<T, kVectors>& part, T* row, const Columns& 
 // T: of the rows whose squares are summed.
 template <class T>
 struct Shared {
-  alignas(16) T row[kMaxWidth];
+  alignas(16) T row[kMaxRmsNormWidth];
   float lane_sums[kWarp];
 };
 
@@ -250,7 +248,7 @@ absl::Status CheckDTypes(const RmsNormParams& p) {
 
 absl::Status RmsNormParams::Validate() const {
   if (rows < 0 || rows > INT32_MAX) return BadField("RmsNormParams.rows", rows, "0 to 2^31 - 1");
-  if (width < kMinWidth || width > kMaxWidth || width % kVector != 0) {
+  if (width < kMinRmsNormWidth || width > kMaxRmsNormWidth || width % kVector != 0) {
     return BadField("RmsNormParams.width", width, "a multiple of 8 from 128 to 4096");
   }
   if (!(eps >= 0.0f) || std::isinf(eps)) return BadField("RmsNormParams.eps", eps, "a finite value, 0 or more");

@@ -12,6 +12,9 @@
 
 namespace lockstep::cuda {
 
+constexpr int64_t kMinRmsNormWidth = 128;
+constexpr int64_t kMaxRmsNormWidth = 4096;
+
 enum class RmsNormFusion {
   kNone,          // out = norm(x)
   kAddBefore,     // residual = round(residual + x); out = norm(residual)

@@ -9,14 +9,16 @@
 #include "kernels/numerics.h"
 #include "kernels/ops.h"
 #include "rollout/base/thread_pool.h"
+#include "rollout/model/spec.h"
 #include "sampler/row_sampler.h"
 
 namespace lockstep {
 
 struct BackendOptions {
-  std::string name = "cpu";  // "cpu" or "cuda"
-  int device = 0;            // CUDA device ordinal
-  bool cuda_graphs = true;   // record decode steps and replay them
+  std::string name = "cpu";              // "cpu" or "cuda"
+  int device = 0;                        // CUDA device ordinal
+  bool cuda_graphs = true;               // record decode steps and replay them
+  bool shared_prefix_attention = false;  // cuda: decode reads the keys and values that sequences share once for all
 };
 
 class Backend {
@@ -24,6 +26,8 @@ class Backend {
   virtual ~Backend() = default;
   virtual std::string device() const = 0;  // for people: "NVIDIA H200 (sm_90, 141 GB)"
   virtual Ops& ops() = 0;
+  // INVALID_ARGUMENT, naming config.json's field, for a model that it has no kernels for.
+  virtual absl::Status CheckModel(const ModelSpec&) const { return absl::OkStatus(); }
   // Bytes per second between the device and its memory, measured now: what floors are computed from. On a CPU the reads
   // of all threads, on a GPU the reads and writes of a copy.
   virtual absl::StatusOr<double> MeasureBandwidth() = 0;

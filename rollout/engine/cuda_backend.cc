@@ -10,6 +10,7 @@
 #include "kernels/cuda/memory.h"
 #include "kernels/cuda/sampling/device_sampler.h"
 #include "rollout/base/status.h"
+#include "rollout/engine/cuda_model_check.h"
 
 namespace lockstep {
 namespace {
@@ -62,6 +63,7 @@ class CudaBackend final : public Backend {
 
   std::string device() const override { return device_; }
   Ops& ops() override { return *ops_; }
+  absl::Status CheckModel(const ModelSpec& spec) const override { return CheckCudaModel(spec); }
   absl::StatusOr<double> MeasureBandwidth() override;
   absl::StatusOr<std::unique_ptr<RowSampler>> MakeSampler(int64_t vocab) override;
 
@@ -104,9 +106,11 @@ absl::StatusOr<std::unique_ptr<RowSampler>> CudaBackend::MakeSampler(int64_t voc
 absl::StatusOr<std::unique_ptr<Backend>> MakeCudaBackend(const BackendOptions& options, const NumericsProfile& profile,
                                                          ThreadPool* threads) {
   LOCKSTEP_ASSIGN_OR_RETURN(std::string device, DescribeDevice(options.device));
-  LOCKSTEP_ASSIGN_OR_RETURN(
-      std::unique_ptr<cuda::CudaOps> ops,
-      cuda::CudaOps::Create(profile, threads, {.device = options.device, .graphs = options.cuda_graphs}));
+  LOCKSTEP_ASSIGN_OR_RETURN(std::unique_ptr<cuda::CudaOps> ops,
+                            cuda::CudaOps::Create(profile, threads,
+                                                  {.device = options.device,
+                                                   .graphs = options.cuda_graphs,
+                                                   .shared_prefix_attention = options.shared_prefix_attention}));
   return std::make_unique<CudaBackend>(std::move(ops), std::move(device));
 }
 

@@ -56,7 +56,14 @@ ABSL_FLAG(
     "Share of the memory that is free once the weights are loaded (cuda: of the GPU's) to use for activations, KV "
     "pages and recurrent states. 0: 0.5 on cpu, 0.9 on cuda.");
 ABSL_FLAG(int32_t, cuda_device, 0, "Which GPU, as CUDA numbers them.");
-ABSL_FLAG(bool, cuda_graphs, true, "Record decode steps once for each batch size and replay them.");
+ABSL_FLAG(
+    bool, cuda_graphs, true,
+    "Record decode steps once for each batch size (of few sequences, for each power of two of their length) and replay "
+    "them.");
+ABSL_FLAG(
+    bool, shared_prefix_attention, false,
+    "On cuda, decode attention reads the keys and values that up to 8 sequences share (samples of one prompt) once "
+    "for all of them. The same bits. Off by default: not yet measured on a device.");
 ABSL_FLAG(int64_t, page_size, 64, "Tokens per KV page. A multiple of 16 (cuda: of 64).");
 ABSL_FLAG(int64_t, max_batch_tokens, 0,
           "Tokens one step computes at most, decoding and prefill together. Larger: better throughput; smaller: "
@@ -98,8 +105,8 @@ const std::vector<FlagGroup>& Groups() {
       {"Where", {"listen", "control_listen"}},
       {"Who", {"token_file", "control_token_file", "tls_cert", "tls_key"}},
       {"Engine",
-       {"threads", "cuda_device", "cuda_graphs", "weights_receive", "nccl_library", "memory_fraction", "memory_gb",
-        "page_size", "max_batch_tokens", "mixed_batch_tokens", "max_sequences"}},
+       {"threads", "cuda_device", "cuda_graphs", "shared_prefix_attention", "weights_receive", "nccl_library",
+        "memory_fraction", "memory_gb", "page_size", "max_batch_tokens", "mixed_batch_tokens", "max_sequences"}},
       {"Limits",
        {"max_waiting_sequences", "max_prompt_tokens", "max_n", "max_request_bytes", "max_buffered_mb",
         "max_retained_mb", "reattach_seconds", "max_version_wait_seconds"}},
@@ -214,6 +221,7 @@ absl::StatusOr<WorkerOptions> ReadWorkerOptions() {
   options.memory_fraction = absl::GetFlag(FLAGS_memory_fraction);
   options.cuda_device = absl::GetFlag(FLAGS_cuda_device);
   options.cuda_graphs = absl::GetFlag(FLAGS_cuda_graphs);
+  options.shared_prefix_attention = absl::GetFlag(FLAGS_shared_prefix_attention);
   options.max_waiting_sequences = absl::GetFlag(FLAGS_max_waiting_sequences);
   return options;
 }

@@ -18,6 +18,7 @@ absl::StatusOr<std::unique_ptr<LocalModel>> LoadLocalModel(const std::filesystem
   LOCKSTEP_ASSIGN_OR_RETURN(model->spec, LoadModelSpec(dir));
   model->threads = std::make_unique<ThreadPool>(threads);
   LOCKSTEP_ASSIGN_OR_RETURN(model->backend, MakeBackend(backend, profile, model->threads.get()));
+  LOCKSTEP_RETURN_IF_ERROR(model->backend->CheckModel(model->spec));
   LOCKSTEP_ASSIGN_OR_RETURN(model->weights, LoadModelWeights(dir, model->spec, model->ops()));
   const std::filesystem::path tokenizer = dir / "tokenizer.json";
   if (std::filesystem::exists(tokenizer)) {

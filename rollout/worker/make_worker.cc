@@ -110,10 +110,11 @@ absl::StatusOr<ServingModel> MakeWorker(const WorkerOptions& options) {
       options.numerics.empty() ? DefaultNumerics(options.model_dir, options.backend) : options.numerics;
   const int threads = options.threads == 0 ? UsableCores() : options.threads;
   auto owned = std::make_shared<Owned>();
-  LOCKSTEP_ASSIGN_OR_RETURN(
-      owned->model,
-      LoadLocalModel(options.model_dir, numerics, threads,
-                     {.name = options.backend, .device = options.cuda_device, .cuda_graphs = options.cuda_graphs}));
+  LOCKSTEP_ASSIGN_OR_RETURN(owned->model, LoadLocalModel(options.model_dir, numerics, threads,
+                                                         {.name = options.backend,
+                                                          .device = options.cuda_device,
+                                                          .cuda_graphs = options.cuda_graphs,
+                                                          .shared_prefix_attention = options.shared_prefix_attention}));
   LocalModel& model = *owned->model;
 
   // A decode row for every sequence fits a step; less would hold some back for no reason.

@@ -27,7 +27,8 @@ TEST_P(CudaInvariance, GenerateEqualsItselfAndScoreUnderRandomSchedules) {
     SCOPED_TRACE(numerics);
     // Models come and go: memory that is given out again holds another's values.
     const uint64_t seed = 1;
-    const auto recorded = MakeRandomModel(GetParam(), numerics, seed, 2, {.name = "cuda", .cuda_graphs = true});
+    const auto recorded = MakeRandomModel(GetParam(), numerics, seed, 2,
+                                          {.name = "cuda", .cuda_graphs = true, .shared_prefix_attention = true});
     const auto launched = MakeRandomModel(GetParam(), numerics, seed, 2, {.name = "cuda", .cuda_graphs = false});
     CheckInvariance(*launched, *recorded, seed, 4, tally);
     if (HasFatalFailure()) return;

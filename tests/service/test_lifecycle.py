@@ -163,7 +163,7 @@ def run_program(request, build_dir):
     return run
 
 
-FLAGS = """model backend numerics listen control_listen token_file control_token_file tls_cert tls_key threads cuda_device cuda_graphs weights_receive nccl_library
+FLAGS = """model backend numerics listen control_listen token_file control_token_file tls_cert tls_key threads cuda_device cuda_graphs shared_prefix_attention weights_receive nccl_library
 memory_fraction memory_gb page_size max_batch_tokens mixed_batch_tokens max_sequences
 max_waiting_sequences max_prompt_tokens max_n max_request_bytes max_buffered_mb max_retained_mb reattach_seconds
 max_version_wait_seconds drain_seconds help version""".split()

@@ -33,6 +33,7 @@ ABSL_FLAG(std::string, numerics, "hf-torch", "numerics profile");
 ABSL_FLAG(int32_t, threads, static_cast<int32_t>(std::max(1u, std::thread::hardware_concurrency())), "threads");
 ABSL_FLAG(std::string, backend, "cpu", "cpu or cuda");
 ABSL_FLAG(bool, cuda_graphs, true, "record decode steps and replay them");
+ABSL_FLAG(bool, shared_prefix_attention, false, "on cuda: decode reads the keys and values that sequences share once");
 ABSL_FLAG(int32_t, max_batch_tokens, 512, "prefill budget of a step");
 ABSL_FLAG(std::string, json, "", "also write the results to this file");
 
@@ -186,10 +187,11 @@ absl::Status RunRlRows(LocalModel& model, const std::string& name, double bandwi
 absl::Status Bench() {
   const std::string dir = absl::GetFlag(FLAGS_model), numerics = absl::GetFlag(FLAGS_numerics);
   if (dir.empty()) return absl::InvalidArgumentError("--model: missing; want a checkpoint directory");
-  LOCKSTEP_ASSIGN_OR_RETURN(
-      const std::unique_ptr<LocalModel> model,
-      LoadLocalModel(dir, numerics, absl::GetFlag(FLAGS_threads),
-                     {.name = absl::GetFlag(FLAGS_backend), .cuda_graphs = absl::GetFlag(FLAGS_cuda_graphs)}));
+  LOCKSTEP_ASSIGN_OR_RETURN(const std::unique_ptr<LocalModel> model,
+                            LoadLocalModel(dir, numerics, absl::GetFlag(FLAGS_threads),
+                                           {.name = absl::GetFlag(FLAGS_backend),
+                                            .cuda_graphs = absl::GetFlag(FLAGS_cuda_graphs),
+                                            .shared_prefix_attention = absl::GetFlag(FLAGS_shared_prefix_attention)}));
   LOCKSTEP_ASSIGN_OR_RETURN(const double bandwidth, model->backend->MeasureBandwidth());
   std::printf("%s, numerics %s, %s; memory %.1f GB/s\n", dir.c_str(), numerics.c_str(),
               model->backend->device().c_str(), bandwidth * 1e-9);

@@ -1,0 +1,257 @@
+#include "kernels/cuda/host_run/host_run.h"
+
+#include <ucontext.h>
+
+#include <array>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <random>
+#include <string>
+#include <utility>
+#include <vector>
+
+namespace lockstep::host_run {
+namespace {
+
+constexpr size_t kStackBytes = size_t{256} << 10;
+constexpr int kWarp = 32;
+
+struct Barrier {
+  int arrivals = 0;   // that a phase takes
+  int missing = 0;    // of this phase
+  int64_t bytes = 0;  // announced and not yet there
+  uint32_t phases = 0;
+};
+
+struct NamedBarrier {
+  int here = 0;
+  uint32_t times = 0;
+};
+
+struct Warp {
+  const char* what = nullptr;
+  int here = 0;
+  uint32_t times = 0;
+  alignas(16) std::array<std::byte, kWarp * kLaneBytes> in, out;
+};
+
+struct Thread {
+  uint3 index = {};
+  ucontext_t context = {};
+  std::unique_ptr<std::byte[]> stack;
+  std::function<bool()> condition;  // null: can run
+  const char* waits_for = "";
+  bool done = false;
+  int copies = 0;                        // its own, on their way
+  std::vector<const void*> arrive_then;  // barriers, once there are none
+};
+
+struct Copy {
+  std::function<void()> run;
+  const void* barrier;  // null: the thread's own
+  int64_t bytes;
+  Thread* thread;
+};
+
+struct Block {
+  const char* kernel;
+  uint3 index;
+  dim3 grid;
+  std::span<std::byte> shared;
+  const std::function<void()>* body;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  std::map<const void*, Barrier> barriers;
+  std::map<int, NamedBarrier> named;
+  std::vector<Copy> copies;
+  std::mt19937 random;
+  ucontext_t engine = {};
+  Thread* running = nullptr;
+
+  [[noreturn]] void Die(const std::string& why) const {
+    std::fprintf(stderr, "%s, block (%u, %u, %u): %s\n", kernel, index.x, index.y, index.z, why.c_str());
+    for (const Thread& thread : threads) {
+      if (!thread.done) std::fprintf(stderr, "  thread %u waits for %s\n", thread.index.x, thread.waits_for);
+    }
+    std::abort();
+  }
+  Barrier& At(const void* barrier) {
+    const auto found = barriers.find(barrier);
+    if (found == barriers.end()) Die("a barrier that was not initialised");
+    return found->second;
+  }
+  void Settle(Barrier& barrier) const {
+    if (barrier.missing < 0 || barrier.bytes < 0) Die("a barrier was given more than it expects");
+    if (barrier.missing > 0 || barrier.bytes > 0) return;
+    ++barrier.phases;
+    barrier.missing = barrier.arrivals;
+  }
+  void Arrive(Barrier& barrier) const {
+    --barrier.missing;
+    Settle(barrier);
+  }
+  // One that is on its way, drawn at random.
+  void RunCopy() {
+    std::swap(copies[random() % copies.size()], copies.back());
+    Copy copy = std::move(copies.back());
+    copies.pop_back();
+    copy.run();
+    if (copy.barrier != nullptr) {
+      Barrier& barrier = At(copy.barrier);
+      barrier.bytes -= copy.bytes;
+      Settle(barrier);
+    } else if (--copy.thread->copies == 0) {
+      for (const void* barrier : copy.thread->arrive_then) Arrive(At(barrier));
+      copy.thread->arrive_then.clear();
+    }
+  }
+  void Run();
+};
+
+Block* g_block = nullptr;
+
+void Enter() {
+  Block* block = g_block;
+  (*block->body)();
+  block->running->done = true;
+  swapcontext(&block->running->context, &block->engine);
+}
+
+void Block::Run() {
+  g_block = this;
+  std::memset(shared.data(), 0xFF, shared.size());
+  for (Thread& thread : threads) {
+    thread.stack = std::make_unique_for_overwrite<std::byte[]>(kStackBytes);
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.get();
+    thread.context.uc_stack.ss_size = kStackBytes;
+    thread.context.uc_link = nullptr;
+    makecontext(&thread.context, Enter, 0);
+  }
+  for (bool going = true; going;) {
+    going = false;
+    bool waiting = false;
+    for (Thread& thread : threads) {
+      if (thread.done) continue;
+      waiting = true;
+      if (thread.condition && !thread.condition()) continue;
+      thread.condition = nullptr;
+      running = &thread;
+      swapcontext(&engine, &thread.context);
+      going = true;
+    }
+    if (!copies.empty() && (!going || random() % 2 == 0)) {
+      RunCopy();
+      going = true;
+    }
+    if (waiting && !going) Die("no thread can go on");
+  }
+  g_block = nullptr;
+}
+
+}  // namespace
+
+void RunGrid(const char* name, dim3 grid, int threads, std::span<std::byte> shared, const std::function<void()>& body) {
+  for (uint3 at = {}; at.z < grid.z; ++at.z) {
+    for (at.y = 0; at.y < grid.y; ++at.y) {
+      for (at.x = 0; at.x < grid.x; ++at.x) {
+        Block block{.kernel = name, .index = at, .grid = grid, .shared = shared, .body = &body};
+        block.threads.resize(threads);
+        for (int i = 0; i < threads; ++i) block.threads[i].index.x = static_cast<unsigned>(i);
+        block.warps.resize((threads + kWarp - 1) / kWarp);
+        block.random.seed(at.x + 1000 * at.y + 1000000 * at.z);
+        block.Run();
+      }
+    }
+  }
+}
+
+const uint3& ThreadIdx() {
+  return g_block->running->index;
+}
+const uint3& BlockIdx() {
+  return g_block->index;
+}
+const dim3& GridDim() {
+  return g_block->grid;
+}
+std::span<std::byte> Shared() {
+  return g_block->shared;
+}
+int Threads() {
+  return static_cast<int>(g_block->threads.size());
+}
+
+void Check(bool good, const char* what) {
+  if (!good) g_block->Die(what);
+}
+
+void WaitUntil(const char* what, const std::function<bool()>& condition) {
+  if (condition()) return;
+  Thread& self = *g_block->running;
+  self.waits_for = what;
+  self.condition = condition;
+  swapcontext(&self.context, &g_block->engine);
+}
+
+void BlockBarrier(int id, int threads) {
+  NamedBarrier& barrier = g_block->named[id];
+  const uint32_t times = barrier.times;
+  if (++barrier.here == threads) {
+    barrier.here = 0;
+    ++barrier.times;
+  }
+  WaitUntil("a block's barrier", [&] { return barrier.times != times; });
+}
+
+void Collective(const char* what, const void* in, size_t in_bytes, void* out, size_t out_bytes,
+                const std::function<void(const std::byte*, std::byte*)>& combine) {
+  const unsigned thread = ThreadIdx().x;
+  Warp& warp = g_block->warps[thread / kWarp];
+  if (warp.here > 0 && std::strcmp(warp.what, what) != 0) {
+    g_block->Die(std::string("lanes of one warp at ") + warp.what + " and at " + what);
+  }
+  warp.what = what;
+  std::memcpy(&warp.in[thread % kWarp * kLaneBytes], in, in_bytes);
+  const uint32_t times = warp.times;
+  if (++warp.here == kWarp) {
+    combine(warp.in.data(), warp.out.data());
+    warp.here = 0;
+    ++warp.times;
+  }
+  WaitUntil(what, [&] { return warp.times != times; });
+  std::memcpy(out, &warp.out[thread % kWarp * kLaneBytes], out_bytes);
+}
+
+void InitBarrier(const void* barrier, int arrivals) {
+  g_block->barriers[barrier] = {.arrivals = arrivals, .missing = arrivals};
+}
+
+void Arrive(const void* barrier, int64_t expected_bytes) {
+  Barrier& at = g_block->At(barrier);
+  at.bytes += expected_bytes;
+  g_block->Arrive(at);
+}
+
+void WaitBarrier(const void* barrier, uint32_t parity) {
+  Barrier& at = g_block->At(barrier);
+  WaitUntil("a barrier's phase", [&] { return at.phases % 2 != parity; });
+}
+
+void CopyLater(std::byte* to, size_t bytes, const void* barrier, std::function<void()> copy) {
+  std::memset(to, 0xFF, bytes);
+  Thread* self = g_block->running;
+  if (barrier == nullptr) ++self->copies;
+  g_block->copies.push_back({std::move(copy), barrier, static_cast<int64_t>(bytes), self});
+}
+
+void ArriveAfterCopies(const void* barrier) {
+  Thread& self = *g_block->running;
+  if (self.copies == 0) return Arrive(barrier, 0);
+  self.arrive_then.push_back(barrier);
+}
+
+}  // namespace lockstep::host_run

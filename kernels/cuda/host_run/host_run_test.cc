@@ -1,0 +1,101 @@
+#include "kernels/cuda/host_run/host_run.h"
+
+#include <gtest/gtest.h>
+
+#include <array>
+#include <cstring>
+#include <vector>
+
+namespace lockstep::host_run {
+namespace {
+
+alignas(16) std::array<std::byte, 64> g_shared;
+
+TEST(HostRun, EveryThreadOfEveryBlockRuns) {
+  std::vector<int> seen(2 * 3 * 40);
+  RunGrid("kernel", dim3(2, 3), 40, g_shared, [&] {
+    EXPECT_EQ(GridDim().y, 3u);
+    EXPECT_EQ(Threads(), 40);
+    ++seen[(BlockIdx().y * 2 + BlockIdx().x) * 40 + ThreadIdx().x];
+  });
+  EXPECT_EQ(seen, std::vector<int>(seen.size(), 1));
+}
+
+TEST(HostRun, ABarrierHoldsThreadsUntilAllHaveCome) {
+  int first = 0, second = 0;
+  RunGrid("kernel", dim3(1), 64, g_shared, [&] {
+    ++first;
+    BlockBarrier(0, 64);
+    EXPECT_EQ(first, 64);
+    ++second;
+    BlockBarrier(0, 64);
+    EXPECT_EQ(second, 64);
+  });
+}
+
+TEST(HostRun, AWarpsLanesExchangeValues) {
+  RunGrid("kernel", dim3(1), 64, g_shared, [&] {
+    const int mine = static_cast<int>(ThreadIdx().x);
+    int got = -1;
+    Collective("rotate", &mine, sizeof(mine), &got, sizeof(got), [](const std::byte* in, std::byte* out) {
+      for (int i = 0; i < 32; ++i) std::memcpy(out + i * kLaneBytes, in + (i + 1) % 32 * kLaneBytes, sizeof(int));
+    });
+    EXPECT_EQ(got, mine / 32 * 32 + (mine + 1) % 32);
+  });
+}
+
+// A kernel that reads what it has not waited for reads NaN.
+TEST(HostRun, ACopyIsPoisonUntilItsBarrierIsComplete) {
+  uint64_t barrier = 0;
+  RunGrid("kernel", dim3(1), 2, g_shared, [&] {
+    if (ThreadIdx().x == 0) InitBarrier(&barrier, 1);
+    BlockBarrier(0, 2);
+    if (ThreadIdx().x == 0) {
+      Arrive(&barrier, 16);
+      CopyLater(g_shared.data(), 16, &barrier, [] { std::memset(g_shared.data(), 7, 16); });
+      EXPECT_EQ(g_shared[0], std::byte{0xFF});
+    }
+    WaitBarrier(&barrier, 0);
+    EXPECT_EQ(g_shared[15], std::byte{7});
+  });
+}
+
+TEST(HostRun, AThreadsOwnCopiesComeBeforeItsArrival) {
+  uint64_t barrier = 0;
+  RunGrid("kernel", dim3(1), 2, g_shared, [&] {
+    if (ThreadIdx().x == 0) InitBarrier(&barrier, 2);
+    BlockBarrier(0, 2);
+    std::byte* to = &g_shared[16 * ThreadIdx().x];
+    CopyLater(to, 16, nullptr, [to] { std::memset(to, 7, 16); });
+    ArriveAfterCopies(&barrier);
+    WaitBarrier(&barrier, 0);
+    EXPECT_EQ(g_shared[0], std::byte{7});
+    EXPECT_EQ(g_shared[16], std::byte{7});
+  });
+}
+
+TEST(HostRunDeathTest, SaysWhatThreadsWaitForThatCannotGoOn) {
+  EXPECT_DEATH(RunGrid("kernel", dim3(1), 2, g_shared,
+                       [] {
+                         if (ThreadIdx().x == 0) BlockBarrier(0, 2);
+                       }),
+               "kernel, block \\(0, 0, 0\\): no thread can go on\n  thread 0 waits for a block's barrier");
+}
+
+TEST(HostRunDeathTest, LanesOfAWarpTakeTheSameInstruction) {
+  EXPECT_DEATH(RunGrid("kernel", dim3(1), 32, g_shared,
+                       [] {
+                         std::byte b = {};
+                         Collective(ThreadIdx().x == 5 ? "mma" : "shfl", &b, 1, &b, 1,
+                                    [](const std::byte*, std::byte*) {});
+                       }),
+               "lanes of one warp at shfl and at mma");
+}
+
+TEST(HostRunDeathTest, ABarrierIsGivenNoMoreThanItExpects) {
+  uint64_t barrier = 0;
+  EXPECT_DEATH(RunGrid("kernel", dim3(1), 1, g_shared, [&] { Arrive(&barrier, 0); }), "not initialised");
+}
+
+}  // namespace
+}  // namespace lockstep::host_run
