@@ -45,6 +45,9 @@ _CHANNEL_OPTIONS = [
 ]
 _BROKEN = (Code.UNAVAILABLE, Code.CANCELLED, Code.RESOURCE_EXHAUSTED, Code.UNKNOWN)
 _LOST = (Code.NOT_FOUND, Code.OUT_OF_RANGE, *_BROKEN)
+_ABORT_S = 300.0  # how long a worker that is away is waited for, to free what it may still run
+_CLOSE_S = 5.0  # and how long by close()
+_NOT_TAKEN = (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED)
 HEALTH_SERVICE = "lockstep.v1.Rollout"
 
 
@@ -100,6 +103,9 @@ class RolloutClient:
         self._channels: dict[str, Any] = {}
         self._stubs: dict[str, Any] = {}
         self._health_task: asyncio.Task | None = None
+        self._open: dict[str, str] = {}  # requests that a worker may run: its address by request_id
+        self._aborts: set[asyncio.Task] = set()
+        self._closed = False
 
     async def __aenter__(self) -> RolloutClient:
         return self
@@ -108,12 +114,20 @@ class RolloutClient:
         await self.close()
 
     async def close(self) -> None:
-        """Ends the connections; calls in progress fail."""
+        """Ends the connections; calls in progress fail, and what they run at the workers is aborted (5 s are waited)."""
+        self._closed = True
         if self._health_task is not None:
             self._health_task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._health_task
             self._health_task = None
+        for request_id in list(self._open):
+            self._abort_later(request_id)
+        if self._aborts:
+            _, late = await asyncio.wait(set(self._aborts), timeout=_CLOSE_S)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
         for channel in self._channels.values():
             await channel.close()
         self._channels.clear()
@@ -156,6 +170,8 @@ class RolloutClient:
             self._health_task = asyncio.create_task(self._watch_health())
         give_up = time.monotonic() + self._connect_timeout
         while True:
+            if self._closed:
+                raise LockstepError("the client is closed")
             _left(deadline, last, exclude[0] if exclude else None)
             worker = self._pool.pick(session_id, exclude)
             if worker is not None:
@@ -320,34 +336,44 @@ class RolloutClient:
         while True:
             worker = await self._worker(deadline, request.session_id, tried, last)
             request.request_id = str(uuid.uuid4())
-            accepted = False
+            self._open[request.request_id] = worker.address
             worker.in_flight += len(wanted)
             try:
-                async for _ in self._read(assembly, request, worker, deadline):
-                    accepted = True
-                return
-            except grpc.RpcError as error:
-                if not accepted and error.code() in (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE):
-                    failures += 1
-                    self._note_refusal(worker, error)
-                    tried, last = [worker.address], error
-                    # An UNAVAILABLE of a broken connection: the worker may have taken the request all the same.
-                    self._abort_later(worker.address, request.request_id)
-                    if error.code() == Code.UNAVAILABLE and failures > 3 * len(self._pool.workers):
-                        raise from_rpc(error, worker.address) from None
-                    _left(deadline, error, worker.address)
-                    continue
-                if not accepted and error.code() == Code.DEADLINE_EXCEEDED and last is not None:
-                    raise from_rpc(last, worker.address) from None
-                if accepted and error.code() in _BROKEN:
-                    await self._reattach(assembly, request, worker, wanted, deadline, error)
-                    return
-                raise from_rpc(error, worker.address) from None
-            except (asyncio.CancelledError, LockstepError):
-                self._abort_later(worker.address, request.request_id)
+                error = await self._attempt(assembly, request, worker, wanted, deadline)
+                if error is not None and retry_after_s(error) is None:
+                    self._abort_later(request.request_id)  # not the worker's answer: it may run it all the same
+            except BaseException:
+                self._abort_later(request.request_id)
                 raise
             finally:
                 worker.in_flight -= len(wanted)
+                self._open.pop(request.request_id, None)
+            if error is None:
+                return
+            if error.code() == Code.DEADLINE_EXCEEDED:
+                raise from_rpc(last or error, worker.address)
+            failures += 1
+            self._note_refusal(worker, error)
+            tried, last = [worker.address], error
+            if error.code() == Code.UNAVAILABLE and failures > 3 * len(self._pool.workers):
+                raise from_rpc(error, worker.address)
+            _left(deadline, error, worker.address)
+
+    async def _attempt(
+        self, assembly: Assembly, request: pb.GenerateRequest, worker: WorkerState, wanted: range, deadline: float
+    ) -> grpc.RpcError | None:
+        """Reads a request to its end at `worker`; or returns why that one did not take it."""
+        accepted = False
+        try:
+            async for _ in self._read(assembly, request, worker, deadline):
+                accepted = True
+        except grpc.RpcError as error:
+            if not accepted and error.code() in _NOT_TAKEN:
+                return error
+            if not accepted or error.code() not in _BROKEN:
+                raise from_rpc(error, worker.address) from None
+            await self._reattach(assembly, request, worker, wanted, deadline, error)
+        return None
 
     def _note_refusal(self, worker: WorkerState, error: grpc.RpcError) -> None:
         wait = retry_after_s(error)
@@ -406,22 +432,35 @@ class RolloutClient:
                     if failure.code() == Code.UNAVAILABLE:
                         worker.healthy = False
                         worker.last_error = failure.details() or "UNAVAILABLE"
-                    self._abort_later(worker.address, request.request_id)
                     raise _Lost(from_rpc(error, worker.address)) from None
                 if failure.code() not in _LOST:
                     raise from_rpc(failure, worker.address) from None
                 await asyncio.sleep(0.1)
 
-    def _abort_later(self, address: str, request_id: str) -> None:
-        """Frees what a request may hold at a worker; whether that can be reached is not this call's concern."""
+    def _abort_later(self, request_id: str) -> None:
+        """Frees what a request may hold at its worker, which would go on with it: nobody reads it any more."""
+        address = self._open.pop(request_id, None)
+        if address is None:
+            return
+        task = asyncio.get_running_loop().create_task(self._abort(address, request_id))
+        self._aborts.add(task)
+        task.add_done_callback(self._aborts.discard)
 
-        async def abort() -> None:
-            with contextlib.suppress(grpc.RpcError, asyncio.CancelledError):
-                await self._stub(address).Abort(pb.AbortRequest(request_id=request_id), timeout=5)
-
-        task = asyncio.get_running_loop().create_task(abort())
-        _background.add(task)
-        task.add_done_callback(_background.discard)
+    async def _abort(self, address: str, request_id: str) -> None:
+        give_up = time.monotonic() + _ABORT_S
+        answers = 0
+        while (left := give_up - time.monotonic()) > 0:
+            try:
+                call = self._stub(address).Abort(
+                    pb.AbortRequest(request_id=request_id), timeout=left, wait_for_ready=True
+                )
+                answers += 1 + (await call).found
+            except grpc.RpcError as error:
+                if error.code() != Code.UNAVAILABLE:
+                    return
+            if answers > 1:  # one that did not find it may have overtaken the request
+                return
+            await asyncio.sleep(0.2)
 
     # Score
 
@@ -494,9 +533,6 @@ class RolloutClient:
             tried = [worker.address]
             if failures > 3 * len(self._pool.workers):
                 raise WorkerDefect(f"{len(values)} of {count} values, done: {done}", worker=worker.address)
-
-
-_background: set[asyncio.Task] = set()  # asyncio keeps weak references only
 
 
 async def _all(jobs: list) -> list:

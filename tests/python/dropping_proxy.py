@@ -11,6 +11,7 @@ class DroppingProxy:
         self._pairs = []
         self._server = socket.create_server(("127.0.0.1", 0))
         self.address = f"127.0.0.1:{self._server.getsockname()[1]}"
+        self.refuse = False
         self.limit_bytes = None  # per direction and connection; then it is dropped
         threading.Thread(target=self._accept, daemon=True).start()
 
@@ -20,6 +21,9 @@ class DroppingProxy:
                 near, _ = self._server.accept()
             except OSError:
                 return
+            if self.refuse:
+                near.close()
+                continue
             try:
                 far = socket.create_connection(self._target)
             except OSError:
@@ -44,6 +48,10 @@ class DroppingProxy:
                 end.shutdown(socket.SHUT_RDWR)
             except OSError:
                 pass
+
+    @property
+    def connections(self):
+        return len(self._pairs)
 
     def drop(self):
         """Drops every connection there is."""

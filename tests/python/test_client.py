@@ -1,6 +1,7 @@
 """RolloutClient against real workers."""
 
 import asyncio
+import signal
 import threading
 import time
 
@@ -251,6 +252,124 @@ def test_cancel_aborts_at_the_worker(two):
                 await asyncio.sleep(0.05)
 
     assert asyncio.run(run())
+
+
+LONG = SamplingParams(max_tokens=4000, ignore_eos=True)
+
+
+def when_running(worker, count, action):
+    """Calls `action` on a thread once `count` samples run at `worker`."""
+
+    def wait():
+        while worker.stub.GetLoad(pb.GetLoadRequest()).running_sequences < count:
+            time.sleep(0.02)
+        action()
+
+    threading.Thread(target=wait).start()
+
+
+def freed(worker):
+    """Whether nothing runs at `worker` soon."""
+    for _ in range(100):
+        load = worker.stub.GetLoad(pb.GetLoadRequest())
+        if load.running_sequences + load.waiting_sequences == 0:
+            return True
+        time.sleep(0.02)
+    return False
+
+
+def test_ctrl_c_aborts_before_the_client_is_closed(start_fake):
+    fake = start_fake("--fake_step_ms", "20")
+    main = threading.main_thread().ident
+    with pytest.raises(KeyboardInterrupt), RolloutClient(fake.data) as client:
+        when_running(fake, 6, lambda: signal.pthread_kill(main, signal.SIGINT))
+        client.generate([[1], [2], [3]], LONG, n=2)
+    assert freed(fake)
+
+
+def test_an_error_aborts_the_other_prompts(start_fake, monkeypatch):
+    fake = start_fake("--fake_step_ms", "20")
+    stock = lockstep.aio.RolloutClient._read
+
+    async def read(self, assembly, request, *arguments):
+        while 10**6 in request.prompt_token_ids and fake.stub.GetLoad(pb.GetLoadRequest()).running_sequences < 3:
+            await asyncio.sleep(0.02)
+        async for message in stock(self, assembly, request, *arguments):
+            yield message
+
+    async def run():
+        async with lockstep.aio.RolloutClient(fake.data) as client:
+            await client.generate([[1], [2], [3], [10**6]], LONG)
+
+    monkeypatch.setattr(lockstep.aio.RolloutClient, "_read", read)
+    with pytest.raises(lockstep.InvalidRequest):
+        asyncio.run(run())
+    assert freed(fake)
+
+
+def test_a_closed_client_takes_nothing(start_fake):
+    fake = start_fake()
+    client = RolloutClient(fake.data)
+    client.generate([[1]], SamplingParams(max_tokens=1))
+    client.close()
+    with pytest.raises(lockstep.LockstepError, match="the client is closed"):
+        client.generate([[1]], SamplingParams(max_tokens=1))
+
+
+def interrupted(fake, proxy, then):
+    """Cancels a call through `proxy` once its connection was dropped; `then`: called in between. Closes the client."""
+
+    async def run():
+        async with lockstep.aio.RolloutClient(proxy.address, reattach_s=60) as client:
+            task = asyncio.create_task(client.generate([[1], [2]], LONG))
+            while fake.stub.GetLoad(pb.GetLoadRequest()).running_sequences < 2:
+                await asyncio.sleep(0.02)
+            assert proxy.drop()
+            await then()
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+
+    asyncio.run(run())
+
+
+def test_re_attached_requests_are_aborted(start_fake):
+    fake = start_fake("--fake_step_ms", "20")
+    proxy = DroppingProxy(fake.data)
+
+    async def reattached():
+        while not proxy.connections:
+            await asyncio.sleep(0.02)
+        await asyncio.sleep(0.5)
+
+    interrupted(fake, proxy, reattached)
+    assert freed(fake)
+    proxy.close()
+
+
+def test_an_abort_waits_for_the_connection(start_fake):
+    fake = start_fake("--fake_step_ms", "20")
+    proxy = DroppingProxy(fake.data)
+
+    async def unreachable():
+        proxy.refuse = True
+        proxy.drop()
+        await asyncio.sleep(0.5)
+        threading.Timer(1, lambda: setattr(proxy, "refuse", False)).start()
+
+    interrupted(fake, proxy, unreachable)
+    assert freed(fake)
+    proxy.close()
+
+
+def test_close_waits_seconds_at_most_for_a_worker_that_is_gone(start_fake):
+    fake = start_fake("--fake_step_ms", "20")
+    with RolloutClient(fake.data, reattach_s=0.1, connect_timeout=0.5) as client:
+        when_running(fake, 1, fake.process.kill)
+        with pytest.raises(lockstep.WorkerUnavailable):
+            client.generate([[1]], LONG)
+        begin = time.monotonic()
+    assert time.monotonic() - begin < 8
 
 
 def test_pool():
