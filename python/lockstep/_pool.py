@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import time
 from collections.abc import Sequence
+from typing import Any
 
 
 @dataclasses.dataclass
@@ -19,10 +20,16 @@ class WorkerState:
     avoid_until: float = 0.0  # time.monotonic(): it asked for patience until then
     last_error: str = "not checked yet"
     denied: str = ""  # why it does not take this client's token
+    missed_checks: int = 0  # health checks in a row that it did not answer in time
+    readers: set[Any] = dataclasses.field(default_factory=set)  # tasks that read its streams
 
     @property
     def load(self) -> int:
         return max(self.in_flight, self.reported)
+
+    def stop_reading(self) -> None:
+        for reader in self.readers:
+            reader.cancel()
 
 
 class Pool:

@@ -8,8 +8,8 @@ import pathlib
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Sequence
-from typing import Any
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
@@ -35,16 +35,25 @@ from .errors import (
 from .rollouts import Rollouts
 from .sampling import SamplingParams, logprob_kinds
 
+T = TypeVar("T")
 Code = grpc.StatusCode
 _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", 4 << 20),
     ("grpc.max_send_message_length", 64 << 20),
     ("grpc.enable_retries", 0),  # retries are this client's: gRPC's own could run a request twice
+    # Ends the streams of a host that is gone without a word. Workers allow a ping every 10 s.
+    ("grpc.keepalive_time_ms", 15_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # by gRPC's version, one or the other counts
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.min_reconnect_backoff_ms", 5000),  # how long one try to connect may take
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2000),
 ]
 _BROKEN = (Code.UNAVAILABLE, Code.CANCELLED, Code.RESOURCE_EXHAUSTED, Code.UNKNOWN)
 _LOST = (Code.NOT_FOUND, Code.OUT_OF_RANGE, *_BROKEN)
+_CHECK_S = 5.0  # how long a worker may take to answer a health check
+_MISSED_CHECKS = 3  # in a row: then its streams are not waited for any more
 _ABORT_S = 300.0  # how long a worker that is away is waited for, to free what it may still run
 _CLOSE_S = 5.0  # and how long by close()
 _NOT_TAKEN = (Code.RESOURCE_EXHAUSTED, Code.UNAVAILABLE, Code.DEADLINE_EXCEEDED)
@@ -75,6 +84,8 @@ class RolloutClient:
 
     token: the workers' (--token_file), sent with every call. tls_ca: a PEM file of the authorities that their
       certificates are checked with; None: no TLS.
+
+    health_interval: seconds between two health checks. A worker that does not answer three in a row is lost.
 
     A stream that breaks is read on from where it broke (Generate's `attach`), so no token is counted twice or lost.
     One event loop; close it (or leave the `async with`) on the loop it was used on.
@@ -121,6 +132,8 @@ class RolloutClient:
             with contextlib.suppress(asyncio.CancelledError):
                 await self._health_task
             self._health_task = None
+        for worker in self._pool.workers:
+            worker.stop_reading()
         for request_id in list(self._open):
             self._abort_later(request_id)
         if self._aborts:
@@ -141,14 +154,15 @@ class RolloutClient:
             self._stubs[address] = rollout_pb2_grpc.RolloutStub(self._channels[address])
         return self._stubs[address]
 
-    async def _check(self, worker: WorkerState) -> None:
+    async def _check(self, worker: WorkerState) -> bool:
+        """Asks how a worker is. False: no answer in time."""
         stub = self._stub(worker.address)
         health = health_pb2_grpc.HealthStub(self._channels[worker.address])
         try:
-            answer = await health.Check(health_pb2.HealthCheckRequest(service=HEALTH_SERVICE), timeout=5)
+            answer = await health.Check(health_pb2.HealthCheckRequest(service=HEALTH_SERVICE), timeout=_CHECK_S)
             worker.healthy = answer.status == health_pb2.HealthCheckResponse.SERVING
             worker.last_error = health_pb2.HealthCheckResponse.ServingStatus.Name(answer.status)
-            load = await stub.GetLoad(pb.GetLoadRequest(), timeout=5)
+            load = await stub.GetLoad(pb.GetLoadRequest(), timeout=_CHECK_S)
             worker.reported = load.running_sequences + load.waiting_sequences
             worker.denied = ""
         except grpc.RpcError as error:
@@ -156,11 +170,34 @@ class RolloutClient:
             worker.last_error = f"{error.code().name}: {error.details()}"
             denied = error.code() == Code.UNAUTHENTICATED
             worker.denied = error.details() if denied else ""
+            return error.code() != Code.DEADLINE_EXCEEDED
+        return True
 
     async def _watch_health(self) -> None:
         while True:
             await asyncio.sleep(self._health_interval)
-            await asyncio.gather(*(self._check(worker) for worker in self._pool.workers))
+            answers = await asyncio.gather(*(self._check(worker) for worker in self._pool.workers))
+            for worker, answered in zip(self._pool.workers, answers, strict=True):
+                worker.missed_checks = 0 if answered else worker.missed_checks + 1
+                if worker.missed_checks >= _MISSED_CHECKS:
+                    worker.stop_reading()
+
+    async def _while_answering(self, worker: WorkerState, reading: Coroutine[Any, Any, T]) -> T:
+        """What `reading`, of a worker's streams, returns. Raises _Lost once that worker has stopped answering."""
+        task = asyncio.ensure_future(reading)
+        worker.readers.add(task)
+        try:
+            await asyncio.wait([task])
+        except asyncio.CancelledError:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+            raise
+        finally:
+            worker.readers.discard(task)
+        if task.cancelled():
+            text = f"no answer to {worker.missed_checks} health checks: {worker.last_error}"
+            raise _Lost(WorkerUnavailable(text, code=Code.UNAVAILABLE, worker=worker.address))
+        return task.result()
 
     async def _worker(
         self, deadline: float, session_id: str, exclude: Sequence[str], last: grpc.RpcError | None
@@ -339,7 +376,8 @@ class RolloutClient:
             self._open[request.request_id] = worker.address
             worker.in_flight += len(wanted)
             try:
-                error = await self._attempt(assembly, request, worker, wanted, deadline)
+                attempt = self._attempt(assembly, request, worker, wanted, deadline)
+                error = await self._while_answering(worker, attempt)
                 if error is not None and retry_after_s(error) is None:
                     self._abort_later(request.request_id)  # not the worker's answer: it may run it all the same
             except BaseException:
@@ -505,14 +543,15 @@ class RolloutClient:
         failures, tried, last = 0, [], None
         while True:
             worker = await self._worker(deadline, request.session_id, tried, last)
-            values: list[float] = []
-            done = None
             worker.in_flight += 1
             try:
-                async for message in self._stub(worker.address).Score(request, timeout=_left(deadline)):
-                    values.extend(getattr(message.logprobs, kind))
-                    if message.HasField("done"):
-                        done = message.done
+                values, done = await self._while_answering(worker, self._read_score(request, kind, worker, deadline))
+            except _Lost as loss:
+                failures += 1
+                tried = [worker.address]
+                if failures > 3 * len(self._pool.workers):
+                    raise loss.error from None
+                continue
             except grpc.RpcError as error:
                 if error.code() not in _BROKEN:
                     raise from_rpc(error, worker.address) from None
@@ -533,6 +572,17 @@ class RolloutClient:
             tried = [worker.address]
             if failures > 3 * len(self._pool.workers):
                 raise WorkerDefect(f"{len(values)} of {count} values, done: {done}", worker=worker.address)
+
+    async def _read_score(
+        self, request: pb.ScoreRequest, kind: str, worker: WorkerState, deadline: float
+    ) -> tuple[list[float], pb.Done | None]:
+        values: list[float] = []
+        done = None
+        async for message in self._stub(worker.address).Score(request, timeout=_left(deadline)):
+            values.extend(getattr(message.logprobs, kind))
+            if message.HasField("done"):
+                done = message.done
+        return values, done
 
 
 async def _all(jobs: list) -> list:

@@ -372,6 +372,59 @@ def test_close_waits_seconds_at_most_for_a_worker_that_is_gone(start_fake):
     assert time.monotonic() - begin < 8
 
 
+@pytest.mark.parametrize("noticed_by", ["checks", "pings"])
+def test_a_worker_that_goes_silent_is_left(start_fake, monkeypatch, noticed_by):
+    """Stopped, it holds its connections and answers nothing."""
+    fakes = [start_fake("--fake_step_ms", "5") for _ in range(2)]
+    sampling = SamplingParams(seed=5, max_tokens=400, ignore_eos=True)
+    prompts = [[i + 1, 2] for i in range(8)]
+    monkeypatch.setattr(lockstep.aio, "_CHECK_S", 0.5)
+    interval = 0.2 if noticed_by == "checks" else 1000
+    with RolloutClient([f.data for f in fakes], health_interval=interval) as client:
+        want = client.generate(prompts, sampling, n=2, prompt_logprobs=True)
+        assert {s.worker for s in want} == {f.data for f in fakes}
+        before = fakes[0].stub.GetLoad(pb.GetLoadRequest()).generated_tokens
+        when_running(fakes[0], 2, lambda: fakes[0].process.send_signal(signal.SIGSTOP))
+        begin = time.monotonic()
+        got = client.generate(prompts, sampling, n=2, prompt_logprobs=True)
+        assert time.monotonic() - begin < (20 if noticed_by == "checks" else 60)
+        same(got, want)
+        same_prompts(got, want)
+        assert {s.worker for s in got} == {fakes[1].data}
+        fakes[0].process.send_signal(signal.SIGCONT)
+        assert freed(fakes[0])
+        generated = fakes[0].stub.GetLoad(pb.GetLoadRequest()).generated_tokens - before
+        assert noticed_by == "pings" or generated < 2 * 400, "aborted as soon as it went on"
+
+
+def test_score_leaves_a_worker_that_goes_silent(start_fake, monkeypatch):
+    fakes = [start_fake("--fake_step_ms", "20") for _ in range(2)]
+    monkeypatch.setattr(lockstep.aio, "_CHECK_S", 0.5)
+    sequences = [[i + 1] * 2000 for i in range(8)]
+    with RolloutClient([f.data for f in fakes], health_interval=0.2) as client:
+        when_running(fakes[0], 1, lambda: fakes[0].process.send_signal(signal.SIGSTOP))
+        begin = time.monotonic()
+        got = client.score(sequences)
+        assert time.monotonic() - begin < 20 and [len(g) for g in got] == [1999] * 8
+        fakes[0].process.send_signal(signal.SIGCONT)
+
+
+def test_calls_in_progress_fail_when_the_client_is_closed(start_fake):
+    fake = start_fake("--fake_step_ms", "20")
+
+    async def run():
+        client = lockstep.aio.RolloutClient(fake.data)
+        call = asyncio.create_task(client.generate([[1], [2]], LONG))
+        while fake.stub.GetLoad(pb.GetLoadRequest()).running_sequences < 2:
+            await asyncio.sleep(0.02)
+        await client.close()
+        with pytest.raises(lockstep.LockstepError, match="the client is closed"):
+            await call
+
+    asyncio.run(run())
+    assert freed(fake)
+
+
 def test_pool():
     pool = Pool(["a", "b", "c"])
     assert pool.pick() is None
