@@ -145,12 +145,12 @@ class Assembly:
     def tokens(self, index: int) -> list[int]:
         return self.partials[index].tokens
 
-    def ended_by_shutdown(self) -> list[int]:
-        """Samples that a stopping worker cut off; another one can go on with them."""
+    def cut_off(self) -> list[int]:
+        """Samples without an end, or that a stopping worker ended; another one can go on with them."""
         return [
             index
             for index, partial in self.partials.items()
-            if partial.done is not None and partial.done.abort_reason == pb.ABORT_REASON_SHUTDOWN
+            if partial.done is None or partial.done.abort_reason == pb.ABORT_REASON_SHUTDOWN
         ]
 
     def reopen(self, index: int, *, keep_tokens: bool) -> None:

@@ -340,11 +340,10 @@ class RolloutClient:
         request.first_sample_index, request.n = first, n
         try:
             await self._run(assembly, request, wanted, deadline)
-            left = [i for i in assembly.ended_by_shutdown() if i in wanted]
             cause: LockstepError = WorkerUnavailable("the worker stopped", code=Code.UNAVAILABLE)
         except _Lost as loss:
-            left = [i for i in assembly.unfinished() if i in wanted]
             cause = loss.error
+        left = [i for i in wanted if i in assembly.cut_off()]
         if not left:
             return
         if lost >= 2 + len(self._pool.workers):

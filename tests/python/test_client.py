@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from dropping_proxy import DroppingProxy
+from fake_rollout import FakeRollout, token
 
 import lockstep
 from lockstep import RolloutClient, SamplingParams
@@ -423,6 +424,42 @@ def test_calls_in_progress_fail_when_the_client_is_closed(start_fake):
 
     asyncio.run(run())
     assert freed(fake)
+
+
+@pytest.fixture
+def start_broken():
+    """start_broken(broken) -> FakeRollout"""
+    started = []
+
+    def start(broken):
+        started.append(FakeRollout(broken).start())
+        return started[-1]
+
+    yield start
+    for fake in started:
+        fake.server.stop(0)
+
+
+def whole(rollouts, count):
+    """Every sample has `count` tokens, each with what belongs to it."""
+    for sample in rollouts:
+        ids = [token(sample.sample_index, position) for position in range(count)]
+        assert sample.tokens.tolist() == ids and [k.tolist() for k in sample.kept] == [[i] for i in ids]
+        assert sample.logprobs_by_kind["temperature"].tolist() == [-i / 16 for i in ids]
+        assert sample.top["temperature"][0].tolist() == [[i, i + 1] for i in ids]
+        assert sample.finish_reason == "length"
+        assert [s.begin for s in sample.version_spans] == [0, *(s.end for s in sample.version_spans)][:-1]
+        assert sample.version_spans[-1].end == count
+
+
+@pytest.mark.parametrize("on_loss", ["regenerate", "continue"])
+def test_samples_that_a_stop_cut_off_are_not_finished_if_the_stream_breaks(start_broken, on_loss):
+    shutdown = pb.Done(finish_reason=pb.FINISH_REASON_ABORTED, abort_reason=pb.ABORT_REASON_SHUTDOWN)
+    fake = start_broken({0: (3, shutdown), 1: (2, None)})
+    with RolloutClient(fake.address, on_loss=on_loss, timeout=30) as client:
+        whole(client.generate([[1]], SamplingParams(max_tokens=6), n=2, top_logprobs=2, kept_token_ids=True), 6)
+    first, *again = fake.requests
+    assert first.n == 2 and sorted(r.first_sample_index for r in again) == [0, 1]
 
 
 def test_pool():
