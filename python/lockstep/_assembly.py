@@ -35,6 +35,14 @@ class _Partial:
     done: pb.Done | None = None
     worker: str = ""
 
+    def drop_last(self) -> None:
+        """Forgets the last token and what belongs to it."""
+        del self.tokens[-1:], self.kept[-1:]
+        for values in self.logprobs.values():
+            del values[-1:]
+        for ids, logprobs, k in self.top.values():
+            del ids[-k:], logprobs[-k:]
+
 
 class Assembly:
     """The samples of one prompt.
@@ -161,6 +169,8 @@ class Assembly:
             return
         old.spans = self._spans(old)
         known = old.spans[-1].end if old.spans else 0
+        if old.done is None and known < len(old.tokens):
+            old.drop_last()  # it may be the one that ends the sample: drawn again, under the same key, it says so
         if known < len(old.tokens):
             old.spans.append(VersionSpan(None, None, known, len(old.tokens)))
         old.done = None

@@ -79,13 +79,13 @@ class RolloutClient:
     connect_timeout: seconds in which one worker at least must be healthy.
     max_in_flight: requests at one time for each worker; further ones wait here, so that a faster worker gets more.
     on_loss: what becomes of samples of a worker that is lost for good. "regenerate": from scratch with the same seed.
-      "continue": from the tokens that had arrived; their version spans are None unless the worker still told them.
+      "continue": from the tokens that had arrived, but for the last of each sample, which is drawn again (it may have
+      ended it); their version spans are None unless the worker still told them.
     reattach_s: how long to try to read a broken stream again at the same worker before its samples count as lost.
+    health_interval: seconds between two health checks. A worker that does not answer three in a row is lost.
 
     token: the workers' (--token_file), sent with every call. tls_ca: a PEM file of the authorities that their
       certificates are checked with; None: no TLS.
-
-    health_interval: seconds between two health checks. A worker that does not answer three in a row is lost.
 
     A stream that breaks is read on from where it broke (Generate's `attach`), so no token is counted twice or lost.
     One event loop; close it (or leave the `async with`) on the loop it was used on.

@@ -462,6 +462,16 @@ def test_samples_that_a_stop_cut_off_are_not_finished_if_the_stream_breaks(start
     assert first.n == 2 and sorted(r.first_sample_index for r in again) == [0, 1]
 
 
+def test_a_whole_sample_without_its_end_is_continued(start_broken):
+    fake = start_broken({0: (6, None), 1: (0, None)})
+    with RolloutClient(fake.address, on_loss="continue", timeout=30) as client:
+        rollouts = client.generate([[1]], SamplingParams(max_tokens=6), n=2, top_logprobs=2, kept_token_ids=True)
+    whole(rollouts, 6)
+    assert rollouts[0].version_spans == [(None, None, 0, 5), ((0, 0), (0, 0), 5, 6)]
+    prefixes = {r.first_sample_index: list(r.generated_prefix_ids) for r in fake.requests[1:]}
+    assert prefixes == {0: [token(0, position) for position in range(5)], 1: []}
+
+
 def test_pool():
     pool = Pool(["a", "b", "c"])
     assert pool.pick() is None
