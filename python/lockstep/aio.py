@@ -31,6 +31,7 @@ from .errors import (
     WorkerUnavailable,
     from_rpc,
     retry_after_s,
+    too_large,
 )
 from .rollouts import Rollouts
 from .sampling import SamplingParams, logprob_kinds
@@ -389,10 +390,10 @@ class RolloutClient:
                 return
             if error.code() == Code.DEADLINE_EXCEEDED:
                 raise from_rpc(last or error, worker.address)
-            failures += 1
+            failures += not _queue_full(error)
             self._note_refusal(worker, error)
             tried, last = [worker.address], error
-            if error.code() == Code.UNAVAILABLE and failures > 3 * len(self._pool.workers):
+            if failures > 3 * len(self._pool.workers):
                 raise from_rpc(error, worker.address)
             _left(deadline, error, worker.address)
 
@@ -405,7 +406,7 @@ class RolloutClient:
             async for _ in self._read(assembly, request, worker, deadline):
                 accepted = True
         except grpc.RpcError as error:
-            if not accepted and error.code() in _NOT_TAKEN:
+            if not accepted and error.code() in _NOT_TAKEN and not too_large(error):
                 return error
             if not accepted or error.code() not in _BROKEN:
                 raise from_rpc(error, worker.address) from None
@@ -552,9 +553,9 @@ class RolloutClient:
                     raise loss.error from None
                 continue
             except grpc.RpcError as error:
-                if error.code() not in _BROKEN:
+                if error.code() not in _BROKEN or too_large(error):
                     raise from_rpc(error, worker.address) from None
-                failures += error.code() != Code.RESOURCE_EXHAUSTED
+                failures += not _queue_full(error)
                 if failures > 3 * len(self._pool.workers):
                     raise from_rpc(error, worker.address) from None
                 self._note_refusal(worker, error)
@@ -594,6 +595,11 @@ async def _all(jobs: list) -> list:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         raise
+
+
+def _queue_full(error: grpc.RpcError) -> bool:
+    """A worker says so, and when to try again; gRPC uses the same code for limits of its own."""
+    return error.code() == Code.RESOURCE_EXHAUSTED and retry_after_s(error) is not None
 
 
 def _left(deadline: float, error: grpc.RpcError | None = None, worker: str | None = None) -> float:

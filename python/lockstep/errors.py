@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import grpc
 
 
@@ -77,9 +79,22 @@ def retry_after_s(error: grpc.RpcError) -> float | None:
     return None
 
 
+# gRPC's own text, of the request: the worker's limit, or this side's.
+_TOO_LARGE = re.compile(r"(?:Sent|(?<!CLIENT: )Received) message larger than max \((\d+) vs\. (\d+)\)")
+
+
+def too_large(error: grpc.RpcError) -> re.Match[str] | None:
+    """(bytes, limit) of a request that is larger than a worker takes; it never will."""
+    return _TOO_LARGE.search(error.details() or "") if error.code() == grpc.StatusCode.RESOURCE_EXHAUSTED else None
+
+
 def from_rpc(error: grpc.RpcError, worker: str) -> LockstepError:
     """The LockstepError for a failed call to `worker`."""
     code = error.code()
+    if sizes := too_large(error):
+        size, limit = sizes.groups()
+        text = f"the request has {size} bytes, want at most {limit}"
+        return InvalidRequest(text, code=code, worker=worker)
     result = _BY_CODE.get(code, LockstepError)(error.details() or "no details", code=code, worker=worker)
     if isinstance(result, Overloaded):
         result.retry_after_s = retry_after_s(error)

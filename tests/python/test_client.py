@@ -472,6 +472,16 @@ def test_a_whole_sample_without_its_end_is_continued(start_broken):
     assert prefixes == {0: [token(0, position) for position in range(5)], 1: []}
 
 
+def test_a_request_too_large_fails_at_once(start_fake):
+    fake = start_fake("--max_request_bytes", "4096")
+    with RolloutClient(fake.data, timeout=60) as client:
+        for call in (client.generate, client.score):
+            begin = time.monotonic()
+            with pytest.raises(lockstep.InvalidRequest, match=r"the request has \d+ bytes, want at most 4096") as error:
+                call([[900] * 3000])
+            assert time.monotonic() - begin < 10 and error.value.worker == fake.data
+
+
 def test_pool():
     pool = Pool(["a", "b", "c"])
     assert pool.pick() is None
