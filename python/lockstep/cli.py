@@ -79,6 +79,17 @@ def _top(arguments: argparse.Namespace) -> int:
     )
 
 
+def _write(path: str, text: str) -> None:
+    """Whole or not at all: `lockstep top --check` may be reading the file."""
+    target = pathlib.Path(path).resolve()
+    if target.exists() and not target.is_file():  # a pipe, a terminal
+        target.write_text(text)
+        return
+    partial = target.with_name(f"{target.name}.partial")
+    partial.write_text(text)
+    partial.replace(target)
+
+
 def _parity(arguments: argparse.Namespace) -> int:
     from . import parity, parity_report, text
     from .client import RolloutClient
@@ -122,9 +133,9 @@ def _parity(arguments: argparse.Namespace) -> int:
         )
     print(report)
     if arguments.json:
-        pathlib.Path(arguments.json).write_text(json.dumps(parity_report.as_json(report), indent=1) + "\n")
+        _write(arguments.json, json.dumps(parity_report.as_json(report), indent=1) + "\n")
     if arguments.html:
-        pathlib.Path(arguments.html).write_text(parity_report.as_html(report))
+        _write(arguments.html, parity_report.as_html(report))
     if arguments.png:
         parity_report.write_png(report, arguments.png)
     return report.exit_code

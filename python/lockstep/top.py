@@ -150,6 +150,14 @@ def check_line(path: str | pathlib.Path) -> str:
     return f"last check, {duration(age)} ago: |rollout - trainer| {'; '.join(cells)}"
 
 
+def _check_or_error(path: str | pathlib.Path) -> str:
+    """For a table that goes on: the file may be in the making, or gone for a while."""
+    try:
+        return check_line(path)
+    except LockstepError as error:
+        return str(error)
+
+
 def render(before: Mapping[str, Sample], now: Mapping[str, Sample], check: str = "") -> Any:
     """A rich renderable."""
     from rich.console import Group
@@ -198,7 +206,7 @@ def run(
                 while True:
                     time.sleep(interval_s)
                     now = poller.poll()
-                    live.update(render(before, now, check_line(check) if check else ""), refresh=True)
+                    live.update(render(before, now, _check_or_error(check) if check else ""), refresh=True)
                     before = now
         except KeyboardInterrupt:
             return 0

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from lockstep import top
+from lockstep import cli, top
 from lockstep.cli import main
 from lockstep.client import RolloutClient
 from lockstep.errors import LockstepError
@@ -92,3 +92,31 @@ def test_bad_input_is_named(worker, tmp_path, capsys):
     with pytest.raises(LockstepError, match=r"--check .*bad.json: KeyError"):
         top.check_line(tmp_path / "bad.json")
     assert top.check_line(tmp_path / "none.json").startswith("last check: none yet")
+
+
+def test_a_check_in_the_making_does_not_end_the_table(worker, tmp_path, monkeypatch):
+    """The file is half written for a while; the table says so and goes on."""
+    check = tmp_path / "parity.json"
+    shown = []
+
+    def render(before, now, line):
+        shown.append(line)
+        check.write_text('{"layouts"' if len(shown) < 3 else '{"layouts": []}')
+        if len(shown) == 5:
+            raise KeyboardInterrupt
+        return ""
+
+    monkeypatch.setattr(top, "render", render)
+    assert main(["top", "--interval", "0.1", "--worker", worker.data, "--check", str(check)]) == 0
+    assert shown[0].startswith("last check: none yet")
+    assert all(re.match(r"--check .*parity.json: JSONDecodeError", line) for line in shown[1:3])
+    assert all(line.startswith("last check, 0") for line in shown[3:])
+
+
+def test_a_written_file_is_whole(tmp_path, monkeypatch):
+    path = tmp_path / "parity.json"
+    cli._write(str(path), "old")
+    monkeypatch.setattr(cli.pathlib.Path, "replace", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        cli._write(str(path), "new")
+    assert path.read_text() == "old"
