@@ -171,6 +171,9 @@ def _row_of(
     return _Row(Documents.of(lengths, device), None if keep is None and batch == 1 else where)
 
 
+_OF_LOSS = ("num_items_in_batch", "shift_labels", "ignore_index")  # what a trainer passes for the loss, beside labels
+
+
 def _forward(stock: Callable) -> Callable:
     """The forward method of a model class whose own is `stock`."""
 
@@ -197,28 +200,31 @@ def _forward(stock: Callable) -> Callable:
         for name in ("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"):
             options.pop(name, None)
         options |= {"use_cache": False, "documents": row.documents}
-        labels = options.pop("labels", None) if row.where is not None else None
+        options |= {"attention_mask": dict.fromkeys(kinds), "position_ids": row.documents.positions}  # no masks
+        if row.where is None:
+            return stock(model, input_ids=input_ids, **options)
+        labels = options.pop("labels", None)
+        of_loss = {name: options.pop(name) for name in _OF_LOSS if name in options}
+        return_dict = options.pop("return_dict", None)
         batch, length = input_ids.shape
-        kept, ids, target = length, input_ids, None
-        if row.where is not None:
-            ids, target = input_ids.flatten()[row.where][None], row.where
-            asked = options.pop("logits_to_keep", 0)
-            if not isinstance(asked, int):
-                raise ValueError("logits_to_keep: a tensor with padded or several packed rows, want an int")
-            if asked:
-                kept = min(asked, length)
-                wanted = (row.where % length >= length - kept).nonzero()[:, 0]
-                options["logits_to_keep"] = wanted
-                target = row.where[wanted]
-                target = target // length * kept + target % length - (length - kept)
-        masks = dict.fromkeys(kinds)  # none in any layer
-        output = stock(model, input_ids=ids, attention_mask=masks, position_ids=row.documents.positions, **options)
-        if target is not None:
-            logits = output.logits.new_zeros(batch * kept, output.logits.shape[-1])
-            output.logits = logits.index_copy_(0, target, output.logits[0]).view(batch, kept, -1)
+        kept, target = length, row.where
+        asked = options.pop("logits_to_keep", 0)
+        if not isinstance(asked, int):
+            raise ValueError("logits_to_keep: a tensor with padded or several packed rows, want an int")
+        if asked:
+            kept = min(asked, length)
+            wanted = (row.where % length >= length - kept).nonzero()[:, 0]
+            options["logits_to_keep"] = wanted
+            target = row.where[wanted]
+            target = target // length * kept + target % length - (length - kept)
+        output = stock(model, input_ids=input_ids.flatten()[row.where][None], return_dict=True, **options)
+        logits = output.logits.new_zeros(batch * kept, output.logits.shape[-1])
+        logits = logits.index_copy_(0, target, output.logits[0]).view(batch, kept, -1)
+        loss = None
         if labels is not None:
-            output.loss = model.loss_function(logits=output.logits, labels=labels, vocab_size=model.config.vocab_size)
-        return output
+            loss = model.loss_function(logits=logits, labels=labels, vocab_size=model.config.vocab_size, **of_loss)
+        output = dataclasses.replace(output, loss=loss, logits=logits)
+        return output if (model.config.return_dict if return_dict is None else return_dict) else output.to_tuple()
 
     return forward
 

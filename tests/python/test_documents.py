@@ -172,6 +172,30 @@ def test_labels_logits_to_keep_and_caches(model):
         assert torch.equal(trained, model.generate(ids, attention_mask=mask, max_new_tokens=3, do_sample=False))
 
 
+def test_the_loss_takes_what_a_trainer_passes(model):
+    """A padded batch's loss over num_items_in_batch is the sum of its documents' own."""
+    ids = torch.randint(2, 100, (2, 12))
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    labels = ids.masked_fill(mask == 0, -100)
+    labels[0, 5] = -100  # a padding token predicts nothing
+    batch = {"input_ids": ids, "attention_mask": mask, "labels": labels}
+    items = torch.tensor(37)
+    with torch.no_grad():
+        alone = [
+            model(input_ids=row[None], labels=row[None], num_items_in_batch=items).loss for row in (ids[0, 5:], ids[1])
+        ]
+        trainer.align(model)
+        output = model(**batch, num_items_in_batch=items)
+        torch.testing.assert_close(output.loss, sum(alone), **CLOSE)
+        assert output["loss"] is output[0] is output.loss and output[1] is output.logits
+        following = torch.nn.functional.pad(labels, (0, 1), value=-100)[:, 1:].contiguous()
+        shifted = model(**batch | {"labels": ids}, shift_labels=following, num_items_in_batch=items).loss
+        assert torch.equal(shifted, output.loss)
+        loss, logits = model(**batch, num_items_in_batch=items, return_dict=False)
+        assert torch.equal(loss, output.loss) and torch.equal(logits, output.logits)
+
+
 def test_models_it_does_not_know(tiny_model):
     other = torch.nn.Linear(4, 4)
     report = trainer.align(other)
