@@ -64,7 +64,7 @@ def align(model: torch.nn.Module, worker: Any = None) -> AlignReport:
     def report(level: str, what: str, change: str) -> None:
         findings.append(Finding(level, what, change))
 
-    on_gpu = any(p.is_cuda for p in model.parameters())
+    on_gpu = _on_gpu(model)
     if torch.cuda.is_available():
         global _before
         _before = _before or _blas()
@@ -76,30 +76,24 @@ def align(model: torch.nn.Module, worker: Any = None) -> AlignReport:
         _documents.install(model)
         settings.append("packed and padded batches: every document as if it were alone")
     numerics = worker.numerics if worker is not None else None
-    gpu_profile = numerics is None or numerics.profile in ("hf", "hf-flash")
+    profile = numerics.profile if numerics is not None else ""
+    gpu_profile = numerics is None or (profile.startswith("hf") and profile != "hf-torch")
     if numerics is not None and gpu_profile and not on_gpu:
         report(
             "wrong",
-            f"the worker computes a GPU trainer's arithmetic ({numerics.profile}), the model is on a CPU",
+            f"the worker computes a GPU trainer's arithmetic ({profile}), the model is on a CPU",
             "Train on a GPU, or start the worker with --numerics hf-torch",
         )
     if numerics is not None and not gpu_profile and on_gpu:
         report(
             "wrong",
-            f"the worker's profile is {numerics.profile}, the model is on a GPU",
+            f"the worker's profile is {profile}, the model is on a GPU",
             "Start the worker with --backend cuda --numerics hf",
         )
 
-    dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.ndim >= 2})
-    want = numerics.weights_dtype if numerics is not None else "bfloat16"
-    if dtypes != [want] and (numerics is not None or on_gpu):
-        report(
-            "wrong",
-            f"matrices are {', '.join(dtypes)}, the worker computes with {want}",
-            f"Load the model with dtype={want}; fp32 masters belong into the optimiser",
-        )
-    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
-        report("wrong", "autocast is on", "Run the forward pass outside torch.autocast: it casts in other places")
+    if numerics is not None or on_gpu:
+        findings += _dtypes(model, profile, numerics.weights_dtype if numerics is not None else "bfloat16")
+    findings += _autocast(profile)
 
     compiled = isinstance(model, torch._dynamo.eval_frame.OptimizedModule) or any(
         getattr(module, "_compiled_call_impl", None) is not None for module in model.modules()
@@ -124,27 +118,13 @@ def align(model: torch.nn.Module, worker: Any = None) -> AlignReport:
             f"attn_implementation is {attention!r}, the worker follows PyTorch's SDPA",
             "Load the model with attn_implementation='sdpa'",
         )
-    if on_gpu and numerics is not None and numerics.profile == "hf" and not torch.backends.cuda.cudnn_sdp_enabled():
-        report(
-            "wrong",
-            "SDPA's cuDNN backend is off, profile hf follows it",
-            "torch.backends.cuda.enable_cudnn_sdp(True), or the worker's --numerics hf-flash",
-        )
-    if on_gpu and numerics is not None and numerics.profile == "hf-flash" and torch.backends.cuda.cudnn_sdp_enabled():
-        report(
-            "wrong",
-            "SDPA may take cuDNN, profile hf-flash follows FlashAttention-2",
-            "torch.backends.cuda.enable_cudnn_sdp(False)",
-        )
+    if on_gpu and numerics is not None and gpu_profile:
+        findings += _sdpa(profile)
     if model.training and getattr(config, "attention_dropout", 0.0):
         report("wrong", f"attention_dropout is {config.attention_dropout}", "Set it to 0")
     layers = getattr(config, "layer_types", None) or []
     if "sliding_attention" in layers:
-        report(
-            "check",
-            f"sliding layers of {config.sliding_window} tokens",
-            "From that length on the trainer itself is no function of the prefix: equal bits only below it",
-        )
+        findings.append(_window(profile, config.sliding_window))
     if not _documents.installed(model):
         report(
             "check",
@@ -175,6 +155,62 @@ def align(model: torch.nn.Module, worker: Any = None) -> AlignReport:
             if not found.startswith(version):
                 report("check", f"{package} {found}, compared in bits was {version}", "Run `lockstep parity`")
     return AlignReport(settings, findings)
+
+
+def _on_gpu(model: torch.nn.Module) -> bool:
+    return any(p.is_cuda for p in model.parameters())
+
+
+def _dtypes(model: torch.nn.Module, profile: str, want: str) -> list[Finding]:
+    """want: of the worker's matrices. Autocast's trainer holds fp32 and casts at every use."""
+    found = ", ".join(sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.ndim >= 2}))
+    if profile.startswith("hf-autocast"):
+        what = f"matrices are {found}, profile {profile} is of float32 under autocast"
+        want, change = "float32", "Load the model with dtype=float32, or start the worker with --numerics hf"
+    else:
+        what = f"matrices are {found}, the worker computes with {want}"
+        change = f"Load the model with dtype={want}; fp32 masters belong into the optimiser"
+    return [Finding("wrong", what, change)] if found != want else []
+
+
+def _autocast(profile: str) -> list[Finding]:
+    on = [device for device in ("cuda", "cpu") if torch.is_autocast_enabled(device)]
+    if not profile.startswith("hf-autocast"):
+        change = "Run the forward pass outside torch.autocast: it casts in other places"
+        return [Finding("wrong", "autocast is on", change)] if on else []
+    change = 'Run the forward pass under torch.autocast("cuda", dtype=torch.bfloat16)'
+    if not on:  # trainers switch it on for the forward pass alone
+        return [Finding("check", f"autocast is off here, profile {profile} follows it", change)]
+    others = {torch.get_autocast_dtype(device) for device in on} - {torch.bfloat16}
+    return [Finding("wrong", f"autocast casts to {dtype}, profile {profile} to bfloat16", change) for dtype in others]
+
+
+def _sdpa(profile: str) -> list[Finding]:
+    """The attention backend that a GPU profile follows."""
+    cudnn = torch.backends.cuda.cudnn_sdp_enabled()
+    if profile == "hf-flash":
+        what, change = "SDPA may take cuDNN, profile hf-flash follows FlashAttention-2", "enable_cudnn_sdp(False)"
+        return [Finding("wrong", what, f"torch.backends.cuda.{change}")] if cudnn else []
+    change = "torch.backends.cuda.enable_cudnn_sdp(True)"
+    change += ", or the worker's --numerics hf-flash" if profile == "hf" else ""
+    what = f"SDPA's cuDNN backend is off, profile {profile} follows it"
+    return [] if cudnn else [Finding("wrong", what, change)]
+
+
+def _window(profile: str, window: int) -> Finding:
+    """A trainer computes sliding layers by another program as soon as its forward is as long as the window."""
+    shorter, longer = f"forwards shorter than {window} tokens", f"forwards of {window} tokens or more"
+    if profile.endswith("-masked"):
+        program, others = longer, f"the worker's --numerics {profile.removesuffix('-masked')}"
+    elif profile == "hf-flash":
+        program, others = shorter, "SDPA's cuDNN backend and the worker's --numerics hf-masked"
+    elif profile in ("hf", "hf-autocast"):
+        program, others = shorter, f"the worker's --numerics {profile}-masked"
+    else:
+        change = f"A GPU trainer is no function of the prefix: hf is its program of {shorter}, hf-masked of the others"
+        return Finding("check", f"sliding layers of {window} tokens", change)
+    what = f"sliding layers: {profile} is the trainer's program of {program}"
+    return Finding("check", what, f"For others: {others}")
 
 
 _before: tuple[Any, Any] | None = None  # PyTorch's settings before the first align()

@@ -95,6 +95,92 @@ def test_align_finds_what_it_cannot_set(model, tiny_model):
     assert any("attn_implementation is 'eager'" in t for t in texts(eager, info()))
 
 
+@pytest.fixture
+def setup(monkeypatch):
+    """setup(dtype=torch.bfloat16, cudnn=True) -> an Olmo 3 model that counts as one on a GPU."""
+    monkeypatch.setattr(trainer, "_on_gpu", lambda model: True)
+
+    def make(dtype=torch.bfloat16, cudnn=True):
+        monkeypatch.setattr(torch.backends.cuda, "cudnn_sdp_enabled", lambda: cudnn)
+        config = transformers.Olmo3Config(
+            vocab_size=32,
+            hidden_size=16,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            sliding_window=48,
+            pad_token_id=0,
+            attn_implementation="sdpa",
+            layer_types=["sliding_attention", "full_attention"],
+        )
+        return transformers.Olmo3ForCausalLM(config).to(dtype).eval()
+
+    return make
+
+
+def wrong(model, profile):
+    return [t for t in texts(model, info(profile=profile)) if t.startswith("wrong")]
+
+
+PROFILES = {  # the trainer's dtype, whether autocast is on, whether SDPA may take cuDNN
+    "hf": (torch.bfloat16, False, True),
+    "hf-masked": (torch.bfloat16, False, True),
+    "hf-flash": (torch.bfloat16, False, False),
+    "hf-autocast": (torch.float32, True, True),
+    "hf-autocast-masked": (torch.float32, True, True),
+}
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_the_setup_of_each_gpu_profile(setup, profile):
+    """The right one is called right, and each that differs in one thing wrong. (The worker's matrices are bf16 in all.)"""
+    dtype, autocast, cudnn = PROFILES[profile]
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert wrong(setup(dtype, cudnn), profile) == []
+        other = torch.float32 if dtype == torch.bfloat16 else torch.bfloat16
+        (found,) = wrong(setup(other, cudnn), profile)
+        assert "matrices are" in found
+        (found,) = wrong(setup(dtype, not cudnn), profile)
+        assert "cuDNN" in found and profile in found
+    with torch.autocast("cpu", torch.bfloat16, enabled=not autocast):
+        found = [t for t in texts(setup(dtype, cudnn), info(profile=profile)) if "autocast is o" in t]
+        assert found == (
+            [f"check: autocast is off here, profile {profile} follows it"] if autocast else ["wrong: autocast is on"]
+        )
+    if autocast:
+        with torch.autocast("cpu", torch.float16):
+            (found,) = wrong(setup(dtype, cudnn), profile)
+            assert "autocast casts to torch.float16" in found
+
+
+@pytest.mark.parametrize("profile", [*PROFILES, "hf-torch", "fp32"])
+def test_the_window_is_told_by_profile(setup, profile):
+    report = trainer.align(setup(), info(profile=profile))
+    (finding,) = [f for f in report.findings if f.what.startswith("sliding layers")]
+    assert finding.level == "check"
+    masked = profile.endswith("-masked")
+    if profile in PROFILES:
+        assert profile in finding.what
+        assert ("48 tokens or more" if masked else "shorter than 48 tokens") in finding.what
+        other = (
+            profile.removesuffix("-masked") if masked else "hf-masked" if profile == "hf-flash" else f"{profile}-masked"
+        )
+        assert finding.change.endswith(f"--numerics {other}")
+    else:
+        assert "hf-masked of the others" in finding.change
+
+
+@pytest.mark.parametrize("profile", ["hf-torch", "fp32", "olmo-core"])
+def test_other_profiles_are_not_a_gpu_trainers(setup, profile):
+    (found,) = wrong(setup(), profile)
+    assert f"the worker's profile is {profile}, the model is on a GPU" in found
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_gpu_profiles_want_a_gpu(model, profile):
+    assert any("the model is on a CPU" in t for t in texts(model, info(profile=profile)))
+
+
 def test_misaligned():
     model = torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 8))
     assert trainer.misaligned(model) == []
