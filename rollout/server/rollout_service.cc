@@ -72,7 +72,7 @@ grpc::ServerWriteReactor<Response>* RolloutService::StartStream(grpc::CallbackSe
   if (!state.ok()) return new FailedStream<Response>(context, state.status());
   converted->spec.request_id = (*state)->info().worker_id;
 
-  auto reactor = StreamReactor<Response>::Create(context, registry_, *state, converted->spec.deadline);
+  auto reactor = StreamReactor<Response>::Create(context, registry_, &streams_, *state, converted->spec.deadline);
   // Nothing has been produced yet, so an attachment from the start always succeeds.
   const absl::Status attached = (*state)->Attach(reactor, converted->stream_interval, {});
   LOCKSTEP_CHECK(attached.ok(), "{}", attached.ToString());
@@ -95,8 +95,8 @@ grpc::ServerWriteReactor<v1::GenerateResponse>* RolloutService::StartAttach(grpc
   }
   const auto point = ResolveAttach(*attach, state->info());
   if (!point.ok()) return new Failed(context, point.status());
-  auto reactor =
-      StreamReactor<v1::GenerateResponse>::Create(context, registry_, state, EffectiveDeadline(*context, absl::Now()));
+  auto reactor = StreamReactor<v1::GenerateResponse>::Create(context, registry_, &streams_, state,
+                                                             EffectiveDeadline(*context, absl::Now()));
   const absl::Status attached = state->Attach(reactor, attach->stream_interval, *point);
   if (!attached.ok()) reactor->Refuse(attached);
   return reactor.get();

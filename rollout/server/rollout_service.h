@@ -9,6 +9,7 @@
 #include "lockstep/v1/rollout.grpc.pb.h"
 #include "rollout/server/convert.h"
 #include "rollout/server/credentials.h"
+#include "rollout/server/open_streams.h"
 #include "rollout/server/request_registry.h"
 #include "rollout/server/request_starter.h"
 #include "rollout/worker/make_worker.h"
@@ -32,6 +33,9 @@ class RolloutService final : public v1::Rollout::CallbackService {
   grpc::ServerUnaryReactor* GetLoad(grpc::CallbackServerContext* context, const v1::GetLoadRequest* request,
                                     v1::GetLoadResponse* response) override;
 
+  // Generate's and Score's.
+  const OpenStreams& streams() const { return streams_; }
+
  private:
   template <class Response>
   grpc::ServerWriteReactor<Response>* StartStream(grpc::CallbackServerContext* context,
@@ -46,6 +50,7 @@ class RolloutService final : public v1::Rollout::CallbackService {
   RequestRegistry* const registry_;
   RequestStarter* const starter_;
   const PortToken token_;
+  OpenStreams streams_;
 };
 
 }  // namespace lockstep

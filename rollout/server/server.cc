@@ -134,9 +134,10 @@ void RolloutServer::StopServing(absl::Time deadline) {
 
 void RolloutServer::Drain(absl::Time deadline, absl::Duration delivery) {
   StopServing(deadline);
-  // Returns as soon as every call has ended. Readers that are behind have what is left of the time, and `delivery` at
-  // least.
-  data_server_->Shutdown(absl::ToChronoTime(std::max(deadline, absl::Now() + delivery)));
+  // Readers that are behind have what is left of the time, and `delivery` at least. What is open then but no stream is
+  // a health watch, which would last for good.
+  service_->streams().AwaitNone(std::max(deadline, absl::Now() + delivery));
+  data_server_->Shutdown(std::chrono::system_clock::now());
   control_server_->Shutdown(std::chrono::system_clock::now());
 }
 

@@ -45,7 +45,7 @@ class RolloutServer {
   absl::Status WorkerHealth() const { return model_.worker->Health(); }
 
   // Refuses new requests, lets those in flight finish until `deadline`, ends the rest with what they have, gives
-  // streams until `deadline`, and `delivery` at least, to be read, and closes the ports.
+  // streams until `deadline`, and `delivery` at least, to be read, and closes the ports. Waits for no other call.
   void Drain(absl::Time deadline, absl::Duration delivery);
 
  private:

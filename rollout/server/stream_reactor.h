@@ -12,6 +12,7 @@
 #include "absl/synchronization/mutex.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
+#include "rollout/server/open_streams.h"
 #include "rollout/server/request_registry.h"
 #include "rollout/server/request_starter.h"
 #include "rollout/server/request_state.h"
@@ -36,9 +37,11 @@ class StreamReactor final : public grpc::ServerWriteReactor<Response>,
  public:
   // `deadline`: a disconnect from then on is the client's deadline, not a cancellation.
   static std::shared_ptr<StreamReactor> Create(grpc::CallbackServerContext* context, RequestRegistry* registry,
-                                               std::shared_ptr<RequestState> state, absl::Time deadline) {
-    std::shared_ptr<StreamReactor> reactor(new StreamReactor(context, registry, std::move(state), deadline));
+                                               OpenStreams* open, std::shared_ptr<RequestState> state,
+                                               absl::Time deadline) {
+    std::shared_ptr<StreamReactor> reactor(new StreamReactor(context, registry, open, std::move(state), deadline));
     reactor->self_ = reactor;
+    open->Add();
     return reactor;
   }
 
@@ -108,12 +111,15 @@ class StreamReactor final : public grpc::ServerWriteReactor<Response>,
     Pump();
   }
 
-  void OnDone() override { self_.reset(); }
+  void OnDone() override {
+    open_->Remove();
+    self_.reset();
+  }
 
  private:
-  StreamReactor(grpc::CallbackServerContext* context, RequestRegistry* registry, std::shared_ptr<RequestState> state,
-                absl::Time deadline)
-      : context_(context), registry_(registry), state_(std::move(state)), deadline_(deadline) {}
+  StreamReactor(grpc::CallbackServerContext* context, RequestRegistry* registry, OpenStreams* open,
+                std::shared_ptr<RequestState> state, absl::Time deadline)
+      : context_(context), registry_(registry), open_(open), state_(std::move(state)), deadline_(deadline) {}
 
   void Disconnect() {
     registry_->Detach(
@@ -123,6 +129,7 @@ class StreamReactor final : public grpc::ServerWriteReactor<Response>,
 
   grpc::CallbackServerContext* const context_;
   RequestRegistry* const registry_;
+  OpenStreams* const open_;
   const std::shared_ptr<RequestState> state_;
   const absl::Time deadline_;
   std::shared_ptr<StreamReactor> self_;
