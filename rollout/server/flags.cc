@@ -67,12 +67,14 @@ ABSL_FLAG(
 ABSL_FLAG(int64_t, page_size, 64, "Tokens per KV page. A multiple of 16 (cuda: of 64).");
 ABSL_FLAG(int64_t, max_batch_tokens, 0,
           "Tokens one step computes at most, decoding and prefill together. Larger: better throughput; smaller: "
-          "steadier latency. 0: 512 on cpu, 4096 on cuda.");
+          "steadier latency. At least --max_sequences. 0: 512 on cpu, 4096 on cuda, or --max_sequences if that is "
+          "more.");
 ABSL_FLAG(int64_t, mixed_batch_tokens, 0,
           "Tokens of a step while at least as many sequences decode as have a prompt to compute: prompts then ride in "
           "decode steps a piece at a time. Larger: sooner first tokens, less steady decoding. 0: max_batch_tokens on "
           "cpu, 512 on cuda.");
-ABSL_FLAG(int64_t, max_sequences, 0, "Sequences that run at once. 0: 64 on cpu, 256 on cuda.");
+ABSL_FLAG(int64_t, max_sequences, 0,
+          "Sequences that run at once. 0: 64 on cpu, 256 on cuda, or --max_batch_tokens if that is less.");
 
 ABSL_FLAG(int64_t, max_waiting_sequences, 4096,
           "Sequences accepted but not running; past it requests are RESOURCE_EXHAUSTED.");

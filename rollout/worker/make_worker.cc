@@ -62,6 +62,30 @@ absl::Status Validate(const WorkerOptions& options) {
   return absl::OkStatus();
 }
 
+struct StepLimits {
+  int64_t max_batch_tokens = 0;
+  int64_t max_sequences = 0;
+};
+
+// A decode row for every sequence fits a step; less would hold some back for no reason. What was not given follows what
+// was.
+absl::StatusOr<StepLimits> LimitsOf(const WorkerOptions& options, bool cuda) {
+  const int64_t tokens = options.max_batch_tokens, sequences = options.max_sequences;
+  if (tokens > 0 && sequences > tokens) {
+    return absl::InvalidArgumentError(absl::StrCat("--max_batch_tokens: value ", tokens, " is below --max_sequences, ",
+                                                   sequences, "; want at least a token for each sequence that runs"));
+  }
+  StepLimits limits{.max_batch_tokens = tokens > 0 ? tokens
+                                        : cuda     ? 4096
+                                                   : 512,
+                    .max_sequences = sequences > 0 ? sequences
+                                     : cuda        ? 256
+                                                   : 64};
+  if (tokens == 0) limits.max_batch_tokens = std::max(limits.max_batch_tokens, sequences);
+  if (sequences == 0) limits.max_sequences = std::min(limits.max_sequences, limits.max_batch_tokens);
+  return limits;
+}
+
 // Of each of the two buffers into which broadcasts go: enough for NCCL's full rate.
 constexpr int64_t kCudaInboxBytes = int64_t{256} << 20;
 constexpr int64_t kCpuInboxBytes = int64_t{4} << 20;
@@ -106,6 +130,7 @@ struct Owned {
 absl::StatusOr<ServingModel> MakeWorker(const WorkerOptions& options) {
   LOCKSTEP_RETURN_IF_ERROR(Validate(options));
   const bool cuda = options.backend == "cuda";
+  LOCKSTEP_ASSIGN_OR_RETURN(const StepLimits limits, LimitsOf(options, cuda));
   const std::string numerics =
       options.numerics.empty() ? DefaultNumerics(options.model_dir, options.backend) : options.numerics;
   const int threads = options.threads == 0 ? UsableCores() : options.threads;
@@ -117,12 +142,6 @@ absl::StatusOr<ServingModel> MakeWorker(const WorkerOptions& options) {
                                                           .shared_prefix_attention = options.shared_prefix_attention}));
   LocalModel& model = *owned->model;
 
-  // A decode row for every sequence fits a step; less would hold some back for no reason.
-  const int64_t max_sequences = options.max_sequences > 0 ? options.max_sequences : cuda ? 256 : 64;
-  const int64_t max_batch_tokens = std::max(options.max_batch_tokens > 0 ? options.max_batch_tokens
-                                            : cuda                       ? 4096
-                                                                         : 512,
-                                            max_sequences);
   // A GPU reads the weights for hundreds of rows in little more than the time it takes for one; a CPU gains nothing.
   const int64_t mixed_batch_tokens = options.mixed_batch_tokens == 0 && cuda ? 512 : options.mixed_batch_tokens;
   if (options.page_size % model.ops().kv_page_multiple() != 0) {
@@ -142,20 +161,22 @@ absl::StatusOr<ServingModel> MakeWorker(const WorkerOptions& options) {
   // NCCL allocates when a learner has workers join.
   const int64_t nccl = cuda && updates ? kNcclBytes : 0;
   const double fraction = options.memory_fraction > 0 ? options.memory_fraction : cuda ? 0.9 : 0.5;
-  const int64_t budget = options.memory_gb > 0
-                             ? static_cast<int64_t>(options.memory_gb * 1e9)
-                             : static_cast<int64_t>(fraction * static_cast<double>(model.ops().AvailableMemory())) -
-                                   (cuda ? ForwardPass::BufferBytes(model.spec, model.ops(), max_batch_tokens) + nccl
-                                         : staging);  // of which nothing is resident yet
+  const int64_t budget =
+      options.memory_gb > 0
+          ? static_cast<int64_t>(options.memory_gb * 1e9)
+          : static_cast<int64_t>(fraction * static_cast<double>(model.ops().AvailableMemory())) -
+                (cuda ? ForwardPass::BufferBytes(model.spec, model.ops(), limits.max_batch_tokens) + nccl
+                      : staging);  // of which nothing is resident yet
   LOCKSTEP_ASSIGN_OR_RETURN(const LoopConfig config, FitMemory(model,
                                                                {.page_size = options.page_size,
-                                                                .max_batch_tokens = max_batch_tokens,
+                                                                .max_batch_tokens = limits.max_batch_tokens,
                                                                 .mixed_batch_tokens = mixed_batch_tokens,
-                                                                .max_sequences = max_sequences},
+                                                                .max_sequences = limits.max_sequences},
                                                                budget, /*min_tokens=*/options.page_size));
   LOCKSTEP_ASSIGN_OR_RETURN(LocalLoop local, MakeLocalLoop(model, config));
   LogMemory(local.engine->memory(), {.staging = staging, .shadow = shadow, .inbox = inbox, .nccl = nccl},
             config.page_size, !cuda);
+  spdlog::info("steps: up to {} sequences at once, {} tokens", config.max_sequences, config.max_batch_tokens);
 
   ServingModel serving;
   serving.name = std::filesystem::weakly_canonical(options.model_dir).filename().string();

@@ -25,15 +25,18 @@ struct WorkerOptions {
       numerics;     // profile name; empty: for a bfloat16 checkpoint "hf-torch" on cpu and "hf" on cuda, else "fp32"
   int threads = 0;  // 0: the cores this process may use
   int cuda_device = 0;
-  bool cuda_graphs = true;               // record decode steps and replay them
-  bool shared_prefix_attention = false;  // cuda: decode reads the keys and values that sequences share once for all
-  double memory_gb = 0;                  // for KV pages and state slots, 1e9 bytes; 0: by memory_fraction
-  double memory_fraction = 0;    // of the memory that is free once the weights are loaded; 0: 0.5 on cpu, 0.9 on cuda
-  int64_t page_size = 64;        // tokens per KV page
-  int64_t max_batch_tokens = 0;  // decode rows and prefill tokens of one step; 0: 512 on cpu, 4096 on cuda
+  bool cuda_graphs = true;     // record decode steps and replay them
+  // cuda: decode reads the keys and values that sequences share once for all.
+  bool shared_prefix_attention = false;
+  double memory_gb = 0;        // for KV pages and state slots, 1e9 bytes; 0: by memory_fraction
+  double memory_fraction = 0;  // of the memory that is free once the weights are loaded; 0: 0.5 on cpu, 0.9 on cuda
+  int64_t page_size = 64;      // tokens per KV page
+  // Decode rows and prefill tokens of one step; 0: 512 on cpu, 4096 on cuda, or max_sequences if that is more.
+  int64_t max_batch_tokens = 0;
   // Of a step in which most sequences decode (SchedulerConfig); 0: max_batch_tokens on cpu, 512 on cuda.
   int64_t mixed_batch_tokens = 0;
-  int64_t max_sequences = 0;  // running at once; 0: 64 on cpu, 256 on cuda
+  // Running at once, at most max_batch_tokens; 0: 64 on cpu, 256 on cuda, or max_batch_tokens if that is less.
+  int64_t max_sequences = 0;
   int64_t max_waiting_sequences = 4096;
   // kStaged keeps memory for a second set of weights, kDirect host memory for a copy; both for buffers of broadcasts
   WeightsReceive weights_receive = WeightsReceive::kStaged;

@@ -221,6 +221,7 @@ BAD_ENGINE_FLAGS = [
     (["--memory_gb", "nan"], "--memory_gb"),
     (["--page_size", "65"], "--page_size"),
     (["--max_batch_tokens", "-1"], "--max_batch_tokens"),
+    (["--max_batch_tokens", "15", "--max_sequences", "16"], "--max_batch_tokens: value 15 is below --max_sequences, 16"),
     (["--max_sequences", "-1"], "--max_sequences"),
     (["--memory_fraction", "1.5"], "--memory_fraction"),
     (["--max_waiting_sequences", "0"], "--max_waiting_sequences"),
@@ -239,6 +240,16 @@ def test_worker_bad_flags(build_dir, tiny_model, arguments, named):
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stdout == ""
     assert named in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    "arguments,sequences,tokens",
+    [([], 64, 512), (["--max_batch_tokens", "16"], 16, 16), (["--max_sequences", "600"], 600, 600)],
+)
+def test_a_step_has_a_token_for_each_sequence(start_worker, tiny_model, pb, arguments, sequences, tokens):
+    worker = start_worker(tiny_model, *arguments)
+    assert worker.stub.GetLoad(pb.GetLoadRequest()).state_slots_total == sequences
+    assert f"steps: up to {sequences} sequences at once, {tokens} tokens" in worker.log()
 
 
 def test_info_tells_the_numerics(start_worker, tiny_model, pb):
