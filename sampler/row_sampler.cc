@@ -20,7 +20,7 @@ class CpuRowSampler final : public RowSampler {
     });
   }
 
-  std::vector<absl::StatusOr<SampledToken>> Collect() override { return std::exchange(results_, {}); }
+  absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Collect() override { return std::exchange(results_, {}); }
 
  private:
   static absl::StatusOr<SampledToken> Run(std::span<const float> row, const RowTask& task, SamplerScratch& scratch) {

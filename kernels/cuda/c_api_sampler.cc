@@ -65,11 +65,14 @@ extern "C" void lockstep_sampler_enqueue(void* handle, void* logits, int fp32, i
                         sampler.row_tasks);
 }
 
-// Host arrays, one entry for every row enqueued since the last call. Returns 1 at the first task that failed.
+// Host arrays, one entry for every row enqueued since the last call. Returns 1 where the sampler has failed, and at the
+// first task that did.
 extern "C" int lockstep_sampler_collect(void* handle, int32_t* tokens, float* raw, float* temperature) {
   auto& sampler = *static_cast<Sampler*>(handle);
-  const std::vector<absl::StatusOr<lockstep::SampledToken>> results = sampler.rows->Collect();
+  const absl::StatusOr<std::vector<absl::StatusOr<lockstep::SampledToken>>> collected = sampler.rows->Collect();
   sampler.tasks.clear();
+  if (!collected.ok()) return CApiResult(collected.status());
+  const std::vector<absl::StatusOr<lockstep::SampledToken>>& results = *collected;
   for (size_t i = 0; i < results.size(); ++i) {
     if (!results[i].ok()) return CApiResult(results[i].status());
     tokens[i] = results[i]->token;

@@ -158,9 +158,12 @@ absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Engine::Step(const Ste
   for (const StateCopy& copy : input.copies) Copy(copy);
   if (!first) meanwhile();
 
-  std::vector<absl::StatusOr<SampledToken>> sampled = sampler_->Collect();
+  absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> collected = sampler_->Collect();
   ops_.Synchronize();
+  // The operation that failed, where one did: the sampler can only say that it saw it.
   LOCKSTEP_RETURN_IF_ERROR(ops_.status());
+  LOCKSTEP_RETURN_IF_ERROR(collected.status());
+  std::vector<absl::StatusOr<SampledToken>>& sampled = *collected;
   std::vector<absl::StatusOr<SampledToken>> results(input.tasks.size(), absl::UnknownError("not run"));
   for (size_t i = 0; i < order_.size(); ++i) results[order_[i]] = std::move(sampled[i]);
   return results;

@@ -80,8 +80,8 @@ class Engine {
   absl::Status UseOnThisThread() { return ops_.UseOnThisThread(); }
 
   // Returns one result per task, in order: the token drawn (or forced) with its log-probabilities. An error of the step
-  // itself is the device's and names the operation: nothing can be computed after it. `meanwhile` is called once: where
-  // the device runs by itself, when it has all of the step's work; else before that work.
+  // itself is the device's, or its sampler's, and names the operation: nothing can be computed after it. `meanwhile` is
+  // called once: where the device runs by itself, when it has all of the step's work; else before that work.
   absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Step(
       const StepInput& input, absl::FunctionRef<void()> meanwhile = [] {});
 

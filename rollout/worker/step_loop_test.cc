@@ -220,6 +220,22 @@ TEST_F(StepLoopTest, AFailedDeviceEndsEveryRequestWithTheOperationsName) {
   EXPECT_TRUE(late->samples()[0].tokens.empty());
 }
 
+TEST_F(StepLoopTest, AFailedSamplerIsAFailedDevice) {
+  local_ = {};
+  model_->backend = MakeFailingSamplerBackend(model_->ops().profile(), model_->threads.get(), /*steps=*/3);
+  MakeLoop({.max_sequences = 8, .max_kv_tokens = 4096});
+  const auto a = Submit(Request("a", 10, 50, 2));
+  while (loop().Step()) {
+  }
+  EXPECT_EQ(loop().failure().message(), kSamplerFailure) << "or later requests would end one by one";
+  EXPECT_TRUE(loop().idle());
+  for (const CollectedSample& s : a->samples()) {
+    EXPECT_EQ(s.tokens.size(), 3u);
+    EXPECT_EQ(s.result.abort, AbortReason::kInternal);
+    EXPECT_EQ(s.result.abort_message, kSamplerFailure);
+  }
+}
+
 TEST_F(StepLoopTest, ScoringOnePositionOrNoneEnds) {
   for (const PromptLogprobRange range :
        {PromptLogprobRange{1, 1}, PromptLogprobRange{1, 2}, PromptLogprobRange{99, 100}}) {

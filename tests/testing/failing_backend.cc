@@ -1,6 +1,8 @@
 #include "tests/testing/failing_backend.h"
 
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include "kernels/cpu/cpu_ops.h"
 #include "sampler/row_sampler.h"
@@ -53,6 +55,62 @@ class TestBackend final : public Backend {
   TestOps ops_;
 };
 
+class FailingSampler final : public RowSampler {
+ public:
+  FailingSampler(ThreadPool& threads, int steps) : rows_(MakeCpuRowSampler(threads)), steps_(steps) {}
+  void Enqueue(Rows logits, std::span<const SampleTask> tasks) override { rows_->Enqueue(logits, tasks); }
+  absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Collect() override {
+    if (--steps_ < 0) return absl::ResourceExhaustedError(kSamplerFailure);
+    return rows_->Collect();
+  }
+
+ private:
+  std::unique_ptr<RowSampler> rows_;
+  int steps_;
+};
+
+class NonFiniteSampler final : public RowSampler {
+ public:
+  NonFiniteSampler(ThreadPool& threads, int32_t forced_token)
+      : rows_(MakeCpuRowSampler(threads)), forced_token_(forced_token) {}
+  void Enqueue(Rows logits, std::span<const SampleTask> tasks) override {
+    for (const SampleTask& t : tasks) fails_.push_back(t.task->forced && t.task->forced_token == forced_token_);
+    rows_->Enqueue(logits, tasks);
+  }
+  absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Collect() override {
+    auto results = rows_->Collect();
+    for (size_t i = 0; i < fails_.size(); ++i) {
+      if (fails_[i]) (*results)[i] = absl::InternalError(kNotFinite);
+    }
+    fails_.clear();
+    return results;
+  }
+
+ private:
+  std::unique_ptr<RowSampler> rows_;
+  int32_t forced_token_;
+  std::vector<bool> fails_;
+};
+
+// CpuOps under another sampler.
+template <class Sampler, class Argument>
+class SamplerBackend final : public Backend {
+ public:
+  SamplerBackend(const NumericsProfile& profile, ThreadPool* threads, Argument argument)
+      : threads_(*threads), ops_(profile, threads), argument_(argument) {}
+  std::string device() const override { return "a device whose sampler fails"; }
+  Ops& ops() override { return ops_; }
+  absl::StatusOr<double> MeasureBandwidth() override { return absl::UnimplementedError("not measured"); }
+  absl::StatusOr<std::unique_ptr<RowSampler>> MakeSampler(int64_t) override {
+    return std::make_unique<Sampler>(threads_, argument_);
+  }
+
+ private:
+  ThreadPool& threads_;
+  CpuOps ops_;
+  Argument argument_;
+};
+
 }  // namespace
 
 std::unique_ptr<Backend> MakeFailingBackend(const NumericsProfile& profile, ThreadPool* threads, int steps) {
@@ -61,6 +119,15 @@ std::unique_ptr<Backend> MakeFailingBackend(const NumericsProfile& profile, Thre
 
 std::unique_ptr<Backend> MakeThreadBoundBackend(const NumericsProfile& profile, ThreadPool* threads) {
   return std::make_unique<TestBackend<ThreadBoundOps>>(profile, threads);
+}
+
+std::unique_ptr<Backend> MakeFailingSamplerBackend(const NumericsProfile& profile, ThreadPool* threads, int steps) {
+  return std::make_unique<SamplerBackend<FailingSampler, int>>(profile, threads, steps);
+}
+
+std::unique_ptr<Backend> MakeNonFiniteBackend(const NumericsProfile& profile, ThreadPool* threads,
+                                              int32_t forced_token) {
+  return std::make_unique<SamplerBackend<NonFiniteSampler, int32_t>>(profile, threads, forced_token);
 }
 
 }  // namespace lockstep

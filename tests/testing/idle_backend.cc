@@ -22,7 +22,7 @@ class IdleSampler final : public RowSampler {
       if (task.task->options->raw) results_.back()->logprobs.raw = 0.0f;
     }
   }
-  std::vector<absl::StatusOr<SampledToken>> Collect() override { return std::exchange(results_, {}); }
+  absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Collect() override { return std::exchange(results_, {}); }
 
  private:
   std::vector<absl::StatusOr<SampledToken>> results_;

@@ -62,7 +62,7 @@ class DeviceSampler final : public RowSampler {
   absl::Status Init();
 
   void Enqueue(Rows logits, std::span<const SampleTask> tasks) override;
-  std::vector<absl::StatusOr<SampledToken>> Collect() override;
+  absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Collect() override;
 
  private:
   absl::Status Start(Rows logits, Batch& batch);
@@ -185,15 +185,17 @@ absl::Status DeviceSampler::Launch(SampleRowsParams params, int64_t begin, int64
   return LaunchSampleRows(params, SampleBlocksPerTask(params.count, multiprocessors_), options_.stream);
 }
 
-std::vector<absl::StatusOr<SampledToken>> DeviceSampler::Collect() {
-  if (used_ > 0 && status_.ok()) status_ = CudaStatus(cudaEventSynchronize(done_), "sampling");
+absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> DeviceSampler::Collect() {
+  const std::span<const Batch> batches(batches_.data(), std::exchange(used_, 0));
+  if (!batches.empty() && status_.ok()) status_ = CudaStatus(cudaEventSynchronize(done_), "sampling");
+  if (!status_.ok()) return status_;
+  size_t count = 0;
+  for (const Batch& batch : batches) count += batch.tasks.size();
   std::vector<absl::StatusOr<SampledToken>> results;
-  for (size_t b = 0; b < used_; ++b) {
-    for (size_t i = 0; i < batches_[b].tasks.size(); ++i) {
-      results.push_back(status_.ok() ? Result(batches_[b], i) : absl::StatusOr<SampledToken>(status_));
-    }
+  results.reserve(count);
+  for (const Batch& batch : batches) {
+    for (size_t i = 0; i < batch.tasks.size(); ++i) results.push_back(Result(batch, i));
   }
-  used_ = 0;
   return results;
 }
 

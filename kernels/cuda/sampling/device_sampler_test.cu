@@ -250,7 +250,7 @@ TEST_P(SamplerShapes, EqualsTheCpus) {
       sampler->Enqueue(logits.rows, TasksOf(cases, begin, end));
       begin = end;
     }
-    const std::vector<absl::StatusOr<SampledToken>> got = sampler->Collect();
+    const std::vector<absl::StatusOr<SampledToken>> got = *sampler->Collect();
     ASSERT_EQ(got.size(), cases.size());
     SamplerScratch scratch;
     int failed = 0;
@@ -281,10 +281,10 @@ TEST_F(CudaOps, DeviceSamplerDoesNotDependOnTheBatch) {
   const std::unique_ptr<RowSampler> sampler = MakeSampler(kVocab);
   ASSERT_NE(sampler, nullptr);
   sampler->Enqueue(logits.rows, TasksOf(cases, 0, cases.size()));
-  const std::vector<absl::StatusOr<SampledToken>> together = sampler->Collect();
+  const std::vector<absl::StatusOr<SampledToken>> together = *sampler->Collect();
   for (size_t i = 0; i < cases.size(); ++i) {
     sampler->Enqueue(logits.rows, TasksOf(cases, i, i + 1));
-    const std::vector<absl::StatusOr<SampledToken>> alone = sampler->Collect();
+    const std::vector<absl::StatusOr<SampledToken>> alone = *sampler->Collect();
     ASSERT_EQ(alone.size(), 1u);
     ASSERT_EQ(alone[0].status(), together[i].status());
     if (!alone[0].ok()) continue;
@@ -330,7 +330,7 @@ TEST_F(CudaOps, DeviceSamplerReportsWhatTheCpuDoes) {
     const std::unique_ptr<RowSampler> sampler = MakeSampler(kVocab);
     ASSERT_NE(sampler, nullptr);
     sampler->Enqueue(logits.rows, TasksOf(cases, 0, cases.size()));
-    const std::vector<absl::StatusOr<SampledToken>> got = sampler->Collect();
+    const std::vector<absl::StatusOr<SampledToken>> got = *sampler->Collect();
     ASSERT_EQ(got.size(), cases.size());
     SamplerScratch scratch;
     for (size_t i = 0; i < cases.size(); ++i) {
