@@ -20,6 +20,10 @@ struct StepLoop::Request {
   int64_t planned_prompt_logprob = 0;  // the same, the step in preparation included
   PromptLogprobs step_prompt_logprobs;
   std::vector<SequenceId> live;
+
+  bool partly_scored() const {
+    return next_prompt_logprob > spec.prompt_logprobs.begin && next_prompt_logprob < spec.prompt_logprobs.end;
+  }
 };
 
 struct StepLoop::Sequence {
@@ -137,14 +141,13 @@ WeightSwitchResult StepLoop::SwitchWeights(const WeightVersion& version, InFligh
   WeightSwitchResult counts;
   std::vector<SequenceId> ids;
   for (const auto& [id, sequence] : sequences_) {
-    if (scheduler_.has_started(id)) ids.push_back(id);
+    // Prompt log-probabilities are the request's: whoever of it has not started would go on with them.
+    if (scheduler_.has_started(id) || sequence->request->partly_scored()) ids.push_back(id);
   }
   for (const SequenceId id : ids) {
     Failpoint("weights.commit.sample");
     Sequence& sequence = Get(id);
-    const Request& request = *sequence.request;
-    const PromptLogprobRange& range = request.spec.prompt_logprobs;
-    const bool partly_scored = request.next_prompt_logprob > range.begin && request.next_prompt_logprob < range.end;
+    const bool partly_scored = sequence.request->partly_scored();
     const bool generated = !sequence.spans.empty();
     if (policy == InFlightPolicy::kAbort || partly_scored) {
       ++counts.aborted;

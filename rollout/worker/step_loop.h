@@ -61,7 +61,8 @@ class StepLoop {
   bool stalled() const { return stalled_; }
   // The weights are those of `version` from now on; kFinish is the caller's to wait for. Counts what became of samples
   // in flight. Under kKeep a sample without a token, or without a whole state, is recomputed; and whatever the policy,
-  // one of which only some prompt log-probabilities were delivered ends, since the rest would be of other weights.
+  // a request of which only some prompt log-probabilities were delivered ends, with samples of it that never ran, since
+  // the rest would be of other weights.
   WeightSwitchResult SwitchWeights(const WeightVersion& version, InFlightPolicy policy, absl::Time now);
   const WeightVersion& weight_version() const { return weight_version_; }
 

@@ -358,5 +358,27 @@ TEST_F(StepLoopTest, AHalfDeliveredScoreEndsWithTheSwitch) {
   EXPECT_TRUE(loop().idle());
 }
 
+// The samples that wait for the one that prefills would go on with the range where it stopped.
+TEST_F(StepLoopTest, AHalfScoredPromptEndsWithTheSwitchForEverySample) {
+  for (const bool led : {true, false}) {
+    MakeLoop({.max_batch_tokens = 16, .max_sequences = 8, .max_kv_tokens = 4096});
+    RequestSpec r = Request("a", 100, 5, 3);
+    r.logprobs.raw = true;
+    r.prompt_logprobs = {1, 100};
+    const auto sink = Submit(r);
+    ASSERT_TRUE(loop().Step());
+    // Without it no sample of the request has started.
+    if (!led) loop().Abort("a", 0, AbortReason::kClient, absl::Now());
+    const WeightSwitchResult result = loop().SwitchWeights({0, 1}, InFlightPolicy::kRecompute, absl::Now());
+    EXPECT_EQ(result.aborted, led ? 3 : 2);
+    for (int i = led ? 0 : 1; i < 3; ++i) {
+      ASSERT_TRUE(sink->samples()[i].done);
+      EXPECT_EQ(sink->samples()[i].result.abort, AbortReason::kWeightUpdate);
+    }
+    EXPECT_TRUE(loop().idle());
+    EXPECT_EQ(sink->prompt_logprobs().size(), 16u);
+  }
+}
+
 }  // namespace
 }  // namespace lockstep
