@@ -282,8 +282,7 @@ bool StepLoop::Step() {
     if (!owners_[t].forced) {
       OnSampled(sequence, std::move(results[t]), now);
     } else if (!results[t].ok()) {
-      totals_.non_finite_samples += absl::IsInternal(results[t].status());
-      FinishAborted(sequence, AbortReason::kInternal, std::string(results[t].status().message()), now);
+      OnForcedFailure(*sequence.request, results[t].status(), now);
     } else {
       Request& request = *sequence.request;
       request.step_prompt_logprobs.logprobs.push_back(std::move(results[t]->logprobs));
@@ -309,6 +308,15 @@ bool StepLoop::Step() {
   totals_.steps_ms += totals_.last_step_ms;
   if (idle()) Deliver();
   return true;
+}
+
+// Every sample of the request stands on the prompt that cannot be scored, and none may fill the gap.
+void StepLoop::OnForcedFailure(Request& request, const absl::Status& failure, absl::Time now) {
+  request.step_prompt_logprobs.logprobs.clear();
+  for (const SequenceId id : std::vector<SequenceId>(request.live)) {
+    totals_.non_finite_samples += absl::IsInternal(failure);
+    FinishAborted(Get(id), AbortReason::kInternal, std::string(failure.message()), now);
+  }
 }
 
 void StepLoop::OnSampled(Sequence& sequence, absl::StatusOr<SampledToken> sampled, absl::Time now) {

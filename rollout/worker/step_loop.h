@@ -77,6 +77,7 @@ class StepLoop {
   void PlanPromptLogprobs(Sequence& sequence, int64_t piece_index, const PlannedPiece& piece);
   void PlanSample(Sequence& sequence, int64_t piece_index, const PlannedPiece& piece);
   void AbortSamples(const std::string& request_id, std::optional<int32_t> sample, AbortReason reason, absl::Time now);
+  void OnForcedFailure(Request& request, const absl::Status& failure, absl::Time now);
   void OnSampled(Sequence& sequence, absl::StatusOr<SampledToken> sampled, absl::Time now);
   void Finish(Sequence& sequence, SampleResult result, absl::Time now);
   void FinishAborted(Sequence& sequence, AbortReason reason, std::string message, absl::Time now);

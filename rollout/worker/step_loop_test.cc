@@ -380,5 +380,28 @@ TEST_F(StepLoopTest, AHalfScoredPromptEndsWithTheSwitchForEverySample) {
   }
 }
 
+TEST_F(StepLoopTest, APromptThatCannotBeScoredEndsEverySample) {
+  const RequestSpec plain = Request("a", 128, 5, 2);
+  local_ = {};
+  model_->backend =
+      MakeNonFiniteBackend(model_->ops().profile(), model_->threads.get(), /*forced_token=*/plain.prompt[10]);
+  MakeLoop({.max_batch_tokens = 64, .max_sequences = 8, .max_kv_tokens = 4096});
+  RequestSpec r = plain;
+  r.logprobs.raw = true;
+  r.prompt_logprobs = {1, 128};
+  const auto sink = Submit(r);
+  while (loop().Step()) {
+  }
+  EXPECT_TRUE(sink->prompt_logprobs().empty()) << "of positions that are not those it says";
+  for (const CollectedSample& s : sink->samples()) {
+    ASSERT_TRUE(s.done);
+    EXPECT_EQ(s.result.finish, FinishKind::kAborted);
+    EXPECT_EQ(s.result.abort, AbortReason::kInternal);
+    EXPECT_EQ(s.result.abort_message, kNotFinite);
+  }
+  EXPECT_EQ(loop().Load().non_finite_samples, 2);
+  EXPECT_EQ(loop().Load().state_slots_used, 0);
+}
+
 }  // namespace
 }  // namespace lockstep
