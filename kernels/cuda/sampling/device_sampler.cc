@@ -250,15 +250,6 @@ std::vector<TokenLogprob> ReadList(const Batch& batch, size_t index, SampleList 
   return most_probable;
 }
 
-std::vector<int32_t> ReadKept(const Batch& batch, size_t index, int64_t vocab) {
-  const auto* bits = reinterpret_cast<const uint8_t*>(batch.out.host.data() + batch.kept) + batch.tasks[index].kept;
-  std::vector<int32_t> kept;
-  for (int64_t token = 0; token < vocab; ++token) {
-    if ((bits[token / 8] >> token % 8 & 1) != 0) kept.push_back(static_cast<int32_t>(token));
-  }
-  return kept;
-}
-
 float Scale(float x, float temperature, TemperatureRounding rounding) {
   if (rounding == TemperatureRounding::kDivide) return x / temperature;
   const float y = x * (1.0f / temperature);
@@ -309,7 +300,10 @@ RowLogprobs DeviceSampler::Report(const Batch& batch, size_t index) const {
     logprobs.processed = of_processed(result.processed);
     if (list) logprobs.top_processed = ReadList(batch, index, kListProcessed, of_processed);
   }
-  if (options.kept_token_ids) logprobs.kept_token_ids = ReadKept(batch, index, options_.vocab);
+  if (options.kept_token_ids) {
+    const std::byte* const bits = batch.out.host.data() + batch.kept + batch.tasks[index].kept;
+    logprobs.kept_token_ids = KeptTokens({bits, static_cast<size_t>(KeptBytes(options_.vocab))});
+  }
   return logprobs;
 }
 

@@ -1,7 +1,9 @@
 #include "kernels/cuda/sampling/task_packer.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstring>
 
 #include "rollout/base/check.h"
 #include "sampler/adjust.h"
@@ -17,6 +19,27 @@ bool WouldComplete(std::span<const int32_t> tokens, std::span<const int32_t> wor
 }
 
 }  // namespace
+
+// By words: a row with its 100,000 bits is read while the device is idle.
+std::vector<int32_t> KeptTokens(std::span<const std::byte> bits) {
+  constexpr size_t kWord = sizeof(uint64_t);
+  const auto word_at = [&](size_t w) {
+    uint64_t word = 0;
+    std::memcpy(&word, bits.data() + w * kWord, kWord);
+    return word;
+  };
+  const size_t words = bits.size() / kWord;
+  size_t count = 0;
+  for (size_t w = 0; w < words; ++w) count += std::popcount(word_at(w));
+  std::vector<int32_t> tokens;
+  tokens.reserve(count);
+  for (size_t w = 0; w < words; ++w) {
+    for (uint64_t word = word_at(w); word != 0; word &= word - 1) {
+      tokens.push_back(static_cast<int32_t>(w * 64) + std::countr_zero(word));
+    }
+  }
+  return tokens;
+}
 
 void TaskPacker::Pack(std::span<const SampleTask> tasks) {
   tasks_.clear();

@@ -1,6 +1,7 @@
 // From RowTasks to what the kernels read: parameters in their units, edits a token at most once, places in the output.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <span>
 #include <vector>
@@ -18,6 +19,9 @@ struct PackedTask {
   bool keeps_bits = false;  // whether its kept tokens are asked for
   int64_t kept = 0;         // offset of their bits
 };
+
+// The tokens whose bits are set in DeviceTask::kept, ascending. Those past the vocabulary never are.
+std::vector<int32_t> KeptTokens(std::span<const std::byte> bits);
 
 class TaskPacker {
  public:

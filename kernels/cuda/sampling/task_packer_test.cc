@@ -122,5 +122,22 @@ TEST(TaskPacker, AsksOnlyForWhatIsWanted) {
   EXPECT_EQ(packer.tasks()[1].lists, kSampleLists * 4);
 }
 
+TEST(KeptTokens, AreTheBitsThatAreSet) {
+  std::mt19937 engine(5);
+  for (const int64_t vocab : {1, 63, 64, 65, 256, 257, 100278}) {
+    for (const unsigned one_in : {1u, 2u, 1000u}) {
+      std::vector<std::byte> bits(KeptBytes(vocab));
+      std::vector<int32_t> want;
+      for (int32_t token = 0; token < vocab; ++token) {
+        if (engine() % one_in != 0) continue;
+        bits[token / 8] |= std::byte{1} << token % 8;
+        want.push_back(token);
+      }
+      EXPECT_EQ(KeptTokens(bits), want) << vocab << ", one in " << one_in;
+    }
+  }
+  EXPECT_TRUE(KeptTokens(std::vector<std::byte>(KeptBytes(1000))).empty());
+}
+
 }  // namespace
 }  // namespace lockstep::cuda
