@@ -114,6 +114,11 @@ WorkerLoad FakeWorker::Load() const {
   return load_;
 }
 
+absl::Status FakeWorker::Health() const {
+  if (absl::Now() - start_ < options_.stuck_after) return absl::OkStatus();
+  return absl::DeadlineExceededError("a step does not end");
+}
+
 WeightVersion FakeWorker::weight_version() const {
   return {.epoch = 0, .step = absl::Now() - start_ >= options_.next_version_after ? 1 : 0};
 }
@@ -132,6 +137,7 @@ void FakeWorker::Run() {
     absl::SleepFor(options_.step);
     absl::MutexLock lock(&mutex_);
     if (stop_) return;
+    if (absl::Now() - start_ >= options_.stuck_after) continue;
     Step(absl::Now());
   }
 }

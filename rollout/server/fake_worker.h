@@ -27,6 +27,8 @@ struct FakeWorkerOptions {
   absl::Duration step = absl::Milliseconds(1);
   // From this long after construction on the weights are (0, 1) instead of (0, 0).
   absl::Duration next_version_after = absl::InfiniteDuration();
+  // From this long after construction on no step ends.
+  absl::Duration stuck_after = absl::InfiniteDuration();
 };
 
 class FakeWorker final : public WorkerInterface {
@@ -37,7 +39,7 @@ class FakeWorker final : public WorkerInterface {
   absl::Status Submit(RequestSpec spec, std::shared_ptr<RequestSink> sink) override;
   void Abort(const std::string& request_id, std::optional<int32_t> sample, AbortReason reason) override;
   WorkerLoad Load() const override;
-  absl::Status Health() const override { return absl::OkStatus(); }
+  absl::Status Health() const override;
   WeightVersion weight_version() const override;
   void Drain(absl::Time deadline) override;
 

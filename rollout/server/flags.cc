@@ -88,6 +88,10 @@ ABSL_FLAG(double, max_retained_mb, 256,
           "Results kept for re-attaching, all together, in MiB; past it the oldest are dropped.");
 ABSL_FLAG(double, reattach_seconds, 120, "How long a result is kept for re-attaching after its stream ended.");
 ABSL_FLAG(double, max_version_wait_seconds, 600, "How long a request may wait for min_weight_version.");
+ABSL_FLAG(
+    double, step_timeout_seconds, 0,
+    "A step that takes longer will never end: the process exits with 1 for its supervisor. 0: 120 on cuda, none on "
+    "cpu, where a large step may take minutes.");
 ABSL_FLAG(double, drain_seconds, 30,
           "After SIGTERM or SIGINT: how long requests in flight may go on. Then they end with what they have. A second "
           "signal ends the process at once.");
@@ -111,7 +115,7 @@ const std::vector<FlagGroup>& Groups() {
         "memory_fraction", "memory_gb", "page_size", "max_batch_tokens", "mixed_batch_tokens", "max_sequences"}},
       {"Limits",
        {"max_waiting_sequences", "max_prompt_tokens", "max_n", "max_request_bytes", "max_buffered_mb",
-        "max_retained_mb", "reattach_seconds", "max_version_wait_seconds"}},
+        "max_retained_mb", "reattach_seconds", "max_version_wait_seconds", "step_timeout_seconds"}},
       {"Shutdown", {"drain_seconds"}},
   };
   return *groups;
@@ -225,6 +229,9 @@ absl::StatusOr<WorkerOptions> ReadWorkerOptions() {
   options.cuda_graphs = absl::GetFlag(FLAGS_cuda_graphs);
   options.shared_prefix_attention = absl::GetFlag(FLAGS_shared_prefix_attention);
   options.max_waiting_sequences = absl::GetFlag(FLAGS_max_waiting_sequences);
+  const double step_timeout = absl::GetFlag(FLAGS_step_timeout_seconds);
+  LOCKSTEP_RETURN_IF_ERROR(CheckFlag("step_timeout_seconds", step_timeout, 0.0, kMaxSeconds));
+  options.step_timeout = absl::Seconds(step_timeout);
   return options;
 }
 

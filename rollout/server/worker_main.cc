@@ -108,6 +108,12 @@ int WorkerMain(int argc, char** argv,
   while (!signals.WaitUntilRequested(kHealthInterval)) {
     const absl::Status health = (*server)->WorkerHealth();
     if (health.ok()) continue;
+    if (absl::IsDeadlineExceeded(health)) {
+      // Nothing ends any more, so nothing can be drained, nor the worker's thread be joined.
+      Fail(health);
+      spdlog::shutdown();
+      std::_Exit(1);
+    }
     // Every request has its error by now; what is left is to say so to readers and to the supervisor.
     (*server)->Drain(absl::Now(), kDelivery);
     return Fail(health);

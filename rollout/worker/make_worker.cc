@@ -193,7 +193,11 @@ absl::StatusOr<ServingModel> MakeWorker(const WorkerOptions& options) {
   serving.weights_receive = options.weights_receive;
   if (owned->tensors != nullptr)
     serving.install_weights = [tensors = owned->tensors.get()] { return tensors->Install(); };
-  auto worker = std::make_unique<Worker>(std::move(local.loop), options.max_waiting_sequences, owned);
+  // A step of many tokens may take minutes on a CPU.
+  const absl::Duration step_timeout = options.step_timeout > absl::ZeroDuration() ? options.step_timeout
+                                      : cuda                                      ? absl::Minutes(2)
+                                                                                  : absl::InfiniteDuration();
+  auto worker = std::make_unique<Worker>(std::move(local.loop), options.max_waiting_sequences, owned, step_timeout);
   serving.control = worker.get();
   serving.worker = std::move(worker);
   return serving;

@@ -9,6 +9,7 @@
 #include <string>
 
 #include "absl/status/statusor.h"
+#include "absl/time/time.h"
 #include "kernels/numerics.h"
 #include "rollout/model/spec.h"
 #include "rollout/worker/model_tensors.h"
@@ -38,6 +39,7 @@ struct WorkerOptions {
   // Running at once, at most max_batch_tokens; 0: 64 on cpu, 256 on cuda, or max_batch_tokens if that is less.
   int64_t max_sequences = 0;
   int64_t max_waiting_sequences = 4096;
+  absl::Duration step_timeout;  // past which a step's device counts as failed; 0: none on cpu, 120 s on cuda
   // kStaged keeps memory for a second set of weights, kDirect host memory for a copy; both for buffers of broadcasts
   WeightsReceive weights_receive = WeightsReceive::kStaged;
 };

@@ -192,6 +192,8 @@ class WorkerInterface {
   virtual WeightVersion weight_version() const = 0;
   // Not ok once the device has failed: what was in flight has ended, Submit is refused, and the process should end.
   virtual absl::Status Health() const = 0;
+  // DEADLINE_EXCEEDED: it stands still in a step; nothing ends any more, and whoever waits for the worker waits for
+  // good.
   // Refuses new requests from now on; returns once all accepted ones have finished, or at `deadline` after aborting the
   // rest as kShutdown.
   virtual void Drain(absl::Time deadline) = 0;

@@ -1,6 +1,7 @@
 #include "rollout/worker/worker.h"
 
 #include <algorithm>
+#include <chrono>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -10,9 +11,18 @@
 #include "rollout/base/status.h"
 
 namespace lockstep {
+namespace {
 
-Worker::Worker(std::unique_ptr<StepLoop> loop, int64_t max_waiting, std::shared_ptr<void> owned)
-    : owned_(std::move(owned)), loop_(std::move(loop)), max_waiting_(max_waiting) {
+// Not of the wall's clock, which may be set.
+int64_t SteadyNanos() {
+  return std::chrono::nanoseconds(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+}  // namespace
+
+Worker::Worker(std::unique_ptr<StepLoop> loop, int64_t max_waiting, std::shared_ptr<void> owned,
+               absl::Duration step_timeout)
+    : owned_(std::move(owned)), loop_(std::move(loop)), max_waiting_(max_waiting), step_timeout_(step_timeout) {
   load_ = loop_->Load();
   thread_ = std::thread([this] { Run(); });
 }
@@ -61,6 +71,13 @@ WorkerLoad Worker::Load() const {
 }
 
 absl::Status Worker::Health() const {
+  const int64_t began = step_began_;
+  const absl::Duration age = absl::Nanoseconds(began == 0 ? 0 : SteadyNanos() - began);
+  if (age > step_timeout_) {
+    return absl::DeadlineExceededError(
+        absl::StrCat("a step has run for ", absl::ToInt64Seconds(age), " s, longer than --step_timeout_seconds, ",
+                     absl::ToDoubleSeconds(step_timeout_), ": the device does not end it"));
+  }
   absl::MutexLock lock(&mutex_);
   return failure_;
 }
@@ -209,7 +226,11 @@ void Worker::Run() {
     if (stop) loop_->AbortAll(AbortReason::kShutdown, absl::Now());
     next_expiry = loop_->Expire(absl::Now());
     // A failed loop's step runs nothing: it ends what is in flight.
-    if ((!paused_ && !held_since_) || stop || !loop_->failure().ok()) loop_->Step();
+    if ((!paused_ && !held_since_) || stop || !loop_->failure().ok()) {
+      step_began_ = SteadyNanos();
+      loop_->Step();
+      step_began_ = 0;
+    }
     {
       absl::MutexLock lock(&mutex_);
       failure_ = loop_->failure();

@@ -2,6 +2,7 @@
 // plane wants takes effect at a step boundary.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <deque>
 #include <memory>
@@ -21,8 +22,9 @@ namespace lockstep {
 class Worker : public WorkerInterface, public WorkerControl {
  public:
   // `max_waiting`: sequences (samples) accepted but not running; past it Submit is RESOURCE_EXHAUSTED. `owned` lives
-  // until the thread has ended: whatever the loop stands on.
-  Worker(std::unique_ptr<StepLoop> loop, int64_t max_waiting, std::shared_ptr<void> owned);
+  // until the thread has ended: whatever the loop stands on. `step_timeout`: a step that takes longer never ends.
+  Worker(std::unique_ptr<StepLoop> loop, int64_t max_waiting, std::shared_ptr<void> owned,
+         absl::Duration step_timeout = absl::InfiniteDuration());
   // Aborts what is in flight (kShutdown) and joins the thread.
   ~Worker() override;
 
@@ -54,6 +56,8 @@ class Worker : public WorkerInterface, public WorkerControl {
   std::shared_ptr<void> owned_;
   std::unique_ptr<StepLoop> loop_;  // the thread's alone, but for CheckFits, which reads constants
   const int64_t max_waiting_;
+  const absl::Duration step_timeout_;
+  std::atomic<int64_t> step_began_{0};  // by the steady clock, in nanoseconds; 0: no step runs
 
   mutable absl::Mutex mutex_;
   std::deque<Command> commands_ ABSL_GUARDED_BY(mutex_);

@@ -61,7 +61,8 @@ class WorkerTest : public testing::Test {
     Start(std::move(model), max_waiting);
   }
 
-  void Start(std::shared_ptr<LocalModel> model, int64_t max_waiting) {
+  void Start(std::shared_ptr<LocalModel> model, int64_t max_waiting,
+             absl::Duration step_timeout = absl::InfiniteDuration()) {
     auto local = MakeLocalLoop(*model, {.max_sequences = 2, .max_kv_tokens = 8192});
     ASSERT_TRUE(local.ok()) << local.status();
     struct Owned {
@@ -71,7 +72,7 @@ class WorkerTest : public testing::Test {
     auto owned = std::make_shared<Owned>();
     owned->model = model;
     owned->engine = std::move(local->engine);
-    worker_ = std::make_unique<Worker>(std::move(local->loop), max_waiting, owned);
+    worker_ = std::make_unique<Worker>(std::move(local->loop), max_waiting, owned, step_timeout);
   }
 
   static RequestSpec Request(const std::string& id, int64_t max_tokens, int32_t n = 1) {
@@ -108,6 +109,23 @@ TEST_F(WorkerTest, MakesTheDeviceItsThreads) {
   ASSERT_TRUE(sink->WaitUntilDone());
   EXPECT_EQ(sink->result().finish, FinishKind::kLength);
   EXPECT_TRUE(worker_->Health().ok()) << worker_->Health();
+}
+
+TEST_F(WorkerTest, AStepThatDoesNotEndIsNoticed) {
+  absl::Notification released;
+  auto model = std::shared_ptr<LocalModel>(MakeRandomModel(ModelKind::kHybrid, "fp32", 1, 1));
+  model->backend = MakeBlockingBackend(model->ops().profile(), model->threads.get(), &released);
+  Start(std::move(model), 100, /*step_timeout=*/absl::Milliseconds(200));
+  absl::SleepFor(absl::Milliseconds(250));
+  EXPECT_TRUE(worker_->Health().ok()) << "it has nothing to run";
+  auto sink = std::make_shared<CountingSink>(1);
+  ASSERT_TRUE(worker_->Submit(Request("a", 5), sink).ok());
+  for (int i = 0; i < 10000 && worker_->Health().ok(); ++i) absl::SleepFor(absl::Milliseconds(1));
+  const absl::Status health = worker_->Health();
+  released.Notify();
+  EXPECT_TRUE(absl::IsDeadlineExceeded(health)) << health;
+  EXPECT_NE(health.message().find("--step_timeout_seconds, 0.2"), std::string::npos) << health;
+  EXPECT_TRUE(sink->WaitUntilDone());
 }
 
 TEST_F(WorkerTest, RunsWhatIsSubmittedFromManyThreads) {

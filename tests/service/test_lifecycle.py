@@ -114,6 +114,15 @@ def test_sigterm_with_a_reader_that_does_not_read(start_fake, pb):
     assert worker.wait(timeout=20) == 0
 
 
+def test_a_step_that_never_ends_ends_the_process(start_fake, pb):
+    worker = start_fake("--fake_stuck_seconds", "1")
+    call = worker.stub.Generate(request(pb))
+    assert worker.wait() == 1
+    assert "a step does not end" in worker.log()
+    with fails_with(grpc.StatusCode.UNAVAILABLE):
+        list(call)
+
+
 def test_idle_worker_stops_at_once(start_fake):
     worker = start_fake()
     begin = time.monotonic()
@@ -168,7 +177,7 @@ def run_program(request, build_dir):
 FLAGS = """model backend numerics listen control_listen token_file control_token_file tls_cert tls_key threads cuda_device cuda_graphs shared_prefix_attention weights_receive nccl_library
 memory_fraction memory_gb page_size max_batch_tokens mixed_batch_tokens max_sequences
 max_waiting_sequences max_prompt_tokens max_n max_request_bytes max_buffered_mb max_retained_mb reattach_seconds
-max_version_wait_seconds drain_seconds help version""".split()
+max_version_wait_seconds step_timeout_seconds drain_seconds help version""".split()
 
 
 @pytest.mark.parametrize("spelling", ["--help", "-help"])
@@ -203,6 +212,7 @@ BAD_FLAGS = [
     (["--model", "x", "--reattach_seconds", "-1"], "--reattach_seconds"),
     (["--model", "x", "--max_version_wait_seconds", "inf"], "--max_version_wait_seconds"),
     (["--model", "x", "--drain_seconds", "-1"], "--drain_seconds"),
+    (["--model", "x", "--step_timeout_seconds", "nan"], "--step_timeout_seconds"),
     (["--model", "x", "stray"], "stray"),
 ]
 

@@ -39,6 +39,19 @@ class ThreadBoundOps final : public CpuOps {
   absl::Status status_;
 };
 
+class BlockingOps final : public CpuOps {
+ public:
+  BlockingOps(const NumericsProfile& profile, ThreadPool* threads, absl::Notification* released)
+      : CpuOps(profile, threads), released_(*released) {}
+  StepRows BeginStep(const StepBatch& batch) override {
+    released_.WaitForNotification();
+    return CpuOps::BeginStep(batch);
+  }
+
+ private:
+  absl::Notification& released_;
+};
+
 template <class TestOps>
 class TestBackend final : public Backend {
  public:
@@ -119,6 +132,11 @@ std::unique_ptr<Backend> MakeFailingBackend(const NumericsProfile& profile, Thre
 
 std::unique_ptr<Backend> MakeThreadBoundBackend(const NumericsProfile& profile, ThreadPool* threads) {
   return std::make_unique<TestBackend<ThreadBoundOps>>(profile, threads);
+}
+
+std::unique_ptr<Backend> MakeBlockingBackend(const NumericsProfile& profile, ThreadPool* threads,
+                                             absl::Notification* released) {
+  return std::make_unique<TestBackend<BlockingOps>>(profile, threads, released);
 }
 
 std::unique_ptr<Backend> MakeFailingSamplerBackend(const NumericsProfile& profile, ThreadPool* threads, int steps) {

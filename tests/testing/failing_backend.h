@@ -3,6 +3,7 @@
 
 #include <memory>
 
+#include "absl/synchronization/notification.h"
 #include "rollout/engine/backend.h"
 
 namespace lockstep {
@@ -12,6 +13,10 @@ std::unique_ptr<Backend> MakeFailingBackend(const NumericsProfile& profile, Thre
 
 // Steps fail on a thread that is neither the maker's nor has called Ops::UseOnThisThread.
 std::unique_ptr<Backend> MakeThreadBoundBackend(const NumericsProfile& profile, ThreadPool* threads);
+
+// Steps do not end before `released`, which must outlive it.
+std::unique_ptr<Backend> MakeBlockingBackend(const NumericsProfile& profile, ThreadPool* threads,
+                                             absl::Notification* released);
 
 // The sampler has no memory for a step after the first `steps`.
 std::unique_ptr<Backend> MakeFailingSamplerBackend(const NumericsProfile& profile, ThreadPool* threads, int steps);
