@@ -43,15 +43,17 @@ void Scheduler::Add(const NewSequence& sequence) {
   s->spec = sequence;
   s->arrival = arrivals_++;
   s->known = sequence.known;
-  waiting_.insert(RankOf(*s));
+  waiting_.insert(s.get());
   LOCKSTEP_CHECK(sequences_.emplace(sequence.id, std::move(s)).second, "sequence {} was added twice", sequence.id);
 }
 
 void Scheduler::Remove(SequenceId id) {
   Sequence& s = Get(id);
-  running_.erase(RankOf(s));
-  waiting_.erase(RankOf(s));
-  Release(s);
+  if (s.slot >= 0) {
+    Withdraw(s);
+  } else {
+    waiting_.erase(&s);
+  }
   started_ -= s.started ? 1 : 0;
   sequences_.erase(id);
 }
@@ -61,9 +63,8 @@ void Scheduler::Restart(SequenceId id) {
   s.kept = false;
   s.swapped = 0;
   if (s.slot < 0) return;
-  running_.erase(RankOf(s));
-  Release(s);
-  waiting_.insert(RankOf(s));
+  Withdraw(s);
+  waiting_.insert(&s);
 }
 
 bool Scheduler::has_whole_state(SequenceId id) const {
@@ -77,12 +78,23 @@ void Scheduler::Keep(SequenceId id) {
 }
 
 void Scheduler::Start(Sequence& s) {
-  waiting_.erase(RankOf(s));
-  running_.insert(RankOf(s));
+  waiting_.erase(&s);
+  running_.insert(std::upper_bound(running_.begin(), running_.end(), &s, RanksBefore()), &s);
   s.slot = free_slots_.back();
   free_slots_.pop_back();
   started_ += s.started ? 0 : 1;
   s.started = true;
+  CountPrefilling(s);
+}
+
+// To be called wherever `s` got or lost its slot, or was computed further.
+void Scheduler::CountPrefilling(Sequence& s) {
+  const bool prefills = s.spec.group != 0 && s.slot >= 0 && s.computed < s.spec.known;
+  if (prefills == s.prefills) return;
+  s.prefills = prefills;
+  const auto count = prefilling_.try_emplace(s.spec.group, 0).first;
+  count->second += prefills ? 1 : -1;
+  if (count->second == 0) prefilling_.erase(count);
 }
 
 void Scheduler::AppendToken(SequenceId id) {
@@ -110,10 +122,16 @@ void Scheduler::Release(Sequence& s) {
   if (s.slot >= 0) free_slots_.push_back(s.slot);
   s.slot = -1;
   s.computed = 0;
+  CountPrefilling(s);
+}
+
+// Takes all that a running sequence has.
+void Scheduler::Withdraw(Sequence& s) {
+  running_.erase(std::lower_bound(running_.begin(), running_.end(), &s, RanksBefore()));
+  Release(s);
 }
 
 void Scheduler::Preempt(Sequence& s, StepPlan& plan) {
-  running_.erase(RankOf(s));
   if (s.kept) {
     s.swapped = s.computed;
     // One that was to come back in this very plan is still in host memory.
@@ -123,8 +141,8 @@ void Scheduler::Preempt(Sequence& s, StepPlan& plan) {
       plan.swapped_out.push_back(std::move(swap));
     }
   }
-  Release(s);
-  waiting_.insert(RankOf(s));
+  Withdraw(s);
+  waiting_.insert(&s);
   plan.preempted.push_back(s.spec.id);
   std::erase_if(plan.pieces, [&](const PlannedPiece& p) { return p.id == s.spec.id; });
 }
@@ -134,9 +152,9 @@ void Scheduler::Preempt(Sequence& s, StepPlan& plan) {
 bool Scheduler::Grow(Sequence& s, int64_t tokens, StepPlan& plan) {
   int64_t missing = PagesFor(tokens) - static_cast<int64_t>(s.pages.size());
   while (missing > pages_.free()) {
-    const Rank last = *running_.rbegin();
-    if (last.id == s.spec.id) return false;
-    Preempt(Get(last.id), plan);
+    Sequence& last = *running_.back();
+    if (&last == &s) return false;
+    Preempt(last, plan);
   }
   for (; missing > 0; --missing) s.pages.push_back(pages_.Take());
   return true;
@@ -144,12 +162,7 @@ bool Scheduler::Grow(Sequence& s, int64_t tokens, StepPlan& plan) {
 
 // One sample of a group prefills the prompt; the rest wait for it and fork.
 bool Scheduler::WaitsForLeader(const Sequence& s) const {
-  if (s.spec.group == 0 || s.known != s.spec.known) return false;
-  for (const Rank& r : running_) {
-    const Sequence& other = Get(r.id);
-    if (other.spec.group == s.spec.group && other.computed < other.spec.known) return true;
-  }
-  return false;
+  return s.shares_prompt() && prefilling_.contains(s.spec.group);
 }
 
 // Gives a waiting sequence a slot and pages for all it has to compute, if they are free. One page for each running
@@ -167,6 +180,7 @@ bool Scheduler::Admit(Sequence& s, StepPlan& plan) {
     return true;
   }
   s.computed = std::exchange(s.swapped, 0);
+  CountPrefilling(s);
   for (int64_t p = PagesFor(s.computed); p > 0; --p) s.pages.push_back(pages_.Take());
   plan.swapped_in.push_back({s.spec.id, s.slot, s.pages});
   return true;
@@ -184,7 +198,8 @@ void Scheduler::PlanPiece(Sequence& s, int64_t* budget, StepPlan& plan) {
     return;
   }
   *budget -= count;
-  plan.pieces.push_back({s.spec.id, s.computed, count, s.computed + count == s.known});
+  const bool last = s.computed + count == s.known;
+  plan.pieces.push_back({s.spec.id, s.computed, count, last, last && s.shares_prompt()});
 }
 
 int64_t Scheduler::PromptBudget(int64_t decoding) const {
@@ -195,9 +210,9 @@ int64_t Scheduler::PromptBudget(int64_t decoding) const {
   int64_t prompts = running() - decoding, slots = static_cast<int64_t>(free_slots_.size()), pages = pages_.free();
   uint64_t group = 0;
   for (auto r = waiting_.begin(); r != waiting_.end() && prompts <= decoding && slots > 0; ++r) {
-    const Sequence& s = Get(r->id);
-    if ((hold_ && !s.started) || (group != 0 && s.spec.group == group && s.known == s.spec.known)) continue;
-    group = s.known == s.spec.known ? s.spec.group : 0;
+    const Sequence& s = **r;
+    if ((hold_ && !s.started) || (group != 0 && s.spec.group == group && s.shares_prompt())) continue;
+    group = s.shares_prompt() ? s.spec.group : 0;
     if (WaitsForLeader(s)) continue;
     pages -= PagesFor(s.known);
     if (config_.pages > 0 && pages < running()) break;
@@ -208,16 +223,25 @@ int64_t Scheduler::PromptBudget(int64_t decoding) const {
   return std::max(config_.mixed_batch_tokens - decoding, kLeast);
 }
 
-StepPlan Scheduler::Plan() {
-  StepPlan plan;
+void StepPlan::Clear() {
+  swapped_out.clear();
+  swapped_in.clear();
+  pieces.clear();
+  reset_slots.clear();
+  forks.clear();
+  preempted.clear();
+}
+
+const StepPlan& Scheduler::Plan() {
+  StepPlan& plan = plan_;
+  plan.Clear();
   if (disturb_) Disturb(plan);
   int64_t budget = config_.max_batch_tokens;
-  // Decode rows first, then the rest of what already holds memory, then newcomers. Each round walks a copy: planning
-  // preempts.
+  // Decode rows first, then the rest of what already holds memory, then newcomers. Planning may preempt the sequence
+  // itself and those behind it, never one before it.
   const auto round = [&](bool decoding) {
-    for (const Rank& r : std::vector<Rank>(running_.begin(), running_.end())) {
-      if (!running_.contains(r)) continue;
-      Sequence& s = Get(r.id);
+    for (size_t i = 0; i < running_.size(); ++i) {
+      Sequence& s = *running_[i];
       if (s.decoding() != decoding || s.computed == s.known) continue;
       if (disturb_ && Chance(15)) continue;
       PlanPiece(s, &budget, plan);
@@ -227,9 +251,9 @@ StepPlan Scheduler::Plan() {
   budget = std::min(budget, PromptBudget(static_cast<int64_t>(plan.pieces.size())));
   round(false);
   if (plan.preempted.empty() || running_.empty()) {
-    for (const Rank& r : std::vector<Rank>(waiting_.begin(), waiting_.end())) {
-      if (budget <= 0) break;
-      Sequence& s = Get(r.id);
+    // One that is admitted leaves waiting_.
+    for (auto next = waiting_.begin(); next != waiting_.end() && budget > 0 && !free_slots_.empty();) {
+      Sequence& s = **next++;
       if (WaitsForLeader(s) || (hold_ && !s.started)) continue;
       if (!Admit(s, plan)) break;
       PlanPiece(s, &budget, plan);
@@ -244,13 +268,13 @@ StepPlan Scheduler::Plan() {
 
 void Scheduler::PlanForks(StepPlan& plan) {
   for (const PlannedPiece& piece : plan.pieces) {
+    if (!piece.leads) continue;
     const Sequence& leader = Get(piece.id);
-    if (leader.spec.group == 0 || leader.known != leader.spec.known || !piece.last) continue;
     const int64_t prompt = leader.spec.known;
     const bool partial_page = config_.pages > 0 && prompt % config_.page_size != 0;
-    for (const Rank& r : std::vector<Rank>(waiting_.begin(), waiting_.end())) {
-      Sequence& s = Get(r.id);
-      if (s.spec.group != leader.spec.group || s.known != s.spec.known) continue;
+    for (auto next = waiting_.begin(); next != waiting_.end();) {
+      Sequence& s = **next++;
+      if (s.spec.group != leader.spec.group || !s.shares_prompt()) continue;
       if (hold_ && !s.started) continue;
       if (disturb_ && Chance(20)) continue;
       if (free_slots_.empty() || pages_.free() < (partial_page ? 1 : 0) + (config_.pages > 0 ? running() : 0)) return;
@@ -274,8 +298,13 @@ void Scheduler::Apply(const StepPlan& plan) {
     LOCKSTEP_CHECK(s.computed == piece.position, "sequence {} stands at {}, the plan at {}", piece.id, s.computed,
                    piece.position);
     s.computed += piece.count;
+    CountPrefilling(s);
   }
-  for (const Fork& fork : plan.forks) Get(fork.follower).computed = Get(fork.leader).spec.known;
+  for (const Fork& fork : plan.forks) {
+    Sequence& follower = Get(fork.follower);
+    follower.computed = Get(fork.leader).spec.known;
+    CountPrefilling(follower);
+  }
 }
 
 bool Scheduler::Chance(int percent) {
@@ -283,8 +312,8 @@ bool Scheduler::Chance(int percent) {
 }
 
 void Scheduler::Disturb(StepPlan& plan) {
-  for (const Rank& r : std::vector<Rank>(running_.begin(), running_.end())) {
-    if (Chance(1)) Preempt(Get(r.id), plan);
+  for (Sequence* s : std::vector<Sequence*>(running_)) {
+    if (Chance(1)) Preempt(*s, plan);
   }
 }
 

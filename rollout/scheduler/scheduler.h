@@ -11,13 +11,13 @@
 #pragma once
 
 #include <cstdint>
-#include <map>
 #include <memory>
 #include <optional>
 #include <random>
 #include <set>
 #include <vector>
 
+#include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "rollout/scheduler/page_pool.h"
 
@@ -50,7 +50,8 @@ struct PlannedPiece {
   SequenceId id = 0;
   int64_t position = 0;  // first row's
   int64_t count = 0;
-  bool last = false;  // covers the last known token: its logits give the next one
+  bool last = false;   // covers the last known token: its logits give the next one
+  bool leads = false;  // the last of a group's prompt: the others fork from it
 };
 
 // After the rows have run, the follower's state becomes a copy of the leader's: slot to slot, and the page that both
@@ -80,6 +81,8 @@ struct StepPlan {
       forks;  // to be copied after the rows have run; a follower samples its first token from its leader's row
   std::vector<SequenceId> preempted;  // lost their state and will be recomputed
   bool empty() const { return pieces.empty(); }
+  // Keeps the memory.
+  void Clear();
 };
 
 class Scheduler {
@@ -91,7 +94,8 @@ class Scheduler {
 
   void Add(const NewSequence& sequence);
   void Remove(SequenceId id);
-  StepPlan Plan();
+  // Valid until the next call.
+  const StepPlan& Plan();
   // Advances what the plan computed, and forks.
   void Apply(const StepPlan& plan);
   // The sequence sampled a token: one more is known.
@@ -133,22 +137,25 @@ class Scheduler {
     int64_t swapped = 0;  // positions of a kept sequence's state that are in host memory
     int32_t slot = -1;
     std::vector<int32_t> pages;
+    bool prefills = false;  // counted in prefilling_
     bool decoding() const { return computed > 0 && known == computed + 1; }
+    // Whether it could fork from, or be forked to, others of its group: it has generated nothing.
+    bool shares_prompt() const { return spec.group != 0 && known == spec.known; }
   };
-  // Runs first: higher priority, then earlier arrival.
-  struct Rank {
-    int32_t priority;
-    uint64_t arrival;
-    SequenceId id;
-    bool operator<(const Rank& o) const { return priority != o.priority ? priority > o.priority : arrival < o.arrival; }
+  // Higher priority first, then earlier arrival.
+  struct RanksBefore {
+    bool operator()(const Sequence* a, const Sequence* b) const {
+      return a->spec.priority != b->spec.priority ? a->spec.priority > b->spec.priority : a->arrival < b->arrival;
+    }
   };
 
-  Rank RankOf(const Sequence& s) const { return {s.spec.priority, s.arrival, s.spec.id}; }
   Sequence& Get(SequenceId id);
   const Sequence& Get(SequenceId id) const;
   int64_t PagesFor(int64_t tokens) const;
   bool Grow(Sequence& s, int64_t tokens, StepPlan& plan);
   void Release(Sequence& s);
+  void Withdraw(Sequence& s);
+  void CountPrefilling(Sequence& s);
   void Preempt(Sequence& s, StepPlan& plan);
   bool Admit(Sequence& s, StepPlan& plan);
   void Start(Sequence& s);
@@ -165,10 +172,13 @@ class Scheduler {
   std::vector<int32_t> free_slots_;
   bool hold_ = false;
   int64_t started_ = 0;
-  std::map<SequenceId, std::unique_ptr<Sequence>> sequences_;
-  std::set<Rank> running_;
-  std::set<Rank> waiting_;
+  absl::flat_hash_map<SequenceId, std::unique_ptr<Sequence>> sequences_;
+  // Each sequence is in one of the two: with a slot, or without. In order of rank.
+  std::vector<Sequence*> running_;
+  std::set<Sequence*, RanksBefore> waiting_;
+  absl::flat_hash_map<uint64_t, int64_t> prefilling_;  // by group: how many that run have a prompt to compute; not 0
   uint64_t arrivals_ = 0;
+  StepPlan plan_;
   std::optional<std::mt19937_64> disturb_;
 };
 
