@@ -36,8 +36,9 @@ class RowSampler {
   // Starts `tasks` on `logits` [rows, vocab] (values of the backend's logit_dtype()). What the tasks point to must stay
   // until Collect; `logits` may be overwritten by operations asked for later.
   virtual void Enqueue(Rows logits, std::span<const SampleTask> tasks) = 0;
-  // The results of everything enqueued since the last call, in order. Waits for them. An error of the call itself is
-  // the sampler's own (no memory, or the device's): nothing can be sampled after it.
+  // The results of everything enqueued since the last call, in order. Waits for them, and so for whatever the device
+  // was asked for before. An error of the call itself is the sampler's own (no memory, or the device's): nothing can be
+  // sampled after it.
   virtual absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Collect() = 0;
 };
 

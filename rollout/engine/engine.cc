@@ -1,7 +1,6 @@
 #include "rollout/engine/engine.h"
 
 #include <algorithm>
-#include <numeric>
 #include <utility>
 
 #include "absl/time/clock.h"
@@ -125,11 +124,9 @@ absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Engine::Step(const Ste
   tokens_.clear();
   positions_.clear();
   pieces_.clear();
-  std::vector<int64_t> first_row;
   for (const EnginePiece& piece : input.pieces) {
     const int64_t count = static_cast<int64_t>(piece.tokens.size());
-    first_row.push_back(static_cast<int64_t>(tokens_.size()));
-    pieces_.push_back({.row_begin = first_row.back(),
+    pieces_.push_back({.row_begin = static_cast<int64_t>(tokens_.size()),
                        .row_count = count,
                        .position = piece.position,
                        .page_table = piece.pages.data(),
@@ -137,7 +134,7 @@ absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Engine::Step(const Ste
     tokens_.insert(tokens_.end(), piece.tokens.begin(), piece.tokens.end());
     for (int64_t i = 0; i < count; ++i) positions_.push_back(piece.position + i);
   }
-  PlanLogits(input, first_row);
+  PlanLogits(input);
 
   const StepRows padded =
       ops_.BeginStep({tokens_, positions_, pieces_, logit_rows_, kv_->bytes() > 0 ? config_.page_size : 0});
@@ -158,26 +155,23 @@ absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Engine::Step(const Ste
   for (const StateCopy& copy : input.copies) Copy(copy);
   if (!first) meanwhile();
 
-  absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> collected = sampler_->Collect();
-  ops_.Synchronize();
+  absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> sampled = sampler_->Collect();
+  // The tasks' results came after everything else but the copies.
+  const bool done = sampled.ok() && !input.tasks.empty() && input.copies.empty();
+  if (!done) ops_.Synchronize();
   // The operation that failed, where one did: the sampler can only say that it saw it.
   LOCKSTEP_RETURN_IF_ERROR(ops_.status());
-  LOCKSTEP_RETURN_IF_ERROR(collected.status());
-  std::vector<absl::StatusOr<SampledToken>>& sampled = *collected;
-  std::vector<absl::StatusOr<SampledToken>> results(input.tasks.size(), absl::UnknownError("not run"));
-  for (size_t i = 0; i < order_.size(); ++i) results[order_[i]] = std::move(sampled[i]);
-  return results;
+  return sampled;
 }
 
-void Engine::PlanLogits(const StepInput& input, std::span<const int64_t> first_row) {
-  const auto row_of = [&](size_t task) { return first_row[input.tasks[task].piece] + input.tasks[task].row; };
-  order_.resize(input.tasks.size());
-  std::iota(order_.begin(), order_.end(), 0);
-  std::stable_sort(order_.begin(), order_.end(), [&](size_t a, size_t b) { return row_of(a) < row_of(b); });
+void Engine::PlanLogits(const StepInput& input) {
   logit_rows_.clear();
   logits_index_.clear();
-  for (size_t task : order_) {
-    if (logit_rows_.empty() || logit_rows_.back() != row_of(task)) logit_rows_.push_back(row_of(task));
+  for (const RowTask& task : input.tasks) {
+    const int64_t row = pieces_[task.piece].row_begin + task.row;
+    LOCKSTEP_CHECK(logit_rows_.empty() || logit_rows_.back() <= row, "a task of row {} after one of row {}", row,
+                   logit_rows_.back());
+    if (logit_rows_.empty() || logit_rows_.back() != row) logit_rows_.push_back(row);
     logits_index_.push_back(static_cast<int64_t>(logit_rows_.size()) - 1);
   }
 }
@@ -186,7 +180,7 @@ void Engine::Sample(const StepInput& input, Rows logits, int64_t begin, int64_t 
   sample_tasks_.clear();
   const auto first = std::lower_bound(logits_index_.begin(), logits_index_.end(), begin);
   for (auto i = first; i != logits_index_.end() && *i < end; ++i) {
-    sample_tasks_.push_back({*i - begin, &input.tasks[order_[i - logits_index_.begin()]]});
+    sample_tasks_.push_back({*i - begin, &input.tasks[i - logits_index_.begin()]});
   }
   sampler_->Enqueue(logits, sample_tasks_);
 }

@@ -65,8 +65,8 @@ struct StepInput {
   std::span<const int32_t> reset_slots;  // cleared next
   std::span<const StateSwap> restores;   // then from host memory
   std::span<const EnginePiece> pieces;   // none: states are moved only
-  std::span<const RowTask> tasks;
-  std::span<const StateCopy> copies;  // made last
+  std::span<const RowTask> tasks;        // in the order of the rows they stand on
+  std::span<const StateCopy> copies;     // made last
 };
 
 class Engine {
@@ -102,8 +102,8 @@ class Engine {
   void ForEachPart(const StateSwap& swap, absl::FunctionRef<void(std::byte* part, int64_t bytes)> visit) const;
   void Save(const StateSwap& swap);
   void Restore(const StateSwap& swap);
-  // Which rows' logits the tasks need (logit_rows_) and the tasks in that order (order_, logits_index_).
-  void PlanLogits(const StepInput& input, std::span<const int64_t> first_row);
+  // Which rows' logits the tasks need (logit_rows_, logits_index_).
+  void PlanLogits(const StepInput& input);
   // Samples the tasks of logit rows [begin, end) from the block of logits that begins at row `begin`.
   void Sample(const StepInput& input, Rows logits, int64_t begin, int64_t end);
 
@@ -125,8 +125,7 @@ class Engine {
   std::vector<int64_t> positions_;
   std::vector<Piece> pieces_;
   std::vector<int64_t> logit_rows_;    // distinct rows of tasks, ascending
-  std::vector<size_t> order_;          // tasks by their row
-  std::vector<int64_t> logits_index_;  // by place in order_: index into logit_rows_
+  std::vector<int64_t> logits_index_;  // by task: index into logit_rows_
   std::vector<SampleTask> sample_tasks_;
 };
 

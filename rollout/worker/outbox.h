@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "rollout/worker/request.h"
+#include "sampler/sampler.h"
 
 namespace lockstep {
 
@@ -17,7 +18,9 @@ class Outbox {
   void Add(std::shared_ptr<RequestSink> to, PromptLogprobs what) {
     entries_.push_back({std::move(to), std::move(what)});
   }
-  void Add(std::shared_ptr<RequestSink> to, SampleTokens what) { entries_.push_back({std::move(to), std::move(what)}); }
+  void Add(std::shared_ptr<RequestSink> to, int32_t sample, int64_t offset, SampledToken token) {
+    entries_.push_back({std::move(to), Token{sample, offset, std::move(token)}});
+  }
   void Add(std::shared_ptr<RequestSink> to, int32_t sample, SampleResult result) {
     entries_.push_back({std::move(to), Done{sample, std::move(result)}});
   }
@@ -25,8 +28,11 @@ class Outbox {
   // Hands everything over.
   void Deliver() {
     for (Entry& entry : entries_) {
-      if (auto* tokens = std::get_if<SampleTokens>(&entry.what)) {
-        entry.to->OnTokens(std::move(*tokens));
+      if (auto* token = std::get_if<Token>(&entry.what)) {
+        SampleTokens tokens{
+            .sample = token->sample, .offset = token->offset, .tokens = {token->token.token}, .logprobs = {}};
+        tokens.logprobs.push_back(std::move(token->token.logprobs));
+        entry.to->OnTokens(std::move(tokens));
       } else if (auto* logprobs = std::get_if<PromptLogprobs>(&entry.what)) {
         entry.to->OnPromptLogprobs(std::move(*logprobs));
       } else {
@@ -38,13 +44,19 @@ class Outbox {
   }
 
  private:
+  // Becomes a message when it is handed over, beside the device.
+  struct Token {
+    int32_t sample;
+    int64_t offset;
+    SampledToken token;
+  };
   struct Done {
     int32_t sample;
     SampleResult result;
   };
   struct Entry {
     std::shared_ptr<RequestSink> to;
-    std::variant<SampleTokens, PromptLogprobs, Done> what;
+    std::variant<Token, PromptLogprobs, Done> what;
   };
   std::vector<Entry> entries_;
 };

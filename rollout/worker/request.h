@@ -174,8 +174,9 @@ struct WorkerLoad {
   double last_step_ms = 0;
   absl::Time weights_since = absl::InfinitePast();  // when the weights that serve began to
   double steps_ms = 0;                              // of all steps
-  double host_ms = 0;  // of all steps: from the results of the one before, if it follows at once, to its own start on
-                       // the device, which is idle meanwhile
+  // Of all steps: from the results of the one before, if it follows at once, until the device had this one's batch; it
+  // is idle then. It is idle too while its results are read and the step's first operations are launched: not counted.
+  double host_ms = 0;
 };
 
 // What the server calls; implemented by Worker (rollout/worker/worker.h). Thread-safe.
@@ -191,9 +192,9 @@ class WorkerInterface {
   virtual WorkerLoad Load() const = 0;
   virtual WeightVersion weight_version() const = 0;
   // Not ok once the device has failed: what was in flight has ended, Submit is refused, and the process should end.
-  virtual absl::Status Health() const = 0;
   // DEADLINE_EXCEEDED: it stands still in a step; nothing ends any more, and whoever waits for the worker waits for
   // good.
+  virtual absl::Status Health() const = 0;
   // Refuses new requests from now on; returns once all accepted ones have finished, or at `deadline` after aborting the
   // rest as kShutdown.
   virtual void Drain(absl::Time deadline) = 0;

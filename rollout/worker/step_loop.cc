@@ -212,7 +212,7 @@ bool StepLoop::Step() {
     return false;
   }
   const absl::Time start = absl::Now();
-  const StepPlan plan = scheduler_.Plan();
+  const StepPlan& plan = scheduler_.Plan();
   for (SequenceId id : plan.preempted) {
     ++Get(id).counters.preemptions;
     ++totals_.preemptions;
@@ -234,6 +234,8 @@ bool StepLoop::Step() {
   tasks_.clear();
   owners_.clear();
   copies_.clear();
+  scored_.clear();
+  int64_t prefill_tokens = 0;
   for (size_t i = 0; i < plan.pieces.size(); ++i) {
     const PlannedPiece& piece = plan.pieces[i];
     Sequence& sequence = Get(piece.id);
@@ -244,8 +246,10 @@ bool StepLoop::Step() {
                        .slot = scheduler_.slot(piece.id),
                        .pages = scheduler_.page_table(piece.id)});
     PlanPromptLogprobs(sequence, static_cast<int64_t>(i), piece);
-    const bool sampling = piece.last && sequence.request->spec.n > 0;
-    if (sampling) PlanSample(sequence, static_cast<int64_t>(i), piece);
+    const RequestSpec& spec = sequence.request->spec;
+    prefill_tokens += std::clamp<int64_t>(static_cast<int64_t>(spec.prompt.size()) - piece.position, 0, piece.count);
+    if (piece.last && spec.n > 0) PlanSample(sequence, static_cast<int64_t>(i), piece);
+    if (piece.last && spec.n == 0) scored_.push_back(piece.id);
     for (const Fork& fork : plan.forks) {
       if (fork.leader != piece.id) continue;
       Sequence& follower = Get(fork.follower);
@@ -295,13 +299,10 @@ bool StepLoop::Step() {
       outbox_.Add(request.sink, std::move(batch));
     }
   }
-  for (const PlannedPiece& piece : plan.pieces) {
-    auto it = sequences_.find(piece.id);
-    if (it == sequences_.end()) continue;
-    const RequestSpec& spec = it->second->request->spec;
-    totals_.prefill_tokens +=
-        std::clamp<int64_t>(static_cast<int64_t>(spec.prompt.size()) - piece.position, 0, piece.count);
-    if (spec.n == 0 && piece.last) Finish(*it->second, {.finish = FinishKind::kScored}, now);
+  totals_.prefill_tokens += prefill_tokens;
+  for (const SequenceId id : scored_) {
+    const auto it = sequences_.find(id);
+    if (it != sequences_.end()) Finish(*it->second, {.finish = FinishKind::kScored}, now);
   }
   ++totals_.steps;
   totals_.last_step_ms = absl::ToDoubleMilliseconds(absl::Now() - start);
@@ -337,9 +338,7 @@ void StepLoop::OnSampled(Sequence& sequence, absl::StatusOr<SampledToken> sample
   }
   sequence.spans.back().end = offset + 1;
   const int32_t token = sampled->token;
-  SampleTokens out{.sample = sequence.sample, .offset = offset, .tokens = {token}, .logprobs = {}};
-  out.logprobs.push_back(std::move(sampled->logprobs));
-  outbox_.Add(request.sink, std::move(out));
+  outbox_.Add(request.sink, sequence.sample, offset, *std::move(sampled));
 
   if (std::optional<StopMatch> match = sequence.stop.Append(token)) {
     Finish(sequence, {.finish = FinishKind::kStop, .stop = *match}, now);

@@ -12,6 +12,7 @@
 #include <utility>
 #include <vector>
 
+#include "absl/container/flat_hash_map.h"
 #include "absl/status/status.h"
 #include "absl/time/clock.h"
 #include "absl/time/time.h"
@@ -87,7 +88,7 @@ class StepLoop {
   Scheduler scheduler_;
   const TokenBytes* token_bytes_;
   std::unordered_map<std::string, std::unique_ptr<Request>> requests_;
-  std::unordered_map<SequenceId, std::unique_ptr<Sequence>> sequences_;
+  absl::flat_hash_map<SequenceId, std::unique_ptr<Sequence>> sequences_;
   std::multimap<absl::Time, std::string> expiries_;
   SequenceId next_id_ = 1;
   WorkerLoad totals_;
@@ -107,7 +108,8 @@ class StepLoop {
   };
   std::vector<EnginePiece> pieces_;
   std::vector<RowTask> tasks_;
-  std::vector<TaskOwner> owners_;  // by task
+  std::vector<TaskOwner> owners_;   // by task
+  std::vector<SequenceId> scored_;  // done with this step, unless it fails
   std::vector<StateCopy> copies_;
   std::vector<StateSwap> saves_, restores_;
 };

@@ -187,7 +187,7 @@ absl::Status DeviceSampler::Launch(SampleRowsParams params, int64_t begin, int64
 
 absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> DeviceSampler::Collect() {
   const std::span<const Batch> batches(batches_.data(), std::exchange(used_, 0));
-  if (!batches.empty() && status_.ok()) status_ = CudaStatus(cudaEventSynchronize(done_), "sampling");
+  if (!batches.empty() && status_.ok()) status_ = CudaStatus(cudaEventSynchronize(done_), "a step on the device");
   if (!status_.ok()) return status_;
   size_t count = 0;
   for (const Batch& batch : batches) count += batch.tasks.size();
