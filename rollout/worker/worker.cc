@@ -110,6 +110,11 @@ absl::Status Worker::AtBoundary(absl::AnyInvocable<void(absl::Time now)> command
   return absl::OkStatus();
 }
 
+void Worker::HoldNew(bool hold) {
+  holds_ += hold ? 1 : -1;
+  loop_->HoldNew(holds_ > 0);
+}
+
 bool Worker::AwaitNoneInFlight(absl::Time deadline) {
   absl::MutexLock lock(&mutex_);
   const auto done = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
@@ -127,14 +132,14 @@ absl::StatusOr<WeightSwitchResult> Worker::SwitchWeights(const WeightSwitch& cha
     bool held = false;
     int64_t in_flight = 0;
     LOCKSTEP_RETURN_IF_ERROR(AtBoundary([&](absl::Time) {
-      loop_->HoldNew(true);
+      HoldNew(true);
       held = held_since_.has_value();
       in_flight = loop_->in_flight();
     }));
     Failpoint("weights.commit.policy");
     const bool finished = held ? in_flight == 0 : AwaitNoneInFlight(begin + change.finish_timeout);
     if (!finished && !change.fallback) {
-      LOCKSTEP_RETURN_IF_ERROR(AtBoundary([this](absl::Time) { loop_->HoldNew(false); }));
+      LOCKSTEP_RETURN_IF_ERROR(AtBoundary([this](absl::Time) { HoldNew(false); }));
       LOCKSTEP_RETURN_IF_ERROR(Health());
       const std::string why =
           held ? absl::StrCat(in_flight, " samples stand still and cannot finish: their weights are overwritten")
@@ -148,7 +153,7 @@ absl::StatusOr<WeightSwitchResult> Worker::SwitchWeights(const WeightSwitch& cha
   absl::Status status;
   Failpoint("weights.commit.boundary");
   LOCKSTEP_RETURN_IF_ERROR(AtBoundary([&](absl::Time now) {
-    if (finish) loop_->HoldNew(false);
+    if (finish) HoldNew(false);
     status = loop_->failure();
     if (!status.ok()) return;
     status = install();
@@ -186,14 +191,13 @@ void Worker::FailSteps(absl::Status why) {
 }
 
 int64_t Worker::Pause(PauseMode mode, absl::Time deadline) {
-  if (mode == PauseMode::kFinish) {
-    if (AtBoundary([this](absl::Time) { loop_->HoldNew(true); }).ok()) AwaitNoneInFlight(deadline);
-  }
+  const bool finish = mode == PauseMode::kFinish;
+  if (finish && AtBoundary([this](absl::Time) { HoldNew(true); }).ok()) AwaitNoneInFlight(deadline);
   int64_t in_flight = 0;
   // A worker that is stopping runs no steps either.
   AtBoundary([&](absl::Time now) {
     if (mode == PauseMode::kAbort) loop_->AbortAll(AbortReason::kClient, now);
-    loop_->HoldNew(false);
+    if (finish) HoldNew(false);
     paused_ = true;
     in_flight = loop_->in_flight();
   }).IgnoreError();

@@ -50,6 +50,8 @@ class Worker : public WorkerInterface, public WorkerControl {
   absl::Status AtBoundary(absl::AnyInvocable<void(absl::Time now)> command);
   // No step may run, or there is nothing to run.
   bool standing() const { return loop_->idle() || paused_ || held_since_ || loop_->stalled(); }
+  // For one more, or one less, that waits for samples in flight to finish. At a boundary.
+  void HoldNew(bool hold);
   // Waits until no sample is in flight; false: not by `deadline`, or the device failed.
   bool AwaitNoneInFlight(absl::Time deadline);
 
@@ -72,6 +74,7 @@ class Worker : public WorkerInterface, public WorkerControl {
   // No step runs while either is set; both the thread's alone.
   bool paused_ = false;                           // a client's Pause
   std::optional<absl::Time> held_since_;          // HoldSteps
+  int holds_ = 0;                                 // Pauses and Commits that hold new samples; likewise
   absl::Status failure_ ABSL_GUARDED_BY(mutex_);  // of the device
   std::thread thread_;
 };

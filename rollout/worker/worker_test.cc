@@ -4,6 +4,7 @@
 #include <gtest/gtest.h>
 
 #include <optional>
+#include <thread>
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
@@ -213,6 +214,52 @@ TEST_F(WorkerTest, HeldStepsStandUntilTheyAreReleasedOrTheWeightsSwitch) {
     EXPECT_TRUE(sink->WaitUntilDone());
     EXPECT_EQ(sink->result().finish, FinishKind::kLength);
   }
+}
+
+TEST_F(WorkerTest, APauseDoesNotEndTheHoldOfACommitThatLetsSamplesFinish) {
+  Start();
+  const auto old = std::make_shared<CountingSink>(1);
+  ASSERT_TRUE(worker_->Submit(Request("old", 8000), old).ok());
+  ASSERT_TRUE(old->WaitForTokens());
+  absl::StatusOr<WeightSwitchResult> result;
+  std::thread commit([&] {
+    result = worker_->SwitchWeights(
+        {.version = {0, 1}, .policy = InFlightPolicy::kFinish, .finish_timeout = absl::Minutes(2)},
+        [] { return absl::OkStatus(); });
+  });
+  absl::SleepFor(absl::Milliseconds(50));  // until it holds
+  for (const PauseMode mode : {PauseMode::kFinish, PauseMode::kKeep}) {
+    worker_->Pause(mode, absl::Now());
+    worker_->Resume();
+  }
+  const auto fresh = std::make_shared<CountingSink>(1);
+  ASSERT_TRUE(worker_->Submit(Request("new", 5), fresh).ok());
+  EXPECT_FALSE(fresh->WaitUntilDone(absl::Milliseconds(200))) << "it waits for the new version";
+  worker_->Abort("old", std::nullopt, AbortReason::kClient);
+  commit.join();
+  ASSERT_TRUE(result.ok()) << result.status();
+  ASSERT_TRUE(fresh->WaitUntilDone());
+  ASSERT_EQ(fresh->result().spans.size(), 1u);
+  EXPECT_EQ(fresh->result().spans[0].weights, (WeightVersion{0, 1}));
+}
+
+TEST_F(WorkerTest, ACommitDoesNotEndTheHoldOfAPauseThatLetsSamplesFinish) {
+  Start();
+  const auto old = std::make_shared<CountingSink>(1);
+  ASSERT_TRUE(worker_->Submit(Request("old", 8000), old).ok());
+  ASSERT_TRUE(old->WaitForTokens());
+  std::thread pause([&] { EXPECT_EQ(worker_->Pause(PauseMode::kFinish, absl::Now() + absl::Minutes(2)), 0); });
+  absl::SleepFor(absl::Milliseconds(50));  // until it holds
+  const WeightSwitch finish = {.version = {0, 1}, .policy = InFlightPolicy::kFinish};
+  EXPECT_TRUE(absl::IsDeadlineExceeded(worker_->SwitchWeights(finish, [] { return absl::OkStatus(); }).status()));
+  const auto fresh = std::make_shared<CountingSink>(1);
+  ASSERT_TRUE(worker_->Submit(Request("new", 5), fresh).ok());
+  EXPECT_FALSE(fresh->WaitUntilDone(absl::Milliseconds(200))) << "it waits for Resume";
+  worker_->Abort("old", std::nullopt, AbortReason::kClient);
+  pause.join();
+  EXPECT_FALSE(fresh->WaitUntilDone(absl::Milliseconds(50)));
+  worker_->Resume();
+  EXPECT_TRUE(fresh->WaitUntilDone());
 }
 
 TEST_F(WorkerTest, StepsThatFailWhileTheyAreHeldEndWhatIsInFlight) {
