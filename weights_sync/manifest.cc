@@ -66,6 +66,10 @@ class Placer {
       if (!manifest_.base_version && slot.tied_to < 0) Problem(absl::StrCat("missing ", slot.name));
       return;
     }
+    // Its values would be taken for the other's, which no later check would miss.
+    if (slot.tied_to >= 0 && manifest_.base_version && given_[slot.tied_to].empty()) {
+      return Problem(absl::StrCat(slot.name, " is tied to ", slots_[slot.tied_to].name, "; want that one, or both"));
+    }
     if (given[0].part < 0 || given.size() == 1) {
       if (given.size() > 1) {
         std::vector<std::string> names;

@@ -36,7 +36,7 @@ struct TensorPlace {
 };
 
 // One place per tensor. INVALID_ARGUMENT lists the first ten of: unknown names, tensors given twice (under aliases, or
-// whole and in parts), wrong shapes, missing tensors.
+// whole and in parts), wrong shapes, missing tensors, a tied one without that to which it is tied.
 absl::StatusOr<std::vector<TensorPlace>> PlaceTensors(const Manifest& manifest, std::span<const TensorSlot> slots);
 
 }  // namespace lockstep

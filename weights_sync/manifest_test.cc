@@ -61,6 +61,15 @@ TEST(ManifestTest, ASubsetNeedsABaseVersion) {
   EXPECT_TRUE(PlaceTensors(subset, Slots()).ok());
 }
 
+TEST(ManifestTest, ATiedTensorComesWithWhatItIsTiedTo) {
+  Manifest subset = {.tensors = {{"head", DType::kBF16, {8, 4}}}, .base_version = WeightVersion{0, 3}};
+  ExpectProblem(subset, "1 differences from the model's tensors: head is tied to embed; want that one, or both");
+  subset.tensors.push_back({"embed", DType::kBF16, {8, 4}});
+  EXPECT_TRUE(PlaceTensors(subset, Slots()).ok());
+  subset.tensors.erase(subset.tensors.begin());
+  EXPECT_TRUE(PlaceTensors(subset, Slots()).ok());
+}
+
 TEST(ManifestTest, SaysWhatIsWrong) {
   Manifest m = Whole();
   m.tensors[1].shape = {5};

@@ -151,7 +151,12 @@ class ModelTensors::Inbox final : public TensorInbox {
       }
     }
     // Only once all are accepted: a refusal leaves what has arrived as it is.
-    for (const ExpectedTensor& tensor : tensors) table_.staged_[tensor.slot] = Staged{.touched = true};
+    for (const ExpectedTensor& tensor : tensors) {
+      table_.staged_[tensor.slot] = Staged{.touched = true};
+      // A tied head's values go where those of what it is tied to are.
+      const int64_t tied = table_.slots_[tensor.slot].tied_to;
+      if (tied >= 0) table_.staged_[tied].touched = true;
+    }
     tensors_ = std::move(tensors);
     return inbox_->Reset();
   }

@@ -86,5 +86,27 @@ TEST_P(ModelTensorsTest, ARefusedOpenLeavesWhatHasArrived) {
   }
 }
 
+// The embedding is overwritten by the head's values: it must be restored with it.
+TEST(DirectModelTensorsTest, ATiedHeadsValuesTouchWhatItIsTiedTo) {
+  const std::unique_ptr<LocalModel> model = MakeRandomModel(ModelKind::kHybrid, "fp32", 1, 1);
+  model->spec.tied_embeddings = true;
+  auto table = ModelTensors::Create("/no/checkpoint", model->spec, model->weights, model->ops(),
+                                    {.direct = true, .inbox_bytes = 1 << 20});
+  ASSERT_TRUE(table.ok()) << table.status();
+  const size_t head = (*table)->slots().size() - 1;
+  ASSERT_EQ((*table)->slots()[head].tied_to, 0);
+  const int64_t rows = model->spec.vocab_size, values = rows * model->spec.hidden_size;
+  (*table)->BeginUpdate();
+  TensorInbox& inbox = *(*table)->inbox();
+  ASSERT_TRUE(inbox.Open({{.slot = head, .rows = rows, .dtype = DType::kF32}}).ok());
+  ASSERT_TRUE(inbox.Acquire(0).ok());
+  std::fill_n(reinterpret_cast<float*>(inbox.buffer(0)), values, 1.0f);
+  ASSERT_TRUE(inbox.Stage(0, std::vector<ArrivedPiece>{{.count = values}}).ok());
+  const std::atomic<bool> cancelled = false;
+  ASSERT_TRUE((*table)->shadow()->Restore(cancelled).ok());
+  // Each byte of both counts twice: when it is written, and when it is read back.
+  EXPECT_EQ((*table)->shadow()->progress().total, 2 * 2 * values * DTypeBytes(DType::kF32));
+}
+
 }  // namespace
 }  // namespace lockstep
