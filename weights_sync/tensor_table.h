@@ -12,6 +12,7 @@
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "kernels/numerics.h"
+#include "weights_sync/version.h"
 
 namespace lockstep {
 
@@ -26,6 +27,12 @@ struct TensorSlot {
   std::vector<std::vector<int64_t>> part_rows;
   // Shares the values of another slot, by its index (a tied head); may be absent from a manifest. -1: its own.
   int64_t tied_to = -1;
+};
+
+// Of the values that serve, in the held dtype.
+struct VersionDigests {
+  WeightVersion version;
+  std::vector<uint64_t> digests;  // by slot
 };
 
 // Rows of one slot as a sender holds them.
@@ -117,8 +124,8 @@ class TensorTable {
   virtual TensorInbox* inbox() = 0;
   // All that was staged is in place.
   virtual absl::Status Finish() = 0;
-  // Digests of the slots' values that serve, in the held dtype.
-  virtual absl::StatusOr<std::vector<uint64_t>> ServingDigests() = 0;
+  // All of one version, also while another is put in its place.
+  virtual absl::StatusOr<VersionDigests> ServingDigests() = 0;
 };
 
 }  // namespace lockstep

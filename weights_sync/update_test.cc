@@ -123,7 +123,7 @@ class FakeTable final : public TensorTable {
   TensorInbox* inbox() override { return has_inbox ? &inbox_ : nullptr; }
   FakeInbox& fake_inbox() { return inbox_; }
   absl::Status Finish() override { return absl::OkStatus(); }
-  absl::StatusOr<std::vector<uint64_t>> ServingDigests() override { return std::vector<uint64_t>(); }
+  absl::StatusOr<VersionDigests> ServingDigests() override { return VersionDigests(); }
   void Install() {
     if (gate_ == nullptr) {
       serving = second;

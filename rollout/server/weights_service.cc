@@ -262,8 +262,9 @@ grpc::Status WeightsService::Commit(grpc::ServerContext* context, const v1::Comm
     LOCKSTEP_ASSIGN_OR_RETURN(const WeightSwitch change, SwitchOf(*request));
     LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.commit.before"));
     LOCKSTEP_RETURN_IF_ERROR(update_.Commit(change.version, [&]() -> absl::Status {
-      LOCKSTEP_ASSIGN_OR_RETURN(const WeightSwitchResult result,
-                                model_.control->SwitchWeights(change, model_.install_weights));
+      LOCKSTEP_ASSIGN_OR_RETURN(const WeightSwitchResult result, model_.control->SwitchWeights(change, [&] {
+        return model_.install_weights(change.version);
+      }));
       response->set_wait_ms(absl::ToDoubleMilliseconds(result.wait));
       response->set_pause_ms(absl::ToDoubleMilliseconds(result.pause));
       response->set_kept(result.kept);
@@ -321,14 +322,8 @@ grpc::Status WeightsService::GetDigests(grpc::ServerContext* context, const v1::
       }
       wanted[found - slots.begin()] = true;
     }
-    // A commit between the two reads shows in the version: then again.
-    WeightVersion version;
-    std::vector<uint64_t> digests;
-    do {
-      version = update_.serving();
-      LOCKSTEP_ASSIGN_OR_RETURN(digests, model_.tensors->ServingDigests());
-    } while (version != update_.serving());
-    FillWeightVersion(version, response->mutable_weight_version());
+    LOCKSTEP_ASSIGN_OR_RETURN(const VersionDigests serving, model_.tensors->ServingDigests());
+    FillWeightVersion(serving.version, response->mutable_weight_version());
     response->set_weights_receive(ProtoReceive(model_.weights_receive));
     for (size_t s = 0; s < slots.size(); ++s) {
       if (!wanted[s]) continue;
@@ -336,7 +331,7 @@ grpc::Status WeightsService::GetDigests(grpc::ServerContext* context, const v1::
       tensor->set_name(slots[s].name);
       tensor->set_dtype(ProtoDType(slots[s].held));
       tensor->mutable_shape()->Add(slots[s].shape.begin(), slots[s].shape.end());
-      tensor->set_digest(digests[s]);
+      tensor->set_digest(serving.digests[s]);
     }
     return absl::OkStatus();
   };

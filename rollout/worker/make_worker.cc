@@ -191,8 +191,11 @@ absl::StatusOr<ServingModel> MakeWorker(const WorkerOptions& options) {
   owned->engine = std::move(local.engine);
   serving.tensors = owned->tensors.get();
   serving.weights_receive = options.weights_receive;
-  if (owned->tensors != nullptr)
-    serving.install_weights = [tensors = owned->tensors.get()] { return tensors->Install(); };
+  if (owned->tensors != nullptr) {
+    serving.install_weights = [tensors = owned->tensors.get()](const WeightVersion& version) {
+      return tensors->Install(version);
+    };
+  }
   // A step of many tokens may take minutes on a CPU.
   const absl::Duration step_timeout = options.step_timeout > absl::ZeroDuration() ? options.step_timeout
                                       : cuda                                      ? absl::Minutes(2)

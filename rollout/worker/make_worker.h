@@ -50,8 +50,9 @@ struct ServingModel {
   WorkerControl* control = nullptr;
   TensorTable* tensors = nullptr;
   WeightsReceive weights_receive = WeightsReceive::kOff;
-  std::function<absl::Status()> install_weights;  // what is staged in `tensors`; for WorkerControl::SwitchWeights
-  std::string name;                               // last component of the checkpoint's path
+  // What is staged in `tensors`, as that version; for WorkerControl::SwitchWeights.
+  std::function<absl::Status(const WeightVersion&)> install_weights;
+  std::string name;  // last component of the checkpoint's path
   ModelSpec spec;
   NumericsProfile profile{};
   std::string device;          // for people

@@ -430,7 +430,7 @@ absl::Status ModelTensors::Finish() {
   return stage_->Finish();
 }
 
-absl::Status ModelTensors::Install() {
+absl::Status ModelTensors::Install(const WeightVersion& version) {
   LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.install.before"));
   for (size_t s = 0; s < slots_.size() && live_ == nullptr; ++s) {
     const size_t source = slots_[s].tied_to >= 0 ? static_cast<size_t>(slots_[s].tied_to) : s;
@@ -452,44 +452,59 @@ absl::Status ModelTensors::Install() {
   absl::MutexLock lock(&mutex_);
   for (size_t s = 0; s < slots_.size(); ++s) {
     if (staged_[s].digest) digests_[s] = staged_[s].digest;
-    if (slots_[s].tied_to >= 0) digests_[s] = digests_[slots_[s].tied_to];
   }
+  version_ = version;
   return absl::OkStatus();
 }
 
-absl::StatusOr<std::vector<uint64_t>> ModelTensors::ServingDigests() {
+absl::StatusOr<VersionDigests> ModelTensors::ServingDigests() {
+  LOCKSTEP_RETURN_IF_ERROR(ReadDigests());
   absl::MutexLock lock(&mutex_);
-  bool any = false;
-  for (size_t s = 0; s < slots_.size(); ++s) any = any || !digests_[s];
-  if (any) {
-    const auto unreadable = [&](const absl::Status& status) {
-      return absl::FailedPreconditionError(absl::StrCat(
-          "the checkpoint at ", dir_.string(), ", whose weights serve, cannot be read any more: ", status.message()));
-    };
-    const absl::StatusOr<Checkpoint> checkpoint = Checkpoint::Open(dir_);
-    if (!checkpoint.ok()) return unreadable(checkpoint.status());
-    const absl::StatusOr<ResolvedTensors> tensors = ResolveTensors(spec_, *checkpoint);
-    if (!tensors.ok()) return unreadable(tensors.status());
+  VersionDigests serving = {.version = version_, .digests = {}};
+  for (size_t s = 0; s < slots_.size(); ++s) {
+    serving.digests.push_back(*digests_[slots_[s].tied_to >= 0 ? static_cast<size_t>(slots_[s].tied_to) : s]);
+  }
+  return serving;
+}
+
+absl::Status ModelTensors::ReadDigests() {
+  // Who comes second finds what the first has read. Install, on the step loop's thread, waits for neither.
+  absl::MutexLock reading(&reading_);
+  std::vector<size_t> missing;
+  {
+    absl::MutexLock lock(&mutex_);
     for (size_t s = 0; s < slots_.size(); ++s) {
-      if (digests_[s] || slots_[s].tied_to >= 0) continue;
-      Digester digester;
-      for (const CheckpointTensor& tensor : tensors->at(slots_[s].name)) {
-        LOCKSTEP_RETURN_IF_ERROR(ForEachBlock(tensor.data(), *tensor.entry->dtype, tensor.entry->elements,
-                                              slots_[s].held, [&](std::span<const std::byte> values, int64_t) {
-                                                digester.Add(values);
-                                                return absl::OkStatus();
-                                              }));
-        tensor.Drop();
-      }
-      digests_[s] = digester.Finish();
-    }
-    for (size_t s = 0; s < slots_.size(); ++s) {
-      if (slots_[s].tied_to >= 0) digests_[s] = digests_[slots_[s].tied_to];
+      if (!digests_[s] && slots_[s].tied_to < 0) missing.push_back(s);
     }
   }
-  std::vector<uint64_t> values;
-  for (const std::optional<uint64_t>& digest : digests_) values.push_back(*digest);
-  return values;
+  if (missing.empty()) return absl::OkStatus();
+  const auto unreadable = [&](const absl::Status& status) {
+    return absl::FailedPreconditionError(absl::StrCat(
+        "the checkpoint at ", dir_.string(), ", whose weights serve, cannot be read any more: ", status.message()));
+  };
+  const absl::StatusOr<Checkpoint> checkpoint = Checkpoint::Open(dir_);
+  if (!checkpoint.ok()) return unreadable(checkpoint.status());
+  const absl::StatusOr<ResolvedTensors> tensors = ResolveTensors(spec_, *checkpoint);
+  if (!tensors.ok()) return unreadable(tensors.status());
+  std::vector<uint64_t> read;
+  for (const size_t s : missing) {
+    Digester digester;
+    for (const CheckpointTensor& tensor : tensors->at(slots_[s].name)) {
+      LOCKSTEP_RETURN_IF_ERROR(ForEachBlock(tensor.data(), *tensor.entry->dtype, tensor.entry->elements, slots_[s].held,
+                                            [&](std::span<const std::byte> values, int64_t) {
+                                              digester.Add(values);
+                                              return absl::OkStatus();
+                                            }));
+      tensor.Drop();
+    }
+    read.push_back(digester.Finish());
+  }
+  absl::MutexLock lock(&mutex_);
+  for (size_t i = 0; i < missing.size(); ++i) {
+    std::optional<uint64_t>& digest = digests_[missing[i]];
+    if (!digest) digest = read[i];  // else an update has replaced it meanwhile
+  }
+  return absl::OkStatus();
 }
 
 }  // namespace lockstep

@@ -45,10 +45,11 @@ class ModelTensors final : public TensorTable {
   absl::Status Finish() override;
   // Those of slots that no update has changed are computed from the checkpoint's files, which takes a while the first
   // time; FAILED_PRECONDITION if they are gone.
-  absl::StatusOr<std::vector<uint64_t>> ServingDigests() override;
+  absl::StatusOr<VersionDigests> ServingDigests() override;
 
-  // Makes what is staged serve: stores it into the weights that do. On the step loop's thread, between two steps.
-  absl::Status Install();
+  // Makes what is staged serve, as `version`: stores it into the weights that do. On the step loop's thread, between
+  // two steps.
+  absl::Status Install(const WeightVersion& version);
 
   int64_t staging_bytes() const { return live_ == nullptr ? stage_->bytes() : 0; }
   int64_t shadow_bytes() const;
@@ -87,6 +88,9 @@ class ModelTensors final : public TensorTable {
   // Writes whole values of the slot, in `dtype`, there.
   absl::Status WriteValues(size_t slot, const std::byte* data, DType dtype, int64_t count);
 
+  // Of slots that no update has changed, from the checkpoint's files.
+  absl::Status ReadDigests();
+
   const std::filesystem::path dir_;
   const ModelSpec& spec_;
   Ops& ops_;
@@ -97,8 +101,11 @@ class ModelTensors final : public TensorTable {
   LiveWeights* live_ = nullptr;  // stage_, where it is the weights that serve
   std::unique_ptr<Shadow> shadow_;
   std::unique_ptr<TensorInbox> inbox_;
+  absl::Mutex reading_;  // the checkpoint's files, which takes a while
   absl::Mutex mutex_;
-  std::vector<std::optional<uint64_t>> digests_ ABSL_GUARDED_BY(mutex_);  // by slot; nullopt: still the checkpoint's
+  // By slot; nullopt: still the checkpoint's, or as what it is tied to.
+  std::vector<std::optional<uint64_t>> digests_ ABSL_GUARDED_BY(mutex_);
+  WeightVersion version_ ABSL_GUARDED_BY(mutex_);  // of which they are
 };
 
 }  // namespace lockstep

@@ -5,8 +5,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <filesystem>
+#include <fstream>
+#include <string>
+#include <thread>
 #include <vector>
 
+#include "absl/synchronization/notification.h"
+#include "absl/time/clock.h"
 #include "tests/testing/random_model.h"
 #include "weights_sync/digest.h"
 
@@ -78,7 +84,7 @@ TEST_P(ModelTensorsTest, ARefusedOpenLeavesWhatHasArrived) {
   }
   EXPECT_TRUE(absl::IsInvalidArgument(table_->inbox()->Open({Rows(0, rows()), unaligned})));
   ASSERT_TRUE(table_->Finish().ok());
-  ASSERT_TRUE(table_->Install().ok());
+  ASSERT_TRUE(table_->Install({0, 1}).ok());
   EXPECT_EQ(serving_[0], 3.0f);
   const std::atomic<bool> cancelled = false;
   if (table_->shadow() != nullptr) {
@@ -106,6 +112,38 @@ TEST(DirectModelTensorsTest, ATiedHeadsValuesTouchWhatItIsTiedTo) {
   ASSERT_TRUE((*table)->shadow()->Restore(cancelled).ok());
   // Each byte of both counts twice: when it is written, and when it is read back.
   EXPECT_EQ((*table)->shadow()->progress().total, 2 * 2 * values * DTypeBytes(DType::kF32));
+}
+
+// A checkpoint of which already the header takes a while to read.
+TEST_P(ModelTensorsTest, InstallDoesNotWaitForDigestsThatAreReadFromFiles) {
+  const std::filesystem::path dir = std::filesystem::path(testing::TempDir()) / "slow_checkpoint";
+  std::filesystem::create_directories(dir);
+  {
+    std::string header = "{\"a\":[0";
+    for (int i = 0; i < 5'000'000; ++i) header += ",0";
+    header += "]}";
+    std::ofstream file(dir / "model.safetensors", std::ios::binary);
+    const uint64_t length = header.size();
+    file.write(reinterpret_cast<const char*>(&length), sizeof(length));
+    file << header;
+  }
+  auto table = ModelTensors::Create(dir, model_->spec, model_->weights, model_->ops(), {.direct = GetParam()});
+  ASSERT_TRUE(table.ok()) << table.status();
+  (*table)->BeginUpdate();
+  absl::Notification started, done;
+  absl::Status status;
+  std::thread reader([&] {
+    started.Notify();
+    status = (*table)->ServingDigests().status();
+    done.Notify();
+  });
+  started.WaitForNotification();
+  absl::SleepFor(absl::Milliseconds(20));  // until it reads
+  EXPECT_TRUE((*table)->Install({0, 1}).ok());
+  EXPECT_FALSE(done.HasBeenNotified()) << "the steps stood still for so long";
+  reader.join();
+  EXPECT_TRUE(absl::IsFailedPrecondition(status)) << status;
+  std::filesystem::remove_all(dir);
 }
 
 }  // namespace

@@ -3,6 +3,8 @@
 import importlib
 import os
 import subprocess
+import threading
+import time
 
 import grpc
 import pytest
@@ -75,3 +77,26 @@ def test_a_device_error_while_it_installs_ends_the_worker(armed, tiny_model, pb,
     assert spans(reader.done) == [(0, 0, 0, len(reader.tokens))], "no token of weights that may be mixed"
     assert next(watch).status == health_pb2.HealthCheckResponse.NOT_SERVING
     assert process.wait() == 1
+
+
+def test_digests_are_those_of_the_version_they_come_with(armed, tiny_model, pb, wpb):
+    """Also between the moment when the new weights are in place and that when the version says so."""
+    process = armed("weights.commit.installed=sleep(500)")
+    sender = Sender(pb, wpb, control_stubs(process)[0])
+
+    def ask():
+        answer = sender.stub.GetDigests(wpb.GetDigestsRequest(), timeout=20)
+        return answer.weight_version.step, {t.name: t.digest for t in answer.tensors}
+
+    before = ask()
+    sender.stage(1, perturb(read(tiny_model), 1))
+    assert ask() == before
+    commit = threading.Thread(target=sender.commit, args=(1,))
+    commit.start()
+    during = []
+    while commit.is_alive():
+        during.append(ask())
+        time.sleep(0.01)
+    after = ask()
+    assert (before[0], after[0]) == (0, 1) and before[1] != after[1] and len(during) > 5
+    assert all(answer in (before, after) for answer in during)
