@@ -15,10 +15,9 @@ import time
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "python")]
 
-import grpc  # noqa: E402
 from chaos_weights import Versions  # noqa: E402
 
-from lockstep import LockstepError, WeightPublisher  # noqa: E402
+from lockstep import LockstepError, RollbackFailed, WeightPublisher  # noqa: E402
 
 # In the order of an update. A call's places are passed once for each worker, "tensor" before each one.
 PLACES = (
@@ -116,17 +115,12 @@ class Learner:
         say(event="published", ok=error is None, error=error, failed_in=failed_in, seconds=seconds, serving=serving)
 
     def rollback(self, command):
-        """One worker after the other: one that is gone must not keep the others from being asked."""
         self.connect(command["workers"], command["options"])
-        dropped, began = {}, time.monotonic()
-        from lockstep.publisher import _version, weights_pb2
-
-        request = weights_pb2.RollbackRequest(version=_version(tuple(command["version"])))
-        for worker in command["workers"]:
-            try:
-                dropped[worker] = self.publisher._call(worker, "Rollback", request, time.monotonic() + 5).dropped
-            except (LockstepError, grpc.RpcError) as error:
-                dropped[worker] = str(error)
+        began = time.monotonic()
+        try:
+            dropped = self.publisher.rollback(tuple(command["version"]))
+        except RollbackFailed as error:
+            dropped = {w: result if isinstance(result, bool) else str(result) for w, result in error.results.items()}
         say(event="rolled_back", dropped=dropped, seconds=time.monotonic() - began)
 
 

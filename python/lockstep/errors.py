@@ -48,6 +48,12 @@ class UpdateFailed(LockstepError):
     report = None
 
 
+class RollbackFailed(LockstepError):
+    """A rollback did not reach all workers. `results`: by worker, whether the update was open there, or its error."""
+
+    results: dict[str, bool | LockstepError]
+
+
 class NcclError(LockstepError, RuntimeError):
     """NCCL is not there or too old, or a call of it failed: mostly, a peer is gone. `result`: its ncclResult_t, if any."""
 

@@ -32,6 +32,7 @@ from .errors import (
     DeadlineExceeded,
     InvalidRequest,
     LockstepError,
+    RollbackFailed,
     UpdateFailed,
     WorkerUnavailable,
     from_rpc,
@@ -262,21 +263,27 @@ class WeightPublisher:
         return _Update(self, Version(*version), request, False).commit_only()
 
     def rollback(self, version: tuple[int, int]) -> dict[str, bool]:
-        """Drops the update at every worker; by worker, whether it was open."""
-        request = weights_pb2.RollbackRequest(version=_version(version))
-        deadline = time.monotonic() + self._timeout_s
-        return {w: self._call(w, "Rollback", request, deadline).dropped for w in self.workers}
+        """Drops the update at every worker; by worker, whether it was open.
 
-    def status(self) -> dict[str, weights_pb2.GetStatusResponse]:
-        """Who has which version, and what is open."""
-        deadline = time.monotonic() + self._timeout_s
-        return {w: self._call(w, "GetStatus", weights_pb2.GetStatusRequest(), deadline) for w in self.workers}
+        Where not all answered, RollbackFailed has the results of those that did; the others drop it when its lease ends.
+        """
+        answers = self._ask_all("Rollback", weights_pb2.RollbackRequest(version=_version(version)))
+        results = {w: a if isinstance(a, LockstepError) else a.dropped for w, a in answers.items()}
+        errors = [result for result in results.values() if isinstance(result, LockstepError)]
+        if errors:
+            text = "\n".join(f"  {error}" for error in errors)
+            failure = RollbackFailed(f"{len(errors)} of {len(results)} workers failed\n{text}", code=errors[0].code)
+            failure.results = results
+            raise failure
+        return results
 
-    def digests(self, names: Sequence[str] = ()) -> dict[str, weights_pb2.GetDigestsResponse]:
-        """By worker, digests of the weights that serve, in the dtypes in which the worker holds them."""
-        request = weights_pb2.GetDigestsRequest(names=names)
-        deadline = time.monotonic() + self._timeout_s
-        return {w: self._call(w, "GetDigests", request, deadline) for w in self.workers}
+    def status(self) -> dict[str, weights_pb2.GetStatusResponse | LockstepError]:
+        """Who has which version, and what is open; of a worker that did not answer, its error."""
+        return self._ask_all("GetStatus", weights_pb2.GetStatusRequest())
+
+    def digests(self, names: Sequence[str] = ()) -> dict[str, weights_pb2.GetDigestsResponse | LockstepError]:
+        """By worker, digests of the weights that serve, in the dtypes in which the worker holds them; or its error."""
+        return self._ask_all("GetDigests", weights_pb2.GetDigestsRequest(names=names))
 
     # Calls
 
@@ -323,6 +330,19 @@ class WeightPublisher:
                 if error.code() != Code.UNAVAILABLE or time.monotonic() > give_up:
                     raise from_rpc(error, worker) from None
             time.sleep(0.1)
+
+    def _ask_all(self, method: str, request: Any) -> dict[str, Any]:
+        """Every worker's answer, or its error: one that is gone keeps none of the others from being asked."""
+        deadline = time.monotonic() + self._timeout_s
+
+        def ask(worker: str) -> Any:
+            try:
+                return self._call(worker, method, request, deadline)
+            except LockstepError as error:
+                return error
+
+        with concurrent.futures.ThreadPoolExecutor(len(self.workers)) as executor:
+            return dict(zip(self.workers, executor.map(ask, self.workers), strict=True))
 
 
 @dataclasses.dataclass

@@ -101,7 +101,7 @@ def test_publisher(guarded, trainer, files):
             assert error.code == UNAUTHENTICATED and isinstance(failed.error, NotAuthenticated)
             assert failed.failed_in == "begin" and "--control_token_file" in str(error)
             assert token is None or token not in str(error)
-            soon(publisher.status, NotAuthenticated)
+            assert isinstance(publisher.status()[guarded.control], NotAuthenticated)
     with WeightPublisher(guarded.control, token=files.control_token, **options) as publisher:
         report = publisher.publish((0, 1), trainer.tensors().items())
         assert report.workers[0].version == (0, 1)

@@ -11,7 +11,7 @@ from dropping_proxy import DroppingProxy
 from fake_weights import FakeWeights
 
 import lockstep
-from lockstep import UpdateFailed, WeightPublisher
+from lockstep import RollbackFailed, UpdateFailed, WeightPublisher, WorkerUnavailable
 from lockstep.publisher import manifest_of
 from lockstep.v1 import weights_pb2
 
@@ -228,6 +228,21 @@ def test_a_hanging_worker_meets_the_deadline(fleet):
         make(fleet, timeout_s=1.5).publish((0, 1), tensors(1).items())
     assert time.monotonic() - begin < 4.5
     assert [w.version for w in fleet] == [(0, 0)] * 3
+
+
+def test_one_that_is_gone_keeps_none_of_the_others_from_being_asked(fleet):
+    gone, other, opened = (w.address for w in fleet)
+    publisher = make(fleet, retry_s=0.2)
+    publisher._stub(opened).Begin(publisher._begin_request((0, 1)))
+    fleet[0].server.stop(None).wait()
+    with pytest.raises(RollbackFailed, match="1 of 3 workers failed\n  UNAVAILABLE: ") as error:
+        publisher.rollback((0, 1))
+    results = error.value.results
+    assert isinstance(results[gone], WorkerUnavailable) and results[gone].worker == gone
+    assert (results[other], results[opened]) == (False, True) and fleet[2].open is None
+    for answers in (publisher.status(), publisher.digests(["w"])):
+        assert list(answers) == [gone, other, opened] and isinstance(answers[gone], WorkerUnavailable)
+        assert not any(isinstance(answers[w], lockstep.LockstepError) for w in (other, opened))
 
 
 def test_wrong_arguments(fleet):
