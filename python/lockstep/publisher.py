@@ -322,11 +322,13 @@ class WeightPublisher:
 
     def _call(self, worker: str, method: str, request: Any, deadline: float) -> Any:
         """A unary call, made again while the connection fails (every call of the service may be repeated)."""
-        give_up = time.monotonic() + self._retry_s
+        give_up = None
         while True:
             try:
                 return getattr(self._stub(worker), method)(request, timeout=_left(deadline, worker))
             except grpc.RpcError as error:
+                # From the first failure on: the call may have lasted longer than retry_s itself.
+                give_up = give_up or time.monotonic() + self._retry_s
                 if error.code() != Code.UNAVAILABLE or time.monotonic() > give_up:
                     raise from_rpc(error, worker) from None
             time.sleep(0.1)

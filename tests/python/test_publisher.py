@@ -230,6 +230,12 @@ def test_a_hanging_worker_meets_the_deadline(fleet):
     assert [w.version for w in fleet] == [(0, 0)] * 3
 
 
+def test_a_long_call_is_made_again_when_its_connection_breaks_late(fleet):
+    fleet[1].delay, fleet[1].fail = {"Commit": 1.5}, {"Commit": (Code.UNAVAILABLE, 1)}
+    report = make(fleet, retry_s=1.0).publish((0, 1), tensors(1).items())
+    assert [w.version for w in report.workers] == [(0, 1)] * 3
+
+
 def test_one_that_is_gone_keeps_none_of_the_others_from_being_asked(fleet):
     gone, other, opened = (w.address for w in fleet)
     publisher = make(fleet, retry_s=0.2)
