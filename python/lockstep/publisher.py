@@ -56,7 +56,16 @@ _CHANNEL_OPTIONS = [
     ("grpc.enable_retries", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # Calls to a peer that is silent (its host is gone, its process stopped) are UNAVAILABLE after 25 s, new connections
+    # to it after 5 s. Workers admit a ping every 10 s.
+    ("grpc.keepalive_time_ms", 15_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # what newer versions of gRPC go by
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.min_reconnect_backoff_ms", 5_000),
 ]
+# With allow_partial: until when a stage may last, as a part of timeout_s. A worker that hangs leaves the others time.
+_STAGE_ENDS = {"begin": 0.3, "push": 0.8, "verify": 0.9}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,8 +153,11 @@ class WeightPublisher:
     base_version: the manifest holds a part of the tensors; the others must have this version at the workers.
     batch_bytes: sent and acknowledged at once. Host memory: up to three batches (or three tensors, where larger).
     timeout_s: for one publish(), all stages together; rolling back and asking who serves what take half of it again at
-      most.
-    retry_s: how long to try to reach a worker again when its connection fails.
+      most. With allow_partial Begin must be over after 30% of it, the tensors after 80%, Verify after 90%; one batch
+      (over nccl: making a group, and sending in it what can be sent again) may take half of what is left of its stage.
+      Who hangs has failed then, and the others have time to commit.
+    retry_s: how long to try to reach a worker again, from when its connection failed. One that is silent (its host is
+      gone, its process stopped) fails after 25 s.
     lease_s: how long a worker keeps a half-received update if this process dies; 1 to 3,600.
     nccl_library: its path; by default LOCKSTEP_NCCL_LIBRARY, the loader's libnccl.so.2, or that of torch's wheel.
     device: from which NCCL sends, as torch names it; by default the current CUDA device. Tensors elsewhere are copied
@@ -229,8 +241,9 @@ class WeightPublisher:
         policy: what becomes of samples in flight: "finish" (for finish_timeout_s, then `fallback`), "keep",
           "recompute", "abort". A worker that takes weights in place (--weights_receive=direct) stands still from the
           first bytes on: there "finish" is `fallback` at once.
-        allow_partial: go on with the workers that are well; the report tells of the others. Otherwise any failure
-          raises UpdateFailed, whose `report` is the same, and before Commit rolls back everywhere.
+        allow_partial: go on with the workers that are well; the report tells of the others. Each stage has then a part
+          of timeout_s. Otherwise any failure raises UpdateFailed, whose `report` is the same, and before Commit rolls
+          back everywhere.
         send: False on all ranks but one: the iterator is walked, nothing is sent, None is returned.
         """
         again = tensors if callable(tensors) else None
@@ -368,6 +381,7 @@ class _Update:
         self.began = time.monotonic()
         finish = commit_request.finish_timeout_ms / 1000
         self.deadline = self.began + publisher._timeout_s + finish
+        self.until = self.deadline  # of the stage under way
         self.afterwards_s = min(10.0, publisher._timeout_s / 4)  # for Rollback, and for the report: past the deadline
         self.reports = {worker: WorkerReport(worker) for worker in publisher.workers}
         self.chunk_bytes: dict[str, int] = {}
@@ -375,7 +389,7 @@ class _Update:
         self.all_pushed = threading.Event()
         # Workers that had the version before: of a publish() that ended, or whose learner did, within its Commit.
         self.serving: set[str] = set()
-        self.rolled_back: set[str] = set()
+        self.rolled_back: dict[str, threading.Thread] = {}
         self.at_hand = False
 
     def run(
@@ -383,6 +397,7 @@ class _Update:
     ) -> PublishReport:
         try:
             self.stage("begin", self.begin)
+            self.enter("push")
             if not self.receiving():
                 digests = []
                 for _ in tensors:
@@ -413,11 +428,22 @@ class _Update:
     def receiving(self) -> list[str]:
         return [worker for worker in self.well() if worker not in self.serving]
 
-    def call(self, worker: str, method: str, request: Any) -> Any:
-        return self.publisher._call(worker, method, request, self.deadline)
+    def call(self, worker: str, method: str, request: Any, until: float | None = None) -> Any:
+        return self.publisher._call(worker, method, request, self.until if until is None else until)
+
+    def enter(self, stage: str) -> None:
+        self.until = self.deadline
+        if self.allow_partial and stage in _STAGE_ENDS:
+            self.until = self.began + self.publisher._timeout_s * _STAGE_ENDS[stage]
+
+    def share(self) -> float:
+        """Until when one step of a stage may last: where the others go on without who hangs in it, half of the rest."""
+        now = time.monotonic()
+        return now + (self.until - now) / 2 if self.allow_partial else self.until
 
     def stage(self, name: str, action: Callable[[str], Any]) -> None:
         """`action` for every well worker at once; then, unless a part is enough, all must be well."""
+        self.enter(name)
 
         def one(worker: str) -> None:
             began = time.monotonic()
@@ -436,9 +462,10 @@ class _Update:
         if not failed:
             return
         if self.allow_partial and self.well():
-            # One that lives would hold what had arrived, and in direct mode its samples, until the lease ends.
+            # One that lives would hold what had arrived, and in direct mode its samples, until the lease ends. The
+            # others do not wait for one that may hang.
             if roll_back:
-                self.roll_back([report.worker for report in failed])
+                self.roll_back([report.worker for report in failed], wait=False)
             return
         if roll_back:
             self.roll_back()
@@ -449,14 +476,11 @@ class _Update:
         error.report = report
         raise error
 
-    def roll_back(self, workers: Sequence[str] | None = None) -> None:
+    def roll_back(self, workers: Sequence[str] | None = None, wait: bool = True) -> None:
         """At those, once; by default everywhere, the failed ones included: one may have carried out what it could not
         answer.
         """
         workers = [w for w in (self.reports if workers is None else workers) if w not in self.rolled_back]
-        if not workers:
-            return
-        self.rolled_back.update(workers)
         request = weights_pb2.RollbackRequest(version=_version(self.version))
 
         def one(worker: str) -> None:
@@ -465,8 +489,15 @@ class _Update:
             except grpc.RpcError:
                 pass  # the lease ends it there
 
-        with concurrent.futures.ThreadPoolExecutor(len(workers)) as executor:
-            list(executor.map(one, workers))
+        for worker in workers:
+            self.rolled_back[worker] = threading.Thread(target=one, args=(worker,), daemon=True)
+            self.rolled_back[worker].start()
+        if wait:
+            self.await_rollbacks()
+
+    def await_rollbacks(self) -> None:
+        for thread in self.rolled_back.values():
+            thread.join()
 
     def report(self) -> PublishReport:
         def ask(worker: str) -> None:
@@ -477,6 +508,7 @@ class _Update:
             except grpc.RpcError:
                 self.reports[worker].version = None
 
+        self.await_rollbacks()
         with concurrent.futures.ThreadPoolExecutor(len(self.reports)) as executor:
             list(executor.map(ask, self.reports))
         specs = self.publisher.manifest
@@ -484,14 +516,14 @@ class _Update:
         seconds = time.monotonic() - self.began
         return PublishReport(self.version, list(self.reports.values()), len(specs), size, seconds)
 
-    def begin(self, worker: str) -> list[int]:
+    def begin(self, worker: str, until: float | None = None) -> list[int]:
         """Opens or renews the update; bytes received so far, by index. All, where the version serves already."""
         try:
-            answer = self.call(worker, "Begin", self.begin_request)
+            answer = self.call(worker, "Begin", self.begin_request, until)
         except LockstepError as error:
             if error.code != Code.FAILED_PRECONDITION:
                 raise
-            status = self.call(worker, "GetStatus", weights_pb2.GetStatusRequest())
+            status = self.call(worker, "GetStatus", weights_pb2.GetStatusRequest(), until)
             if status.weight_version != _version(self.version):
                 raise
             self.serving.add(worker)
@@ -681,7 +713,7 @@ class _Update:
                 batch = batches.get(timeout=renew)
             except queue.Empty:
                 if report.error is None:
-                    self.guarded(worker, lambda: self.begin(worker))
+                    self.guarded(worker, lambda: self.begin(worker, self.share()))
                 continue
             if batch is None:
                 ended = True
@@ -702,10 +734,10 @@ class _Update:
     def push_batch(self, worker: str, batch: _Batch) -> None:
         """One stream for one batch, taken up where it broke until all of it has arrived."""
         received = {index: 0 for index, _ in batch.tensors}
-        give_up = None
+        until, give_up = self.share(), None
         while True:
             try:
-                timeout = _left(self.deadline, worker)
+                timeout = _left(until, worker)
                 messages = self.messages(worker, batch, received)
                 answer = self.publisher._stub(worker).Push(messages, timeout=timeout)
                 now = {index: answer.received_bytes[index] for index in received}
@@ -715,7 +747,7 @@ class _Update:
             except grpc.RpcError as error:
                 if error.code() not in (Code.UNAVAILABLE, Code.CANCELLED, Code.UNKNOWN):
                     raise from_rpc(error, worker) from None
-                progress = self.begin(worker)  # waits for the connection
+                progress = self.begin(worker, until)  # waits for the connection
                 now = {index: progress[index] for index in received}
                 if any(now[index] < received[index] for index in received):
                     raise LockstepError(
@@ -748,7 +780,7 @@ def _version(version: tuple[int, int]) -> rollout_pb2.WeightVersion:
 def _left(deadline: float, worker: str) -> float:
     left = deadline - time.monotonic()
     if left <= 0:
-        raise DeadlineExceeded("the update's timeout_s passed", code=Code.DEADLINE_EXCEEDED, worker=worker)
+        raise DeadlineExceeded("timeout_s, or a stage's part of it, passed", code=Code.DEADLINE_EXCEEDED, worker=worker)
     return left
 
 

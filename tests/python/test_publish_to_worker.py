@@ -4,12 +4,14 @@ import signal
 import threading
 import time
 
+import grpc
 import numpy as np
 import pytest
 import torch
 from dropping_proxy import DroppingProxy
 
 from lockstep import RolloutClient, SamplingParams, UpdateFailed, WeightPublisher, parity
+from lockstep import publisher as publisher_module
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -121,6 +123,29 @@ def test_a_worker_that_stands_still_does_not_hold_publish_past_its_limit(workers
             publisher.publish((0, 1), trainer.tensors().items())
         assert time.monotonic() - began < 4
         workers[1].process.send_signal(signal.SIGCONT)
+
+
+def test_a_worker_that_is_silent_is_given_up_long_before_the_limit(workers, trainer, monkeypatch):
+    """With all its times a tenth of what they are."""
+    tenth = ("grpc.keepalive", "grpc.http2.ping_timeout", "grpc.min_reconnect")
+    options = [(name, v // 10 if name.startswith(tenth) else v) for name, v in publisher_module._CHANNEL_OPTIONS]
+    monkeypatch.setattr(publisher_module, "_CHANNEL_OPTIONS", options)
+
+    def source():
+        for i, item in enumerate(trainer.tensors().items()):
+            if i == 20:
+                workers[1].process.send_signal(signal.SIGSTOP)
+            yield item
+
+    began = time.monotonic()
+    with WeightPublisher(
+        [w.control for w in workers], manifest_from=trainer.model, timeout_s=100, retry_s=1, batch_bytes=1 << 20
+    ) as publisher:
+        report = publisher.publish((0, 1), source(), allow_partial=True)
+    assert [w.version for w in report.workers] == [(0, 1), None]
+    assert report.workers[1].failed_in == "push" and report.workers[1].error.code == grpc.StatusCode.UNAVAILABLE
+    assert report.workers[1].push_s < 15 and time.monotonic() - began < 40
+    workers[1].process.send_signal(signal.SIGCONT)
 
 
 def test_success_means_that_all_serve_the_version(start_worker, tiny_model, trainer, monkeypatch):

@@ -230,6 +230,15 @@ def test_a_hanging_worker_meets_the_deadline(fleet):
     assert [w.version for w in fleet] == [(0, 0)] * 3
 
 
+@pytest.mark.parametrize("stage", ["Begin", "Push", "Verify"])
+def test_the_others_commit_in_time_when_one_hangs(fleet, stage):
+    fleet[0].delay = {stage: 10}
+    report = make(fleet, timeout_s=9).publish((0, 1), tensors(1).items(), allow_partial=True)
+    assert [w.version for w in report.workers] == [(0, 0), (0, 1), (0, 1)]
+    assert [(w.failed_in, w.error.code) for w in report.failed] == [(stage.lower(), Code.DEADLINE_EXCEEDED)]
+    assert all(holds(w, tensors(1)) for w in fleet[1:])
+
+
 def test_a_long_call_is_made_again_when_its_connection_breaks_late(fleet):
     fleet[1].delay, fleet[1].fail = {"Commit": 1.5}, {"Commit": (Code.UNAVAILABLE, 1)}
     report = make(fleet, retry_s=1.0).publish((0, 1), tensors(1).items())
