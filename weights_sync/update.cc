@@ -145,6 +145,12 @@ std::vector<int64_t> WeightUpdate::ReceivedOf(const Open& open) {
   return received;
 }
 
+absl::StatusOr<WeightUpdate::Open*> WeightUpdate::GetUncommitted(const WeightVersion& version) {
+  DropExpired();
+  const bool verified = open_ != nullptr && open_->version == version && open_->state == UpdateState::kVerified;
+  return Get(version, verified ? UpdateState::kVerified : UpdateState::kReceiving);
+}
+
 absl::StatusOr<WeightUpdate::Open*> WeightUpdate::Get(const WeightVersion& version, UpdateState want) {
   DropExpired();
   if (open_ == nullptr || open_->version != version) {
@@ -214,7 +220,8 @@ absl::StatusOr<std::vector<int64_t>> WeightUpdate::Begin(const WeightVersion& ve
 absl::Status WeightUpdate::Push(const WeightVersion& version, int64_t tensor, int64_t offset,
                                 std::span<const std::byte> data) {
   absl::MutexLock lock(&mutex_);
-  LOCKSTEP_ASSIGN_OR_RETURN(Open * open, Get(version, UpdateState::kReceiving));
+  // Of a verified one everything is there already: what a learner sends again is skipped.
+  LOCKSTEP_ASSIGN_OR_RETURN(Open * open, GetUncommitted(version));
   if (tensor < 0 || tensor >= static_cast<int64_t>(open->places.size())) {
     return absl::InvalidArgumentError(
         absl::StrCat("tensor: ", tensor, "; want 0 to ", open->places.size() - 1, ", an index into the manifest"));
@@ -272,9 +279,9 @@ absl::StatusOr<Receive> WeightUpdate::BeginReceive(const WeightVersion& version,
                                                    absl::Time deadline) {
   if (table_.inbox() == nullptr) return absl::UnimplementedError("this worker takes weights over the stream only");
   absl::MutexLock lock(&mutex_);
-  LOCKSTEP_RETURN_IF_ERROR(Get(version, UpdateState::kReceiving).status());
+  LOCKSTEP_RETURN_IF_ERROR(GetUncommitted(version).status());
   LOCKSTEP_RETURN_IF_ERROR(AwaitInbox(deadline, "Receive: another one is still under way; try again"));
-  LOCKSTEP_ASSIGN_OR_RETURN(Open * open, Get(version, UpdateState::kReceiving));
+  LOCKSTEP_ASSIGN_OR_RETURN(Open * open, GetUncommitted(version));
   const int64_t count = static_cast<int64_t>(open->places.size());
   if (tensors.empty()) {
     tensors.resize(count);
@@ -301,6 +308,7 @@ absl::StatusOr<Receive> WeightUpdate::BeginReceive(const WeightVersion& version,
     receive.dtypes.push_back(open->manifest.tensors[t].dtype);
   }
   for (const int64_t t : tensors) open->arriving[t] = Arriving();
+  open->state = UpdateState::kReceiving;  // also after Verify: a learner that sends it again
   open->arriving_bytes = 0;
   inbox_tensors_ = std::move(tensors);
   receiving_ = true;
@@ -370,15 +378,13 @@ absl::Status WeightUpdate::StageWhole(Open& open, size_t tensor) {
 
 absl::StatusOr<std::vector<int64_t>> WeightUpdate::Received(const WeightVersion& version) {
   absl::MutexLock lock(&mutex_);
-  LOCKSTEP_ASSIGN_OR_RETURN(Open * open, Get(version, UpdateState::kReceiving));
+  LOCKSTEP_ASSIGN_OR_RETURN(Open * open, GetUncommitted(version));
   return ReceivedOf(*open);
 }
 
 absl::Status WeightUpdate::Verify(const WeightVersion& version, std::span<const uint64_t> digests) {
   absl::MutexLock lock(&mutex_);
-  DropExpired();
-  const bool again = open_ != nullptr && open_->version == version && open_->state == UpdateState::kVerified;
-  LOCKSTEP_ASSIGN_OR_RETURN(Open * open, Get(version, again ? UpdateState::kVerified : UpdateState::kReceiving));
+  LOCKSTEP_ASSIGN_OR_RETURN(Open * open, GetUncommitted(version));
   const std::vector<ManifestTensor>& tensors = open->manifest.tensors;
   if (digests.size() != tensors.size()) {
     return absl::InvalidArgumentError(absl::StrCat(

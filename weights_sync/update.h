@@ -72,12 +72,13 @@ class WeightUpdate {
   absl::StatusOr<std::vector<int64_t>> Begin(const WeightVersion& version, Manifest manifest, absl::Duration lease,
                                              absl::Time deadline = absl::InfiniteFuture());
   // Bytes of tensor `tensor` of the open update's manifest, where its received bytes end. Bytes that are there already
-  // (a stream that was sent again) are skipped.
+  // (a stream that was sent again, also once the update is VERIFIED) are skipped.
   absl::Status Push(const WeightVersion& version, int64_t tensor, int64_t offset, std::span<const std::byte> data);
   absl::StatusOr<std::vector<int64_t>> Received(const WeightVersion& version);
   // For a transport that fills the table's inbox itself: `tensors` of the manifest (empty: all) will arrive, what has
-  // arrived of them before does not count. Waits while another receive is under way, at most until `deadline`. The
-  // caller alone may use the inbox until its EndReceive, which it owes. UNIMPLEMENTED: the table has no inbox.
+  // arrived of them before does not count, and a VERIFIED update is RECEIVING again. Waits while another receive is
+  // under way, at most until `deadline`. The caller alone may use the inbox until its EndReceive, which it owes.
+  // UNIMPLEMENTED: the table has no inbox.
   absl::StatusOr<Receive> BeginReceive(const WeightVersion& version, std::vector<int64_t> tensors, absl::Time deadline);
   // The sender lives: renews the lease.
   absl::Status Renew(const WeightVersion& version);
@@ -129,6 +130,8 @@ class WeightUpdate {
 
   // The open update if it is `version`'s and its state is `want`; renews its lease.
   absl::StatusOr<Open*> Get(const WeightVersion& version, UpdateState want) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Likewise, RECEIVING or VERIFIED.
+  absl::StatusOr<Open*> GetUncommitted(const WeightVersion& version) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   void DropExpired() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Forgets the open update; a receive under way is told. What it overwrote is restored by the keeper: AwaitShadow.
   void Drop() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);

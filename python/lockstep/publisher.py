@@ -385,6 +385,8 @@ class _Update:
         self.afterwards_s = min(10.0, publisher._timeout_s / 4)  # for Rollback, and for the report: past the deadline
         self.reports = {worker: WorkerReport(worker) for worker in publisher.workers}
         self.chunk_bytes: dict[str, int] = {}
+        # Bytes of each tensor, as Begin answered: not 0 where a learner that died had sent them.
+        self.received: dict[str, list[int]] = {}
         self.begin_request = publisher._begin_request(version)
         self.all_pushed = threading.Event()
         # Workers that had the version before: of a publish() that ended, or whose learner did, within its Commit.
@@ -396,7 +398,7 @@ class _Update:
         self, tensors: Iterator[tuple[str, Any]], again: Callable[[], Iterable[tuple[str, Any]]] | None
     ) -> PublishReport:
         try:
-            self.stage("begin", self.begin)
+            self.stage("begin", lambda worker: self.received.update({worker: self.begin(worker)}))
             self.enter("push")
             if not self.receiving():
                 digests = []
@@ -518,16 +520,22 @@ class _Update:
 
     def begin(self, worker: str, until: float | None = None) -> list[int]:
         """Opens or renews the update; bytes received so far, by index. All, where the version serves already."""
-        try:
-            answer = self.call(worker, "Begin", self.begin_request, until)
-        except LockstepError as error:
-            if error.code != Code.FAILED_PRECONDITION:
-                raise
-            status = self.call(worker, "GetStatus", weights_pb2.GetStatusRequest(), until)
-            if status.weight_version != _version(self.version):
-                raise
-            self.serving.add(worker)
-            return [spec.bytes for spec in self.publisher.manifest]
+        while True:
+            try:
+                answer = self.call(worker, "Begin", self.begin_request, until)
+                break
+            except LockstepError as error:
+                if error.code != Code.FAILED_PRECONDITION:
+                    raise
+                status = self.call(worker, "GetStatus", weights_pb2.GetStatusRequest(), until)
+                if status.weight_version == _version(self.version):
+                    self.serving.add(worker)
+                    return [spec.bytes for spec in self.publisher.manifest]
+                # A Commit whose learner is gone: what comes of it shows soon.
+                committing = status.state == weights_pb2.UPDATE_STATE_COMMITTING
+                if not committing or status.open_version != _version(self.version):
+                    raise
+            time.sleep(0.1)
         self.chunk_bytes[worker] = answer.max_chunk_bytes or 1 << 20
         return list(answer.received_bytes)
 
@@ -733,7 +741,7 @@ class _Update:
 
     def push_batch(self, worker: str, batch: _Batch) -> None:
         """One stream for one batch, taken up where it broke until all of it has arrived."""
-        received = {index: 0 for index, _ in batch.tensors}
+        received = {index: self.received[worker][index] for index, _ in batch.tensors}
         until, give_up = self.share(), None
         while True:
             try:

@@ -3,6 +3,8 @@
 import json
 import pathlib
 import signal
+import subprocess
+import sys
 import time
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from lockstep import InvalidRequest, UpdateFailed, WeightPublisher, parity
 from lockstep._buckets import Piece, plan_buckets
+from lockstep.v1 import weights_pb2
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -189,9 +192,6 @@ publisher.publish((0, 1), tensors())
 
 @in_both_modes
 def test_a_learner_that_dies_in_the_middle(start, make, trainer, fake_nccl, tiny_model, repo_root, tmp_path):
-    import subprocess
-    import sys
-
     workers = [start(), start()]
     script = LEARNER.format(
         python=str(repo_root / "python"), model=str(tiny_model), workers=[w.control for w in workers], library=fake_nccl
@@ -208,6 +208,56 @@ def test_a_learner_that_dies_in_the_middle(start, make, trainer, fake_nccl, tiny
     report = publisher.publish((1, 0), trainer.tensors().items())
     assert time.monotonic() < deadline
     assert [w.version for w in report.workers] == [(1, 0)] * 2 and all(serves(trainer, worker) for worker in workers)
+
+
+DIES_BETWEEN_COMMITS = """
+import os, signal, sys, time
+sys.path.insert(0, {python!r})
+import torch
+from lockstep import WeightPublisher
+from lockstep.hf import TransformersTrainer
+from lockstep.v1 import weights_pb2
+class Dying(WeightPublisher):
+    def _call(self, worker, method, request, deadline):
+        if method == "Commit" and worker == self.workers[1]:
+            while self._stub(self.workers[0]).GetStatus(weights_pb2.GetStatusRequest()).weight_version.step != 1:
+                time.sleep(0.01)
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super()._call(worker, method, request, deadline)
+trainer = TransformersTrainer({model!r}, device="cpu", dtype="float32")
+with torch.no_grad():
+    for parameter in trainer.model.parameters():
+        parameter.mul_(0.5)
+Dying({workers!r}, manifest_from=trainer.model, **{options!r}).publish((0, 1), trainer.tensors().items())
+"""
+
+
+@in_both_modes
+@pytest.mark.parametrize("transport", ["stream", "nccl"])
+def test_the_same_version_again_after_a_learner_died_between_two_commits(
+    start, trainer, fake_nccl, tiny_model, repo_root, tmp_path, transport
+):
+    workers = [start(), start()]
+    addresses = [w.control for w in workers]
+    options = {"nccl_library": fake_nccl, "device": "cpu"} if transport == "nccl" else {}
+    options["transport"] = transport
+    path = pathlib.Path(tmp_path) / "learner.py"
+    path.write_text(
+        DIES_BETWEEN_COMMITS.format(
+            python=str(repo_root / "python"), model=str(tiny_model), workers=addresses, options=options
+        )
+    )
+    done = subprocess.run([sys.executable, path], capture_output=True, text=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    with torch.no_grad():
+        for parameter in trainer.model.parameters():
+            parameter.mul_(0.5)
+    with WeightPublisher(addresses, manifest_from=trainer.model, **options) as publisher:
+        states = [status.state for status in publisher.status().values()]
+        assert states == [weights_pb2.UPDATE_STATE_SERVING, weights_pb2.UPDATE_STATE_VERIFIED]
+        report = publisher.publish((0, 1), trainer.tensors().items())
+    assert [w.version for w in report.workers] == [(0, 1)] * 2
+    assert all(serves(trainer, worker) for worker in workers)
 
 
 @in_both_modes

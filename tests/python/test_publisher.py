@@ -245,6 +245,26 @@ def test_a_long_call_is_made_again_when_its_connection_breaks_late(fleet):
     assert [w.version for w in report.workers] == [(0, 1)] * 3
 
 
+def test_what_another_learner_sent_of_the_version_is_not_sent_again(fleet):
+    """One that died between two Commits: some serve the version, some are VERIFIED, some have a part."""
+    fleet[1].fail = {"Commit": (Code.INTERNAL, 1)}
+    with pytest.raises(UpdateFailed):
+        make(fleet).publish((0, 1), tensors(1).items())
+    assert fleet[1].state == weights_pb2.UPDATE_STATE_VERIFIED
+    report = make(fleet).publish((0, 1), tensors(1).items())
+    assert [w.version for w in report.workers] == [(0, 1)] * 3 and holds(fleet[1], tensors(1))
+    assert fleet[1].pushed == TOTAL
+
+    fleet[1].break_after, fleet[1].fail = [30_000], {"Rollback": (Code.INTERNAL, 1)}
+    fleet[2].fail = {"Push": (Code.INTERNAL, 1)}
+    with pytest.raises(UpdateFailed):
+        make(fleet[1:], batch_bytes=1 << 20).publish((0, 2), tensors(2).items())
+    before = sum(fleet[1].open["received"])
+    assert before >= 30_000
+    make(fleet).publish((0, 2), tensors(2).items())
+    assert all(holds(w, tensors(2)) for w in fleet) and fleet[1].pushed == 2 * TOTAL
+
+
 def test_one_that_is_gone_keeps_none_of_the_others_from_being_asked(fleet):
     gone, other, opened = (w.address for w in fleet)
     publisher = make(fleet, retry_s=0.2)
