@@ -61,6 +61,8 @@ class NcclGroup {
   void Abort();
 
   bool healthy() const { return comm_ != nullptr; }
+  // FAILED_PRECONDITION: it is aborted, and why.
+  absl::Status Usable() const;
   int nranks() const { return nranks_; }
   int rank() const { return rank_; }
 
@@ -68,7 +70,6 @@ class NcclGroup {
   NcclGroup(std::shared_ptr<NcclLibrary> library, int nranks, int rank, std::function<bool()> cancelled)
       : library_(std::move(library)), nranks_(nranks), rank_(rank), outer_cancelled_(std::move(cancelled)) {}
 
-  absl::Status Usable() const;
   // Until `done`, of the communicator's state, is true. Aborts if it does not come to that.
   absl::Status Poll(const std::function<absl::StatusOr<bool>(nccl::Result)>& done, const std::string& what,
                     absl::Time deadline);

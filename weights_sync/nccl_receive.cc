@@ -65,6 +65,8 @@ class Receiver {
     LOCKSTEP_RETURN_IF_ERROR(inbox_.UseOnThisThread());
     const int64_t count = static_cast<int64_t>(buckets.size());
     LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.receive.begun"));
+    // Of a group that has failed before: the sender must not take this worker for ready.
+    LOCKSTEP_RETURN_IF_ERROR(group.Usable());
     begun(count);
     int64_t bytes = 0;
     for (int64_t b = 0; b < count; ++b) {

@@ -234,16 +234,25 @@ class Broadcast:
             while not done() and not self.errors():
                 left = self._deadline - time.monotonic()
                 if left <= 0:
-                    raise DeadlineExceeded(f"the update's timeout_s passed while waiting for {what}")
+                    raise DeadlineExceeded(f"timeout_s, or a stage's part of it, passed while waiting for {what}")
                 self._condition.wait(min(left, 1.0))
 
     def errors(self) -> dict[str, LockstepError]:
         return {r.worker: r.error for r in self._receiving if r.error is not None}
 
     def begin(self) -> dict[str, LockstepError]:
-        """Waits until every worker could enter the first broadcast; errors of those that cannot."""
-        self._wait(lambda: all(r.buckets is not None or r.ended for r in self._receiving), "the workers to be ready")
-        errors = self.errors()
+        """Waits until every worker could enter the first broadcast; errors of those that cannot, or are late."""
+        late = {}
+        try:
+            self._wait(
+                lambda: all(r.buckets is not None or r.ended for r in self._receiving), "the workers to be ready"
+            )
+        except DeadlineExceeded as error:
+            late = {r.worker: error for r in self._receiving if r.buckets is None and not r.ended}
+        except BaseException:
+            self.abort()
+            raise
+        errors = late | self.errors()
         for r in self._receiving:
             if r.buckets is not None and r.buckets != len(self._plan):
                 text = f"the worker plans {r.buckets} buckets, this side {len(self._plan)}"

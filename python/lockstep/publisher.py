@@ -66,6 +66,9 @@ _CHANNEL_OPTIONS = [
 ]
 # With allow_partial: until when a stage may last, as a part of timeout_s. A worker that hangs leaves the others time.
 _STAGE_ENDS = {"begin": 0.3, "push": 0.8, "verify": 0.9}
+# Of the codes of a Join or Receive, those that may be another rank's doing.
+_ANOTHERS = (Code.UNAVAILABLE, Code.CANCELLED, Code.DEADLINE_EXCEEDED, None)
+_GROUP_ROUNDS = 3  # groups that may fail although nobody has lost the update
 
 
 @dataclasses.dataclass(frozen=True)
@@ -563,14 +566,15 @@ class _Update:
         groups, began = self.publisher._groups, time.monotonic()
         assert groups is not None
         memory = groups.memory(len(self.publisher.manifest))
-        while True:
-            broadcast = self.begin_broadcast(groups, memory)
+        while (broadcast := self.begin_broadcast(groups, memory, repeatable=again is not None)) is not None:
             try:
                 digests = broadcast.send(self.in_order(tensors), self.at_hand)
-                break
-            except InvalidRequest:
-                raise
+                for worker in self.receiving():
+                    self.reports[worker].push_s = time.monotonic() - began
+                return digests
             except LockstepError as error:
+                if isinstance(error, InvalidRequest) and error.worker is None:  # the caller's own
+                    raise
                 groups.drop()
                 self.mark_dead(broadcast.errors(), error)
                 self.check(roll_back=True)
@@ -579,38 +583,38 @@ class _Update:
                 if again is None:  # what is left of the update can go to nobody
                     self.mark(dict.fromkeys(self.receiving(), error))
                     self.check(roll_back=True)
-                    raise
-                tensors, memory = iter(again()), groups.memory(len(self.publisher.manifest))
-        for worker in self.receiving():
-            self.reports[worker].push_s = time.monotonic() - began
-        return digests
+                elif self.receiving():
+                    tensors, memory = iter(again()), groups.memory(len(self.publisher.manifest))
+        for _ in tensors:
+            pass
+        return []
 
-    def begin_broadcast(self, groups: Groups, memory: HostMemory | CudaMemory) -> Broadcast:
-        """In which every well worker is ready."""
+    def begin_broadcast(self, groups: Groups, memory: HostMemory | CudaMemory, repeatable: bool) -> Broadcast | None:
+        """In which every worker that still receives is ready; None: none does. repeatable: another may follow it."""
         sizes = [spec.bytes for spec in self.publisher.manifest]
-        fresh = False
-        while True:
-            workers = self.receiving()
+        rounds = 0
+        while workers := self.receiving():
             stubs = {worker: self.publisher._stub(worker) for worker in workers}
-            group = groups.current(workers)
+            group, errors = groups.current(workers), {}
+            fresh = group is None
             if group is None:
                 with memory.use():
-                    group, errors = groups.make(stubs, self.deadline)
-                fresh = True
-                if group is None:
-                    self.mark(errors)
-                    self.check(roll_back=True)
-                    continue
-            broadcast = Broadcast(
-                group, stubs, _version(self.version), sizes, memory, self.deadline, self.publisher._lease_s / 3
-            )
-            errors = broadcast.begin()
-            if not errors:
-                return broadcast
+                    group, errors = groups.make(stubs, self.share())
+            if group is not None:
+                until = self.share() if repeatable else self.until
+                broadcast = Broadcast(
+                    group, stubs, _version(self.version), sizes, memory, until, self.publisher._lease_s / 3
+                )
+                errors = broadcast.begin()
+                if not errors:
+                    return broadcast
             groups.drop()
-            if fresh:  # an old one may be one that a worker has lost, by a restart
-                self.mark(errors)
+            late = time.monotonic() >= self.until
+            if fresh or late:  # an old one may be one that a worker has lost, by a restart
+                rounds += 1
+                self.mark_guilty(errors, last=late or rounds == _GROUP_ROUNDS)
                 self.check(roll_back=True)
+        return None
 
     def mark(self, errors: dict[str, LockstepError]) -> None:
         for worker, error in errors.items():
@@ -618,20 +622,32 @@ class _Update:
 
     def mark_dead(self, errors: dict[str, LockstepError], error: LockstepError) -> None:
         """Of a broken broadcast: the workers that have lost the update. If none has, all fail with `error`."""
+        self.mark({worker: errors.get(worker, error) for worker in self.lost() or self.receiving()})
 
-        def lost(worker: str) -> bool:
+    def mark_guilty(self, errors: dict[str, LockstepError], last: bool) -> None:
+        """Of a group that did not come together: the workers that refuse, and those that have lost the update. Others
+        may have failed because of these; they are tried again, unless that was the `last` time.
+        """
+        first = next(iter(errors.values()))
+        guilty = {w: error for w, error in errors.items() if last or error.code not in _ANOTHERS}
+        self.mark({worker: errors.get(worker, first) for worker in self.lost()} | guilty)
+
+    def lost(self) -> list[str]:
+        """The workers that should have the update open and do not, or cannot be asked."""
+        timeout = min(self.afterwards_s, max(1.0, self.share() - time.monotonic()))
+
+        def is_lost(worker: str) -> bool:
             try:
                 stub = self.publisher._stub(worker)
-                status = stub.GetStatus(weights_pb2.GetStatusRequest(), timeout=self.afterwards_s)
+                status = stub.GetStatus(weights_pb2.GetStatusRequest(), timeout=timeout)
             except grpc.RpcError:
                 return True
-            receiving = status.state == weights_pb2.UPDATE_STATE_RECEIVING
+            receiving = status.state in (weights_pb2.UPDATE_STATE_RECEIVING, weights_pb2.UPDATE_STATE_VERIFIED)
             return not receiving or status.open_version != _version(self.version)
 
         workers = self.receiving()
         with concurrent.futures.ThreadPoolExecutor(len(workers)) as executor:
-            dead = [worker for worker, is_lost in zip(workers, executor.map(lost, workers), strict=True) if is_lost]
-        self.mark({worker: errors.get(worker, error) for worker in dead or workers})
+            return [worker for worker, lost in zip(workers, executor.map(is_lost, workers), strict=True) if lost]
 
     def in_order(self, tensors: Iterator[tuple[str, Any]]) -> Iterator[tuple[int, Any]]:
         """With their indices, which must be those of the manifest's order."""

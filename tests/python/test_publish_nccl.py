@@ -12,7 +12,7 @@ import torch
 
 from lockstep import InvalidRequest, UpdateFailed, WeightPublisher, parity
 from lockstep._buckets import Piece, plan_buckets
-from lockstep.v1 import weights_pb2
+from lockstep.v1 import rollout_pb2, weights_pb2
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -258,6 +258,88 @@ def test_the_same_version_again_after_a_learner_died_between_two_commits(
         report = publisher.publish((0, 1), trainer.tensors().items())
     assert [w.version for w in report.workers] == [(0, 1)] * 2
     assert all(serves(trainer, worker) for worker in workers)
+
+
+def test_workers_that_fail_because_another_died_stay_in(start, make, trainer, monkeypatch):
+    """NCCL's bootstrap tells the neighbours first: here one is told, and one dies in Join."""
+    started = []
+    for failpoint in ("error(UNAVAILABLE)@1", "kill@1", None):
+        if failpoint:
+            monkeypatch.setenv("LOCKSTEP_FAILPOINTS", f"weights.join.before={failpoint}")
+        else:
+            monkeypatch.delenv("LOCKSTEP_FAILPOINTS")
+        started.append(start())
+    report = make(started).publish((0, 1), trainer.tensors().items(), allow_partial=True)
+    assert [w.version for w in report.workers] == [(0, 1), None, (0, 1)]
+    assert report.workers[1].failed_in == "push"
+    assert serves(trainer, started[0]) and serves(trainer, started[2])
+
+
+def test_a_worker_that_refuses_to_join_is_left_out(start, make, trainer, monkeypatch):
+    first = start()
+    monkeypatch.setenv("LOCKSTEP_FAILPOINTS", "weights.join.before=error(UNIMPLEMENTED)")
+    second = start()
+    report = make([first, second]).publish((0, 1), trainer.tensors().items(), allow_partial=True)
+    assert [w.version for w in report.workers] == [(0, 1), (0, 0)]
+    assert second.log().count("failpoint weights.join.before=") == 1
+
+
+def test_the_only_one_that_was_to_receive_dies(start, make, trainer, monkeypatch):
+    first = start()
+    make([first]).publish((0, 1), trainer.tensors().items())
+    monkeypatch.setenv("LOCKSTEP_FAILPOINTS", "weights.join.before=kill@1")
+    second = start()
+    walked = []
+    source = ((walked.append(name), (name, t))[1] for name, t in trainer.tensors().items())
+    report = make([first, second]).publish((0, 1), source, allow_partial=True)
+    assert [(w.version, w.failed_in) for w in report.workers] == [((0, 1), None), (None, "push")]
+    assert len(walked) == len(trainer.tensors())
+
+
+@pytest.mark.parametrize(
+    "failpoint",
+    ["weights.receive.before=sleep(5000)@1", "weights.receive.bucket=error(FAILED_PRECONDITION)@1"],
+)
+def test_whatever_fails_at_a_worker_is_reported(start, make, trainer, monkeypatch, failpoint):
+    monkeypatch.setenv("LOCKSTEP_FAILPOINTS", failpoint)
+    worker = start()
+    with pytest.raises(UpdateFailed) as error:
+        make([worker], timeout_s=3).publish((0, 1), trainer.tensors().items())
+    assert error.value.report.workers[0].failed_in == "push" and error.value.report.workers[0].version == (0, 0)
+    report = make([worker]).publish((0, 2), trainer.tensors().items())
+    assert report.workers[0].version == (0, 2)
+
+
+def test_a_group_that_failed_at_the_worker_alone_is_made_anew(start, make, trainer):
+    worker = start()
+    publisher = make([worker])
+    publisher.publish((0, 1), trainer.tensors().items())
+    group = publisher._groups._group
+    stub, version = publisher._stub(worker.control), rollout_pb2.WeightVersion(step=2)
+    stub.Begin(publisher._begin_request((0, 2)))
+    receive = weights_pb2.ReceiveRequest(
+        version=version, group="learner", generation=group.generation, bucket_bytes=group.bucket_bytes
+    )
+    call = stub.Receive(iter([receive]))
+    next(iter(call))
+    call.cancel()
+    publisher.rollback((0, 2))
+    assert publisher.publish((0, 3), trainer.tensors().items()).workers[0].version == (0, 3)
+
+
+def test_the_others_go_on_without_one_that_stands_still(start, make, trainer):
+    workers = [start(), start(), start()]
+    publisher = make(workers, timeout_s=24)
+
+    def stopping():
+        for i, item in enumerate(trainer.tensors().items()):
+            if i == 20:
+                workers[1].process.send_signal(signal.SIGSTOP)
+            yield item
+
+    sources = [stopping, lambda: iter(trainer.tensors().items())]
+    report = publisher.publish((0, 1), lambda: sources.pop(0)(), allow_partial=True)
+    assert [w.version for w in report.workers] == [(0, 1), None, (0, 1)]
 
 
 @in_both_modes
