@@ -282,9 +282,14 @@ def freed(worker):
 def test_ctrl_c_aborts_before_the_client_is_closed(start_fake):
     fake = start_fake("--fake_step_ms", "20")
     main = threading.main_thread().ident
-    with pytest.raises(KeyboardInterrupt), RolloutClient(fake.data) as client:
-        when_running(fake, 6, lambda: signal.pthread_kill(main, signal.SIGINT))
-        client.generate([[1], [2], [3]], LONG, n=2)
+    # A shell starts what runs in the background with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt), RolloutClient(fake.data) as client:
+            when_running(fake, 6, lambda: signal.pthread_kill(main, signal.SIGINT))
+            client.generate([[1], [2], [3]], LONG, n=2)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert freed(fake)
 
 
