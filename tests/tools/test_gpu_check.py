@@ -202,7 +202,7 @@ def test_all_is_well(tmp_path, fake_bin):
     equal = f"echo '{LINE.format('all', 100, 0, 0)}'"
     result, measurement = gpu_check(tmp_path, fake_bin(equal, WRITE_BENCH))
     assert result.returncode == 0, result.stdout + result.stderr
-    assert measurement["invariance"] == {"tokens": 200, "differing": 0}
+    assert measurement["invariance"] == {"tokens": 300, "differing": 0}  # graphs on, off, shared prefixes
     assert measurement["decode"] == [{key: value for key, value in BENCH.items() if key != "prefill_tok_s"}]
     assert measurement["prefill"] == [{"model": "tiny", "batch": 1, "context": 64, "prefill_tok_s": 9.0}]
     assert {"commit", "command", "device", "versions", "date"} <= set(measurement)
@@ -213,9 +213,10 @@ def test_a_broken_promise_shows_and_the_next_stage_runs(tmp_path, fake_bin):
     different = f"echo '{LINE.format('all', 100, 0, 3)}'; exit 1"
     result, measurement = gpu_check(tmp_path, fake_bin(different, WRITE_BENCH))
     assert result.returncode == 1
-    assert measurement["invariance"]["differing"] == 6
+    assert measurement["invariance"]["differing"] == 9
     assert len(measurement["decode"]) == 1
-    assert "BROKEN: invariance, tiny, graphs on: not invariant" in result.stdout
+    for name in ("graphs on", "graphs off", "shared prefixes"):
+        assert f"BROKEN: invariance, tiny, {name}: not invariant" in result.stdout
 
 
 def test_the_budget_bounds_everything(tmp_path, fake_bin):
@@ -223,7 +224,7 @@ def test_the_budget_bounds_everything(tmp_path, fake_bin):
     result, measurement = gpu_check(tmp_path, fake_bin("sleep 60", "sleep 60"), "--budget", "1")
     assert time.monotonic() - begin < 10
     assert result.returncode == 1
-    assert [len(stage["jobs"]) for stage in measurement["stages"]] == [2, 1]
+    assert [len(stage["jobs"]) for stage in measurement["stages"]] == [3, 1]
 
 
 def test_an_rl_stage_writes_its_own_table(tmp_path, fake_bin):
