@@ -26,7 +26,7 @@ struct WorkerOptions {
       numerics;     // profile name; empty: for a bfloat16 checkpoint "hf-torch" on cpu and "hf" on cuda, else "fp32"
   int threads = 0;  // 0: the cores this process may use
   int cuda_device = 0;
-  bool cuda_graphs = true;     // record decode steps and replay them
+  bool cuda_graphs = true;  // record decode steps and replay them
   // cuda: decode reads the keys and values that sequences share once for all.
   bool shared_prefix_attention = false;
   double memory_gb = 0;        // for KV pages and state slots, 1e9 bytes; 0: by memory_fraction
