@@ -63,6 +63,7 @@ absl::Status AllowSharedMemory(const char* name, Kernel* kernel, int bytes) {
   return absl::InternalError(std::string(name) + ": " + cudaGetErrorString(error));
 }
 
+// What LaunchAttentionDecodeSpread needs: the tiles' scores.
 int64_t SpreadWorkspaceBytes(int64_t decode_pieces, int64_t heads, int64_t kv_heads, int64_t max_positions);
 
 // Decode with one sequence's keys spread over the card; needs params.workspace. The same bits.

@@ -1,9 +1,9 @@
 // CudaOps: the CUDA backend as one object. Every method launches its operation, which lives in a file of its own, on
 // one stream; nothing waits but what says so.
 //
-// A step of decode rows alone is recorded as a CUDA graph, once for each padded size (of few
-// sequences, for each power of two of their length), and replayed: its kernels find
-// the batch at fixed addresses. Other steps are launched kernel by kernel. Bits are the same either way.
+// A step of decode rows alone is recorded as a CUDA graph, once for each padded size (of few sequences, for each power
+// of two of their length), and replayed: its kernels find the batch at fixed addresses. Other steps are launched kernel
+// by kernel. Bits are the same either way.
 #pragma once
 
 #include <cuda_runtime_api.h>

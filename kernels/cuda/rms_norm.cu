@@ -12,7 +12,6 @@ namespace {
 constexpr int kThreads = 128;  // of a row; as many as accumulators in the sum's order, see SumOfSquares
 constexpr int kVector = 8;
 constexpr int kStep = kThreads * kVector;  // elements that a block loads at once
-// Widths outside are refused: PyTorch chooses the reduction's shape by width, and its order is known for these.
 
 using Vector = Bf16s<kVector>;  // the alignment of either dtype's accesses
 

@@ -12,6 +12,7 @@
 
 namespace lockstep::cuda {
 
+// Widths outside are refused: PyTorch chooses the reduction's shape by width, and its order is known for these.
 constexpr int64_t kMinRmsNormWidth = 128;
 constexpr int64_t kMaxRmsNormWidth = 4096;
 

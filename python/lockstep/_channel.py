@@ -11,6 +11,15 @@ import grpc
 
 from .errors import InvalidRequest
 
+# Calls to a peer that is silent (its host is gone, its process stopped) are UNAVAILABLE after 25 s, tries to connect to
+# it after 5 s. Workers admit a ping every 10 s.
+LIVENESS_OPTIONS = [
+    ("grpc.keepalive_time_ms", 15_000),
+    ("grpc.keepalive_timeout_ms", 10_000),
+    ("grpc.http2.ping_timeout_ms", 10_000),  # what newer versions of gRPC go by
+    ("grpc.http2.max_pings_without_data", 0),
+    ("grpc.min_reconnect_backoff_ms", 5_000),
+]
 _TOKEN = re.compile(r"[!-~]{16,4096}")
 
 

@@ -19,7 +19,7 @@ from lockstep.v1 import rollout_pb2 as pb
 from lockstep.v1 import rollout_pb2_grpc
 
 from ._assembly import Assembly
-from ._channel import Credentials
+from ._channel import LIVENESS_OPTIONS, Credentials
 from ._pool import Pool, WorkerState
 from ._progress import Progress
 from .errors import (
@@ -42,14 +42,9 @@ _CHANNEL_OPTIONS = [
     ("grpc.max_receive_message_length", 4 << 20),
     ("grpc.max_send_message_length", 64 << 20),
     ("grpc.enable_retries", 0),  # retries are this client's: gRPC's own could run a request twice
-    # Ends the streams of a host that is gone without a word. Workers allow a ping every 10 s.
-    ("grpc.keepalive_time_ms", 15_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),  # by gRPC's version, one or the other counts
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.min_reconnect_backoff_ms", 5000),  # how long one try to connect may take
     ("grpc.initial_reconnect_backoff_ms", 200),
     ("grpc.max_reconnect_backoff_ms", 2000),
+    *LIVENESS_OPTIONS,
 ]
 _BROKEN = (Code.UNAVAILABLE, Code.CANCELLED, Code.RESOURCE_EXHAUSTED, Code.UNKNOWN)
 _LOST = (Code.NOT_FOUND, Code.OUT_OF_RANGE, *_BROKEN)

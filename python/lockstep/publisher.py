@@ -25,7 +25,7 @@ import numpy as np
 from lockstep.v1 import rollout_pb2, weights_pb2, weights_pb2_grpc
 
 from ._broadcast import Broadcast, Groups
-from ._channel import Credentials
+from ._channel import LIVENESS_OPTIONS, Credentials
 from ._digest import digest
 from ._memory import CudaMemory, HostMemory
 from .errors import (
@@ -56,13 +56,7 @@ _CHANNEL_OPTIONS = [
     ("grpc.enable_retries", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     ("grpc.max_reconnect_backoff_ms", 1000),
-    # Calls to a peer that is silent (its host is gone, its process stopped) are UNAVAILABLE after 25 s, new connections
-    # to it after 5 s. Workers admit a ping every 10 s.
-    ("grpc.keepalive_time_ms", 15_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.ping_timeout_ms", 10_000),  # what newer versions of gRPC go by
-    ("grpc.http2.max_pings_without_data", 0),
-    ("grpc.min_reconnect_backoff_ms", 5_000),
+    *LIVENESS_OPTIONS,
 ]
 # With allow_partial: until when a stage may last, as a part of timeout_s. A worker that hangs leaves the others time.
 _STAGE_ENDS = {"begin": 0.3, "push": 0.8, "verify": 0.9}
