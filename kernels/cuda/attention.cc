@@ -68,25 +68,22 @@ absl::Status AttentionParams::Validate() const {
   return CheckPointer("AttentionParams.batch.tiles", batch.tiles, sizeof(int32_t));
 }
 
-absl::StatusOr<AttentionArgs> MakeAttentionArgs(const AttentionParams& params, KvBox box) {
-  absl::StatusOr<CUtensorMap> map = KvTensorMap(params.kv, box);
-  if (!map.ok()) return map.status();
-  return AttentionArgs{
-      .map = *map,
-      .batch = params.batch,
-      .q = params.q,
-      .out = params.out,
-      .q_stride = params.q_stride,
-      .out_stride = params.out_stride,
-      .page_rows = static_cast<int32_t>(params.kv.page_bytes / (kKvHeadDim * static_cast<int64_t>(sizeof(*params.q)))),
-      .page_size = static_cast<int32_t>(params.kv.page_size),
-      .kv_heads = static_cast<int32_t>(params.kv.kv_heads),
-      .group = static_cast<int32_t>(params.heads / params.kv.kv_heads),
-      .window = static_cast<int32_t>(params.window),
-      .exponent = {.folded = static_cast<float>(params.scale * kLog2E),
-                   .scale = params.scale,
-                   .log2e = static_cast<float>(kLog2E)},
-      .shared_rows = nullptr};
+AttentionArgs MakeAttentionArgs(const AttentionParams& params) {
+  return {.kv = params.kv.base,
+          .batch = params.batch,
+          .q = params.q,
+          .out = params.out,
+          .q_stride = params.q_stride,
+          .out_stride = params.out_stride,
+          .page_rows = static_cast<int32_t>(params.kv.page_bytes / kKvRowBytes),
+          .page_size = static_cast<int32_t>(params.kv.page_size),
+          .kv_heads = static_cast<int32_t>(params.kv.kv_heads),
+          .group = static_cast<int32_t>(params.heads / params.kv.kv_heads),
+          .window = static_cast<int32_t>(params.window),
+          .exponent = {.folded = static_cast<float>(params.scale * kLog2E),
+                       .scale = params.scale,
+                       .log2e = static_cast<float>(kLog2E)},
+          .shared_rows = nullptr};
 }
 
 int64_t DecodeUnits(int64_t heads, int64_t kv_heads) {

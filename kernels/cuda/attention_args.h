@@ -1,16 +1,15 @@
 // What the attention kernels are given; made from AttentionParams on the host.
 #pragma once
 
-#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime_api.h>
 
 #include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <string>
 
 #include "absl/status/status.h"
-#include "absl/status/statusor.h"
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/batch.h"
 
@@ -35,13 +34,13 @@ struct RowState {
 };
 
 struct AttentionArgs {
-  CUtensorMap map;  // of the pages
+  const std::byte* kv;  // the pages
   DeviceBatch batch;
   const __nv_bfloat16* q;
   __nv_bfloat16* out;
   int64_t q_stride;
   int64_t out_stride;
-  int32_t page_rows;  // of the map
+  int32_t page_rows;  // of 256 bytes
   int32_t page_size;
   int32_t kv_heads;
   int32_t group;  // query heads of a kv head
@@ -50,7 +49,7 @@ struct AttentionArgs {
   RowState* shared_rows;  // [decode_pieces, heads]: after the tiles that pieces share; null: none are shared
 };
 
-absl::StatusOr<AttentionArgs> MakeAttentionArgs(const AttentionParams& params, KvBox box);
+AttentionArgs MakeAttentionArgs(const AttentionParams& params);
 
 // Blocks of the decode kernels' first dimension: a kv head and up to 8 of its query heads each.
 int64_t DecodeUnits(int64_t heads, int64_t kv_heads);

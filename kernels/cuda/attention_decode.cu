@@ -43,7 +43,7 @@ __device__ void Load(const AttentionArgs& args, const DevicePiece& piece, const 
       if (threadIdx.x % 32 == 0) {
         BarrierWait(&shared.empty[ring.slot], ring.phase ^ 1);
         BarrierArriveExpectBytes(&shared.full[ring.slot], kDecodeBlockBytes);
-        TensorCopy(&args.map, shared.slots[ring.slot], &shared.full[ring.slot], 0, row);
+        BulkCopy(args.kv + row * kKvRowBytes, shared.slots[ring.slot], &shared.full[ring.slot], kDecodeBlockBytes);
       }
       ring.Next();
     }
@@ -285,14 +285,13 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) DecodeKernel(const __g
 
 template <class Order>
 absl::Status Launch(const AttentionParams& params, cudaStream_t stream) {
-  absl::StatusOr<AttentionArgs> args = MakeAttentionArgs(params, KvBox::kRows);
-  if (!args.ok()) return args.status();
+  AttentionArgs args = MakeAttentionArgs(params);
   if constexpr (Order::kForward) {
     if (params.batch.share_count > 0 && params.workspace != nullptr && params.heads == params.kv.kv_heads) {
-      args->shared_rows = static_cast<RowState*>(params.workspace);
+      args.shared_rows = static_cast<RowState*>(params.workspace);
       const dim3 grid(static_cast<unsigned>(params.kv.kv_heads), static_cast<unsigned>(params.batch.share_count));
       if (absl::Status status = LaunchKernel("AttentionDecodeShared", DecodeKernel<Order, true>, grid, kThreads,
-                                             sizeof(DecodeShared<Order>), LaunchOrder::kOverlapped, stream, *args);
+                                             sizeof(DecodeShared<Order>), LaunchOrder::kOverlapped, stream, args);
           !status.ok()) {
         return status;
       }
@@ -301,7 +300,7 @@ absl::Status Launch(const AttentionParams& params, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(DecodeUnits(params.heads, params.kv.kv_heads)),
                   static_cast<unsigned>(params.batch.decode_pieces));
   return LaunchKernel("AttentionDecode", DecodeKernel<Order, false>, grid, kThreads, sizeof(DecodeShared<Order>),
-                      LaunchOrder::kOverlapped, stream, *args);
+                      LaunchOrder::kOverlapped, stream, args);
 }
 
 }  // namespace

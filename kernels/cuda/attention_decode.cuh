@@ -11,8 +11,7 @@ namespace lockstep::cuda {
 
 constexpr int kDecodeHeadDim = 128;
 constexpr int kDecodeBlock = static_cast<int>(kKvBlock);
-// Bytes of 64 positions of one head's keys or values.
-constexpr int kDecodeBlockBytes = kDecodeBlock * kDecodeHeadDim * 2;
+constexpr int kDecodeBlockBytes = static_cast<int>(kKvBlockBytes);
 
 // The keys that the query at `position` sees, the blocks of 64 and the tiles they lie in.
 template <class Order>
@@ -52,7 +51,7 @@ class PageCursor {
   __device__ PageCursor(const AttentionArgs& args, const DevicePiece& piece, const KeyRange<Order>& range)
       : args_(args), pages_(args.batch.pages + piece.page_begin), range_(range) {}
 
-  // Row of the tensor map of the block's first position, in kv head 0's keys.
+  // The pages' row of 256 bytes where the block begins, in kv head 0's keys.
   __device__ int Row(int block) {
     const int blocks_a_page = args_.page_size / kDecodeBlock;
     if (block / 32 != held_) {
@@ -79,10 +78,9 @@ __device__ inline void LoadQueries(const AttentionArgs& args, const DevicePiece&
   for (int i = 0; i < 16; ++i) q[i] = *reinterpret_cast<const uint32_t*>(row + 8 * i);
 }
 
-// Byte offset in a block as KvBox::kRows leaves it: two lines of 128 bytes a position. Eight positions' chunks lie in
-// four groups of banks: memory is read in order for the price of a conflict, and the tensor cores wait for memory.
+// Byte offset in a block: KvChunkOffset() by the thread's own width of integers.
 __device__ inline uint32_t BlockOffset(int position, int chunk) {
-  return Swizzled128(2 * position + chunk / 8, chunk % 8);
+  return static_cast<uint32_t>(chunk / 8 * static_cast<int>(kKvPlaneBytes)) + Swizzled128(position, chunk % 8);
 }
 
 // Scores of keys [first_row, first_row + 16) of a block of k and all columns: the chain over the head dimension. The

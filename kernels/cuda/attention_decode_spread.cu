@@ -1,5 +1,5 @@
 // Decode for few sequences: one kernel computes all scores, its blocks spread over the key tiles; a second walks the
-// tiles in the row's order, a block for a quarter of the head dimension. The scores go through memory once, fp32.
+// tiles in the row's order, a block for a half of the head dimension. The scores go through memory once, fp32.
 #include <cmath>
 
 #include "kernels/cuda/attention_decode.cuh"
@@ -13,11 +13,10 @@ constexpr int kHeadDim = kDecodeHeadDim;
 constexpr int kBlock = kDecodeBlock;
 constexpr int kColumns = kDecodeColumns;
 constexpr int64_t kScoreBlocks = 3 * 132;  // at once on the card
-constexpr int64_t kSpreadUnits = 66;       // two blocks each, or four of half as many, are one for a multiprocessor
+constexpr int64_t kSpreadUnits = 66;       // two blocks each are one for a multiprocessor
 
 struct SpreadArgs {
   AttentionArgs attention;
-  const std::byte* kv;   // the pages
   float* records;        // [units, tiles_a_unit]: of the unit's tiles in the row's order
   int32_t tiles_a_unit;  // at most
   int32_t columns;       // of a record
@@ -98,7 +97,7 @@ __global__ void __launch_bounds__(kScoreThreads, 3) ScoreKernel(const __grid_con
         if (lane == 0) {
           BarrierWait(&shared.empty[ring.slot], ring.phase ^ 1);
           BarrierArriveExpectBytes(&shared.full[ring.slot], kDecodeBlockBytes);
-          TensorCopy(&args.map, shared.slots[ring.slot], &shared.full[ring.slot], 0, row);
+          BulkCopy(args.kv + row * kKvRowBytes, shared.slots[ring.slot], &shared.full[ring.slot], kDecodeBlockBytes);
         }
         ring.Next();
       }
@@ -157,27 +156,20 @@ __global__ void __launch_bounds__(kScoreThreads, 3) ScoreKernel(const __grid_con
   }
 }
 
+constexpr int kParts = 2;  // of the head dimension: a plane of every block each
 constexpr int kWeightWarps = 4;
-constexpr int kLoadWarps = 2;
+constexpr int kValueWarps = kHeadDim / kParts / 16;
 // Warps: loading, summing, weights, values.
-constexpr int kSumWarp = kLoadWarps;
+constexpr int kSumWarp = 1;
 constexpr int kFirstWeightWarp = kSumWarp + 1;
 constexpr int kFirstValueWarp = kFirstWeightWarp + kWeightWarps;
-constexpr int kValueBytes = 80 << 10;  // of values in flight, about
-
-// An order whose values are taken in so many parts of the head dimension, a block each.
-template <class Order, int kParts_>
-struct Parts : Order {
-  static constexpr int kParts = kParts_;
-  static constexpr int kRowBytes = kHeadDim * 2 / kParts;
-  static constexpr int kRowChunks = kRowBytes / 16;
-  static constexpr int kValueWarps = kHeadDim / kParts / 16;
-  static constexpr int kThreads = (kFirstValueWarp + kValueWarps) * 32;
-};
+constexpr int kValueThreads = (kFirstValueWarp + kValueWarps) * 32;
+constexpr int kPlaneBytes = static_cast<int>(kKvPlaneBytes);
+constexpr int kValueBytes = 96 << 10;  // of values in flight
 
 template <class Order>
 struct ValueStage {
-  alignas(128) std::byte v[Order::kKeys][Order::kRowBytes];
+  alignas(1024) std::byte v[Order::kKeys / kBlock][kPlaneBytes];
   // As loaded; then the weights, in place of the scores.
   float scores[RecordFloats<Order>(kColumns)];
   uint32_t p[Order::kKeys / 16][32][2];  // the weights as the second operand of each 16 keys
@@ -186,7 +178,7 @@ struct ValueStage {
 
 template <class Order>
 struct ValueShared {
-  static constexpr int kStages = kValueBytes / (Order::kKeys * Order::kRowBytes);
+  static constexpr int kStages = kValueBytes / (Order::kKeys / kBlock * kPlaneBytes);
 
   ValueStage<Order> stages[kStages];
   float inverse[kColumns];
@@ -196,51 +188,41 @@ struct ValueShared {
   uint64_t summed;  // `inverse` is there
 };
 
-// Byte offset of 16-byte chunk `chunk` of row `row`, so that eight rows' same chunk lie in different banks.
+// The loading warp: of every tile a plane of each block of values, and the record. A block gets 57 GB/s at most, so 60
+// of them (30 heads) 3.5 TB/s; quarters of the head dimension, for twice as many, made short copies (64 bytes of a row:
+// 2.7 TB/s), and two or four blocks that share what they copy (multicast) 1.3.
 template <class Order>
-__device__ uint32_t PartOffset(int row, int chunk) {
-  constexpr int kLineRows = 128 / Order::kRowBytes;
-  return static_cast<uint32_t>(row * Order::kRowBytes + ((chunk ^ (row / kLineRows % Order::kRowChunks)) << 4));
-}
-
-// A warp of kLoadWarps: its share of every tile's values; the first one's lane 0 also the tile's record. Values are
-// copied by threads: a tensor copy takes about nine cycles for each row of a box, however short (1,200 a tile, where
-// memory needs 470). The first part that touches a row brings all of it into L2.
-template <class Order>
-__device__ void LoadValues(const SpreadArgs& spread, const Unit& unit, const KeyRange<Order>& range, int which,
+__device__ void LoadValues(const SpreadArgs& spread, const Unit& unit, const KeyRange<Order>& range,
                            ValueShared<Order>& shared) {
-  constexpr int kHalves = Order::kKeys / kBlock;
-  constexpr int kRows = Order::kKeys / kLoadWarps;
-  constexpr int kCopyRows = 32 / Order::kRowChunks;  // of a warp's copy, a thread 16 bytes
+  constexpr int kBlocks = Order::kKeys / kBlock;
   const AttentionArgs& args = spread.attention;
   const auto record_bytes = static_cast<uint32_t>(RecordFloats<Order>(spread.columns) * sizeof(float));
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const int first_row = which * kRows + lane / Order::kRowChunks;  // of the tile
-  const int chunk = lane % Order::kRowChunks;
-  const std::byte* values = spread.kv + static_cast<int>(blockIdx.z) * Order::kRowBytes + chunk * 16;
+  const std::byte* values = args.kv + (args.kv_heads + unit.kv_head) * args.page_size * kKvRowBytes +
+                            static_cast<int>(blockIdx.z) * kPlaneBytes;
   PageCursor<Order> cursor(args, unit.piece, range);
   RingIndex<ValueShared<Order>::kStages> ring;
   for (int step = 0; step < range.tiles; ++step) {
     auto& stage = shared.stages[ring.slot];
     uint64_t* full = &shared.full[ring.slot];
-    const int block = range.Tile(step) * kHalves + first_row / kBlock;
-    const bool loads = range.HasBlock(block);
-    int64_t row = 0;
-    if (loads) row = cursor.Row(block) + (args.kv_heads + unit.kv_head) * args.page_size + first_row % kBlock;
-    BarrierWait(&shared.empty[ring.slot], ring.phase ^ 1);
-    if (which == 0 && lane == 0) {
-      BarrierArriveExpectBytes(full, record_bytes);
-      BulkCopy(Record<Order>(spread, step), stage.scores, full, record_bytes);
-    }
-    if (loads) {
-      const std::byte* from = values + row * (kHeadDim * 2);
-      const uint32_t to = SharedAddress(stage.v);
+    const int first_block = range.Tile(step) * kBlocks;
+    const std::byte* planes[kBlocks];
+    uint32_t bytes = record_bytes;
 #pragma unroll
-      for (int i = 0; i < kRows / kCopyRows; ++i) {
-        CopyAsync16(from + i * kCopyRows * kHeadDim * 2, to + PartOffset<Order>(first_row + i * kCopyRows, chunk));
+    for (int i = 0; i < kBlocks; ++i) {
+      planes[i] = nullptr;
+      if (!range.HasBlock(first_block + i)) continue;
+      planes[i] = values + cursor.Row(first_block + i) * kKvRowBytes;
+      bytes += kPlaneBytes;
+    }
+    if (threadIdx.x % 32 == 0) {
+      BarrierWait(&shared.empty[ring.slot], ring.phase ^ 1);
+      BarrierArriveExpectBytes(full, bytes);
+      BulkCopy(Record<Order>(spread, step), stage.scores, full, record_bytes);
+#pragma unroll
+      for (int i = 0; i < kBlocks; ++i) {
+        if (planes[i] != nullptr) BulkCopy(planes[i], stage.v[i], full, kPlaneBytes);
       }
     }
-    BarrierArriveAfterCopies(full);
     ring.Next();
   }
 }
@@ -347,8 +329,9 @@ __device__ void SumValues(const AttentionArgs& args, const Unit& unit, const Key
   };
   const auto fetch = [&](int g, Operands& operands) {
     const auto& stage = shared.stages[ring.slot];
-    LoadMatricesTransposed(operands.v[g], SharedAddress(stage.v) + PartOffset<Order>(g * 16 + lane / 16 * 8 + lane % 8,
-                                                                                     which * 2 + lane / 8 % 2));
+    // Planes follow each other, so a tile's positions are lines of one.
+    LoadMatricesTransposed(operands.v[g], SharedAddress(stage.v) +
+                                              Swizzled128(g * 16 + lane / 16 * 8 + lane % 8, which * 2 + lane / 8 % 2));
     operands.p[g] = *reinterpret_cast<const uint2*>(stage.p[g][lane]);
   };
   const auto fetched = [&] {
@@ -400,7 +383,7 @@ __device__ void SumValues(const AttentionArgs& args, const Unit& unit, const Key
   }
   BarrierWait(&shared.summed, 0);
   __nv_bfloat16* out = args.out + unit.piece.row_begin * args.out_stride + unit.first_head * kHeadDim +
-                       static_cast<int>(blockIdx.z) * (kHeadDim / Order::kParts) + which * 16 + lane / 4;
+                       static_cast<int>(blockIdx.z) * (kHeadDim / kParts) + which * 16 + lane / 4;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int column = 2 * quad + i % 2;
@@ -409,10 +392,10 @@ __device__ void SumValues(const AttentionArgs& args, const Unit& unit, const Key
   }
 }
 
-// Grid: (kv_heads * groups of 8 query heads, decode_pieces, parts of the head dimension), 9 or 11 warps with four
-// duties. Traffic: the piece's values once; the scores once from memory, by the other parts from L2.
+// Grid: (kv_heads * groups of 8 query heads, decode_pieces, kParts), 10 warps with four duties.
+// Traffic: the piece's values once; the scores once from memory, by the other part from L2.
 template <class Order>
-__global__ void __launch_bounds__(Order::kThreads, 1) ValueKernel(const __grid_constant__ SpreadArgs spread) {
+__global__ void __launch_bounds__(kValueThreads, 1) ValueKernel(const __grid_constant__ SpreadArgs spread) {
   using Shared = ValueShared<Order>;
   extern __shared__ __align__(1024) std::byte raw[];
   auto& shared = *reinterpret_cast<Shared*>(raw);
@@ -423,17 +406,17 @@ __global__ void __launch_bounds__(Order::kThreads, 1) ValueKernel(const __grid_c
   const KeyRange<Order> range(unit.piece.position, args.window);
   if (threadIdx.x == 0) {
     for (int i = 0; i < Shared::kStages; ++i) {
-      BarrierInit(&shared.full[i], 1 + kLoadWarps * 32);
+      BarrierInit(&shared.full[i], 1);
       BarrierInit(&shared.weighed[i], kWarpArrivals);
-      BarrierInit(&shared.empty[i], (kWeightWarps + Order::kValueWarps + 1) * kWarpArrivals);
+      BarrierInit(&shared.empty[i], (kWeightWarps + kValueWarps + 1) * kWarpArrivals);
     }
     BarrierInit(&shared.summed, kWarpArrivals);
     BarrierInitFence();
   }
   __syncthreads();
   const int warp = static_cast<int>(threadIdx.x / 32);
-  if (warp < kLoadWarps) {
-    LoadValues(spread, unit, range, warp, shared);
+  if (warp < kSumWarp) {
+    LoadValues(spread, unit, range, shared);
   } else if (warp == kSumWarp) {
     Sum(unit, range, shared);
   } else if (warp < kFirstValueWarp) {
@@ -448,19 +431,9 @@ int64_t RecordColumns(int64_t heads, int64_t kv_heads) {
 }
 
 template <class Order>
-absl::Status LaunchValues(const SpreadArgs& spread, dim3 grid, cudaStream_t stream) {
-  grid.z = Order::kParts;
-  return LaunchKernel("AttentionValues", ValueKernel<Order>, grid, Order::kThreads, sizeof(ValueShared<Order>),
-                      LaunchOrder::kOverlapped, stream, spread);
-}
-
-template <class Order>
 absl::Status Launch(const AttentionParams& params, cudaStream_t stream) {
-  absl::StatusOr<AttentionArgs> args = MakeAttentionArgs(params, KvBox::kRows);
-  if (!args.ok()) return args.status();
   const SpreadArgs spread = {
-      .attention = *args,
-      .kv = params.kv.base,
+      .attention = MakeAttentionArgs(params),
       .records = static_cast<float*>(params.workspace),
       .tiles_a_unit = static_cast<int32_t>((params.max_positions + Order::kKeys - 1) / Order::kKeys),
       .columns = static_cast<int32_t>(RecordColumns(params.heads, params.kv.kv_heads))};
@@ -473,9 +446,9 @@ absl::Status Launch(const AttentionParams& params, cudaStream_t stream) {
       !status.ok()) {
     return status;
   }
-  // As many parts as the card has room for at once.
-  return units * pieces <= kSpreadUnits / 2 ? LaunchValues<Parts<Order, 4>>(spread, grid, stream)
-                                            : LaunchValues<Parts<Order, 2>>(spread, grid, stream);
+  grid.z = kParts;
+  return LaunchKernel("AttentionValues", ValueKernel<Order>, grid, kValueThreads, sizeof(ValueShared<Order>),
+                      LaunchOrder::kOverlapped, stream, spread);
 }
 
 }  // namespace

@@ -106,7 +106,7 @@ __device__ void Load(const AttentionArgs& args, const Work<Order>& work, int kv_
   StageIndex<Shared::kStages> at;
   for (int step = 0; step < work.key_tiles; ++step) {
     const int tile = work.KeyTile(step);
-    int rows[kHalves];  // of the map, of the keys; -1: a half that no row sees
+    int rows[kHalves];  // of 256 bytes, of the pages: the keys'; -1: a half that no row sees
     uint32_t bytes = 0;
 #pragma unroll
     for (int half = 0; half < kHalves; ++half) {
@@ -125,9 +125,11 @@ __device__ void Load(const AttentionArgs& args, const Work<Order>& work, int kv_
 #pragma unroll
       for (int half = 0; half < kHalves; ++half) {
         if (rows[half] < 0) continue;
-        const int row = rows[half] + operand * args.kv_heads * args.page_size;
-        TensorCopy(&args.map, to[0] + half * kBlock * kRowBytes, full, 0, row);
-        TensorCopy(&args.map, to[1] + half * kBlock * kRowBytes, full, 1, row);
+        const std::byte* from = args.kv + (rows[half] + operand * args.kv_heads * args.page_size) * kKvRowBytes;
+#pragma unroll
+        for (int plane = 0; plane < 2; ++plane) {
+          BulkCopy(from + plane * kKvPlaneBytes, to[plane] + half * kKvPlaneBytes, full, kKvPlaneBytes);
+        }
       }
     }
     at.Next();
@@ -372,13 +374,11 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
 
 template <class Order>
 absl::Status Launch(const AttentionParams& params, cudaStream_t stream) {
-  const absl::StatusOr<AttentionArgs> args = MakeAttentionArgs(params, KvBox::kHalfRows);
-  if (!args.ok()) return args.status();
   const dim3 grid(static_cast<unsigned>(params.batch.tile_count), static_cast<unsigned>(params.heads));
   constexpr int kBytes = static_cast<int>(sizeof(PrefillShared<Order>));
   if (absl::Status status = AllowSharedMemory("AttentionPrefill", PrefillKernel<Order>, kBytes); !status.ok())
     return status;
-  PrefillKernel<Order><<<grid, kThreads, kBytes, stream>>>(*args);
+  PrefillKernel<Order><<<grid, kThreads, kBytes, stream>>>(MakeAttentionArgs(params));
   return LaunchStatus("AttentionPrefill");
 }
 

@@ -1,8 +1,7 @@
-// The Hopper instructions attention is made of: barriers in shared memory, tensor copies, matrix products, the
+// The Hopper instructions attention is made of: barriers in shared memory, bulk copies, matrix products, the
 // approximate functions of a softmax.
 #pragma once
 
-#include <cuda.h>
 #include <cuda_bf16.h>
 
 #include <cstdint>
@@ -46,31 +45,12 @@ __device__ inline void BarrierWait(uint64_t* barrier, uint32_t parity) {
       : "memory");
 }
 
-// Copies the map's box at row `row` and part `part` of the rows to `to`; the barrier counts its bytes.
-__device__ inline void TensorCopy(const CUtensorMap* map, void* to, uint64_t* barrier, int part, int row) {
-  asm volatile(
-      "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5}], "
-      "[%2];" ::"r"(SharedAddress(to)),
-      "l"(map), "r"(SharedAddress(barrier)), "r"(0), "r"(part), "r"(row)
-      : "memory");
-}
-
-// Copies `bytes` (a multiple of 16) of consecutive memory.
+// Copies `bytes` (a multiple of 16) of consecutive memory; the barrier counts them.
 __device__ inline void BulkCopy(const void* from, void* to, uint64_t* barrier, uint32_t bytes) {
   asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
                    SharedAddress(to)),
                "l"(from), "r"(bytes), "r"(SharedAddress(barrier))
                : "memory");
-}
-
-// Copies 16 bytes to shared memory, past L1; the 256-byte line that they lie in comes into L2.
-__device__ inline void CopyAsync16(const void* from, uint32_t to) {
-  asm volatile("cp.async.cg.shared.global.L2::256B [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
-}
-
-// Arrives once all this thread's CopyAsync16 so far are complete; one of the arrivals that the barrier expects.
-__device__ inline void BarrierArriveAfterCopies(uint64_t* barrier) {
-  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(SharedAddress(barrier)) : "memory");
 }
 
 // Orders this thread's ordinary shared memory accesses before later ones of the copy engine and of wgmma.

@@ -7,7 +7,6 @@ namespace {
 
 constexpr int kThreads = 256;
 constexpr int kVector = 8;  // bf16 elements of a 16-byte load
-constexpr int64_t kRowBytes = kKvHeadDim * static_cast<int64_t>(sizeof(__nv_bfloat16));
 // Whole pages must start at the same offset of a 128-byte line, or a block costs one line more.
 constexpr uintptr_t kBaseAlignment = 128;
 
@@ -29,22 +28,9 @@ __global__ void __launch_bounds__(kThreads) WriteKvKernel(const __grid_constant_
   const int page = params.batch.pages[params.batch.pieces[piece_index].page_begin + position / page_size];
   const __nv_bfloat16* from = (is_v ? params.v + row * params.v_stride : params.k + row * params.k_stride) + column;
   const int64_t head = column / kKvHeadDim + (is_v ? params.kv.kv_heads : 0);
-  std::byte* to = params.kv.base + page * params.kv.page_bytes + (head * page_size + position % page_size) * kRowBytes +
-                  (column % kKvHeadDim) * static_cast<int64_t>(sizeof(__nv_bfloat16));
+  std::byte* to = params.kv.base + page * params.kv.page_bytes + head * page_size * kKvRowBytes +
+                  KvChunkOffset(position % page_size, column % kKvHeadDim / kVector);
   *reinterpret_cast<uint4*>(to) = *reinterpret_cast<const uint4*>(from);
-}
-
-// The driver's function, without linking against the driver: machines without a GPU have none.
-absl::StatusOr<decltype(&cuTensorMapEncodeTiled)> TensorMapEncoder() {
-  void* function = nullptr;
-  cudaDriverEntryPointQueryResult result = cudaDriverEntryPointSymbolNotFound;
-  const cudaError_t error =
-      cudaGetDriverEntryPointByVersion("cuTensorMapEncodeTiled", &function, 12000, cudaEnableDefault, &result);
-  if (error != cudaSuccess || result != cudaDriverEntryPointSuccess || function == nullptr) {
-    return absl::UnavailableError(
-        absl::StrCat("cuTensorMapEncodeTiled: not in this driver: ", cudaGetErrorString(error)));
-  }
-  return reinterpret_cast<decltype(&cuTensorMapEncodeTiled)>(function);
 }
 
 }  // namespace
@@ -55,36 +41,14 @@ absl::Status KvPages::Validate() const {
   if (page_size <= 0 || page_size % kKvBlock != 0 || page_size > 65536) {
     return BadField("KvPages.page_size", page_size, "a multiple of 64 from 64 to 65536");
   }
-  if (page_bytes < KvPageBytes(kv_heads, page_size) || page_bytes % kRowBytes != 0) {
+  if (page_bytes < KvPageBytes(kv_heads, page_size) || page_bytes % kKvRowBytes != 0) {
     return absl::InvalidArgumentError(absl::StrCat("KvPages.page_bytes: ", page_bytes, ", want at least ",
                                                    KvPageBytes(kv_heads, page_size), " and a multiple of 256"));
   }
-  if (page_count <= 0 || page_count > INT32_MAX / (page_bytes / kRowBytes)) {
+  if (page_count <= 0 || page_count > INT32_MAX / (page_bytes / kKvRowBytes)) {
     return BadField("KvPages.page_count", page_count, "1 or more, with page_count * page_bytes / 256 below 2^31");
   }
   return absl::OkStatus();
-}
-
-absl::StatusOr<CUtensorMap> KvTensorMap(const KvPages& pages, KvBox box) {
-  static const absl::StatusOr<decltype(&cuTensorMapEncodeTiled)> encode = TensorMapEncoder();
-  if (!encode.ok()) return encode.status();
-  // Two planes of `columns` elements: dimension 0 runs within a plane.
-  constexpr cuuint64_t columns = kKvHeadDim / 2;
-  // The last page may end with its data.
-  const int64_t rows = (pages.page_count - 1) * (pages.page_bytes / kRowBytes) + 2 * pages.kv_heads * pages.page_size;
-  const cuuint64_t sizes[3] = {columns, 2, static_cast<cuuint64_t>(rows)};
-  const cuuint64_t strides[2] = {columns * sizeof(__nv_bfloat16), static_cast<cuuint64_t>(kRowBytes)};
-  const cuuint32_t extent[3] = {static_cast<cuuint32_t>(columns), box == KvBox::kRows ? 2u : 1u,
-                                static_cast<cuuint32_t>(kKvBlock)};
-  const cuuint32_t steps[3] = {1, 1, 1};
-  CUtensorMap map;
-  const CUresult result = (*encode)(&map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, 3, pages.base, sizes, strides, extent,
-                                    steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-                                    CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  if (result != CUDA_SUCCESS) {
-    return absl::InternalError(absl::StrCat("cuTensorMapEncodeTiled: error ", static_cast<int>(result)));
-  }
-  return map;
 }
 
 absl::Status WriteKvParams::Validate() const {

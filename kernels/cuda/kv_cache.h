@@ -1,7 +1,6 @@
 // Paged keys and values of one attention layer, and the kernel that stores new rows into them.
 #pragma once
 
-#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_runtime_api.h>
 
@@ -9,7 +8,6 @@
 #include <cstdint>
 
 #include "absl/status/status.h"
-#include "absl/status/statusor.h"
 #include "kernels/cuda/batch.h"
 
 namespace lockstep::cuda {
@@ -17,10 +15,24 @@ namespace lockstep::cuda {
 constexpr int64_t kKvHeadDim = 128;
 // Keys and values are read in blocks of this many positions, so a page holds whole blocks.
 constexpr int64_t kKvBlock = 64;
+// Of a position in a head: 128 elements of 2 bytes.
+constexpr int64_t kKvRowBytes = 256;
+// A block has two planes, each of one half of the head dimension: a line of 128 bytes a position.
+constexpr int64_t kKvPlaneBytes = kKvBlock * 128;
+constexpr int64_t kKvBlockBytes = 2 * kKvPlaneBytes;
 
-// Bytes of a page of one layer: keys, then values, each [kv_heads, page_size, 128] bf16.
+// Where a head's keys (or values) have the 16 bytes of dims [8 chunk, 8 chunk + 8) of `position`: bytes from where the
+// head begins in its page. A plane is stored as the 128-byte swizzle leaves it in shared memory, so that plain copies
+// of whole planes bring what ldmatrix and wgmma read without bank conflicts: they run at the memory's rate, where
+// tensor copies, which could swizzle, are a tenth slower.
+__host__ __device__ constexpr int64_t KvChunkOffset(int64_t position, int64_t chunk) {
+  return position / kKvBlock * kKvBlockBytes + chunk / 8 * kKvPlaneBytes + position % kKvBlock * 128 +
+         (chunk % 8 ^ position % 8) * 16;
+}
+
+// Bytes of a page of one layer: keys, then values, each [kv_heads, page_size / 64] blocks.
 constexpr int64_t KvPageBytes(int64_t kv_heads, int64_t page_size) {
-  return 2 * kv_heads * page_size * kKvHeadDim * static_cast<int64_t>(sizeof(__nv_bfloat16));
+  return 2 * kv_heads * page_size * kKvRowBytes;
 }
 
 struct KvPages {
@@ -32,16 +44,6 @@ struct KvPages {
 
   absl::Status Validate() const;
 };
-
-// What one tensor copy brings of 64 positions of a head's keys or values.
-enum class KvBox {
-  kRows,      // all 128 elements, in memory's order: halves of a row follow each other; 128-byte swizzle
-  kHalfRows,  // 64 elements of each row, one after the other; 128-byte swizzle
-};
-
-// The pages as a tensor [rows, 2 halves of a row, 64 elements], read in such boxes. Row of position i of kv
-// head h in page p: p * (page_bytes / 256) + h * page_size + i % page_size, plus kv_heads * page_size for the value.
-absl::StatusOr<CUtensorMap> KvTensorMap(const KvPages& pages, KvBox box);
 
 struct WriteKvParams {
   DeviceBatch batch;

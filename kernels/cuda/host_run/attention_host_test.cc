@@ -172,9 +172,12 @@ class Cache {
       for (int64_t position = 0; position <= sequence.position; ++position) {
         for (int64_t h = 0; h < 2 * heads_; ++h) {
           const Bits& from = h < heads_ ? sequence.k : sequence.v;
-          std::byte* to = memory_.get() + sequence.table[position / page_size_] * page_bytes +
-                          (h * page_size_ + position % page_size_) * kDim * 2;
-          std::memcpy(to, &from[(position * heads_ + h % heads_) * kDim], kDim * 2);
+          std::byte* head =
+              memory_.get() + sequence.table[position / page_size_] * page_bytes + h * page_size_ * kKvRowBytes;
+          for (int64_t chunk = 0; chunk < kDim / 8; ++chunk) {
+            std::memcpy(head + KvChunkOffset(position % page_size_, chunk),
+                        &from[(position * heads_ + h % heads_) * kDim + 8 * chunk], 16);
+          }
         }
       }
     }

@@ -1,7 +1,6 @@
 // The instructions of kernels/cuda/attention_ptx.cuh on a CPU.
 #pragma once
 
-#include <cuda.h>
 #include <cuda_bf16.h>
 
 #include <array>
@@ -9,7 +8,6 @@
 #include <cstring>
 
 #include "kernels/cuda/host_run/host_run.h"
-#include "kernels/cuda/host_run/tensor_map.h"
 #include "kernels/float_bits.h"
 #include "kernels/oracle/special_functions.h"
 #include "kernels/oracle/tensor_core.h"
@@ -41,24 +39,10 @@ inline void NamedBarrier(int id, int threads) {
   host_run::BlockBarrier(id, threads);
 }
 
-inline void TensorCopy(const CUtensorMap* map, void* to, uint64_t* barrier, int part, int row) {
-  const host_run::TensorBox box = host_run::BoxOf(*map, {0, part, row});
-  auto* bytes = static_cast<std::byte*>(to);
-  host_run::CopyLater(bytes, box.bytes(), barrier, [=] { box.CopyTo(bytes); });
-}
-
 inline void BulkCopy(const void* from, void* to, uint64_t* barrier, uint32_t bytes) {
   host_run::Check(bytes % 16 == 0, "a bulk copy of no multiple of 16 bytes");
   auto* to_bytes = static_cast<std::byte*>(to);
   host_run::CopyLater(to_bytes, bytes, barrier, [=] { std::memcpy(to_bytes, from, bytes); });
-}
-inline void CopyAsync16(const void* from, uint32_t to) {
-  host_run::Check(to % 16 == 0, "a copy to no multiple of 16 bytes");
-  std::byte* to_bytes = &host_run::Shared()[to];
-  host_run::CopyLater(to_bytes, 16, nullptr, [=] { std::memcpy(to_bytes, from, 16); });
-}
-inline void BarrierArriveAfterCopies(uint64_t* barrier) {
-  host_run::ArriveAfterCopies(barrier);
 }
 inline void ProxyFence() {}
 
