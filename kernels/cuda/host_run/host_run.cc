@@ -45,15 +45,12 @@ struct Thread {
   std::function<bool()> condition;  // null: can run
   const char* waits_for = "";
   bool done = false;
-  int copies = 0;                        // its own, on their way
-  std::vector<const void*> arrive_then;  // barriers, once there are none
 };
 
 struct Copy {
   std::function<void()> run;
-  const void* barrier;  // null: the thread's own
+  const void* barrier;
   int64_t bytes;
-  Thread* thread;
 };
 
 struct Block {
@@ -99,14 +96,9 @@ struct Block {
     Copy copy = std::move(copies.back());
     copies.pop_back();
     copy.run();
-    if (copy.barrier != nullptr) {
-      Barrier& barrier = At(copy.barrier);
-      barrier.bytes -= copy.bytes;
-      Settle(barrier);
-    } else if (--copy.thread->copies == 0) {
-      for (const void* barrier : copy.thread->arrive_then) Arrive(At(barrier));
-      copy.thread->arrive_then.clear();
-    }
+    Barrier& barrier = At(copy.barrier);
+    barrier.bytes -= copy.bytes;
+    Settle(barrier);
   }
   void Run();
 };
@@ -243,15 +235,7 @@ void WaitBarrier(const void* barrier, uint32_t parity) {
 
 void CopyLater(std::byte* to, size_t bytes, const void* barrier, std::function<void()> copy) {
   std::memset(to, 0xFF, bytes);
-  Thread* self = g_block->running;
-  if (barrier == nullptr) ++self->copies;
-  g_block->copies.push_back({std::move(copy), barrier, static_cast<int64_t>(bytes), self});
-}
-
-void ArriveAfterCopies(const void* barrier) {
-  Thread& self = *g_block->running;
-  if (self.copies == 0) return Arrive(barrier, 0);
-  self.arrive_then.push_back(barrier);
+  g_block->copies.push_back({std::move(copy), barrier, static_cast<int64_t>(bytes)});
 }
 
 }  // namespace lockstep::host_run

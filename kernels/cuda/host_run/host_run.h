@@ -50,10 +50,7 @@ void InitBarrier(const void* barrier, int arrivals);
 void Arrive(const void* barrier, int64_t expected_bytes);
 void WaitBarrier(const void* barrier, uint32_t parity);
 
-// Calls `copy` at some later time, then counts `bytes` at the barrier. [to, to + bytes) is NaN until then. Without a
-// barrier it is one of the running thread's own copies.
+// Calls `copy` at some later time, then counts `bytes` at the barrier. [to, to + bytes) is NaN until then.
 void CopyLater(std::byte* to, size_t bytes, const void* barrier, std::function<void()> copy);
-// Arrives once the running thread's own copies have been made.
-void ArriveAfterCopies(const void* barrier);
 
 }  // namespace lockstep::host_run

@@ -60,20 +60,6 @@ TEST(HostRun, ACopyIsPoisonUntilItsBarrierIsComplete) {
   });
 }
 
-TEST(HostRun, AThreadsOwnCopiesComeBeforeItsArrival) {
-  uint64_t barrier = 0;
-  RunGrid("kernel", dim3(1), 2, g_shared, [&] {
-    if (ThreadIdx().x == 0) InitBarrier(&barrier, 2);
-    BlockBarrier(0, 2);
-    std::byte* to = &g_shared[16 * ThreadIdx().x];
-    CopyLater(to, 16, nullptr, [to] { std::memset(to, 7, 16); });
-    ArriveAfterCopies(&barrier);
-    WaitBarrier(&barrier, 0);
-    EXPECT_EQ(g_shared[0], std::byte{7});
-    EXPECT_EQ(g_shared[16], std::byte{7});
-  });
-}
-
 TEST(HostRunDeathTest, SaysWhatThreadsWaitForThatCannotGoOn) {
   EXPECT_DEATH(RunGrid("kernel", dim3(1), 2, g_shared,
                        [] {
