@@ -46,7 +46,7 @@ absl::Status MakeTensorMap(const TensorMapParams& params, CUtensorMap* map) {
   const CUresult result =
       encode(map, CU_TENSOR_MAP_DATA_TYPE_BFLOAT16, params.pair ? 4 : 3, const_cast<__nv_bfloat16*>(params.data), sizes,
              strides, box, steps, CU_TENSOR_MAP_INTERLEAVE_NONE, CU_TENSOR_MAP_SWIZZLE_128B,
-             CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
+             CU_TENSOR_MAP_L2_PROMOTION_L2_128B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
   if (result == CUDA_SUCCESS) return absl::OkStatus();
   return absl::InternalError(absl::StrCat("cuTensorMapEncodeTiled: error ", static_cast<int>(result), " for [",
                                           params.rows, ", ", params.cols, "] of stride ", params.stride, ", boxes ",
