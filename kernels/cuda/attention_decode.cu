@@ -13,11 +13,12 @@ constexpr int kBlock = kDecodeBlock;
 constexpr int kColumns = kDecodeColumns;
 constexpr int kMathWarps = 4;
 constexpr int kThreads = (kMathWarps + 1) * 32;
-constexpr int kSlots = 4;  // 64 KB: three blocks an SM have 192 KB in flight
-constexpr int kBlocksPerSm = 3;
+// Of 16 KB: a multiprocessor's blocks have so many in flight together, three blocks, two or one.
+constexpr int kSlotsPerSm = 12;
+constexpr int kMultiprocessors = 132;
 constexpr int kScorePad = 8;  // floats: keeps the columns' rows of scores in different banks
 
-template <class Order>
+template <class Order, int kSlots>
 struct DecodeShared {
   alignas(1024) std::byte slots[kSlots][kDecodeBlockBytes];
   float scores[2][kColumns][Order::kKeys + kScorePad];
@@ -26,9 +27,9 @@ struct DecodeShared {
 };
 
 // The loading warp: blocks of a tile's keys, then of its values.
-template <class Order>
+template <class Order, int kSlots>
 __device__ void Load(const AttentionArgs& args, const DevicePiece& piece, const KeyRange<Order>& range, int first_step,
-                     int kv_head, DecodeShared<Order>& shared) {
+                     int kv_head, DecodeShared<Order, kSlots>& shared) {
   constexpr int kHalves = Order::kKeys / kBlock;
   PageCursor<Order> cursor(args, piece, range);
   RingIndex<kSlots> ring;
@@ -104,15 +105,16 @@ struct Columns {
 // Columns never meet in any sum: what a column gives does not depend on the others.
 // Traffic: the keys and values that the piece sees, 512 bytes a position and kv head, each once; of a share once for
 // all its pieces, and 2 x 544 bytes a piece and head.
-template <class Order, bool kShare>
-__global__ void __launch_bounds__(kThreads, kBlocksPerSm) DecodeKernel(const __grid_constant__ AttentionArgs args) {
+template <class Order, bool kShare, int kSlots>
+__global__ void __launch_bounds__(kThreads, kSlotsPerSm / kSlots)
+    DecodeKernel(const __grid_constant__ AttentionArgs args) {
   constexpr int kKeys = Order::kKeys;
   constexpr int kHalves = kKeys / kBlock;
   constexpr int kRowTiles = kKeys / (16 * kMathWarps);  // of 16 keys, a warp
   constexpr int kDimTiles = kHeadDim / (16 * kMathWarps);
   static_assert(!kShare || Order::kForward, "the first tiles are those at the front");
   extern __shared__ __align__(1024) std::byte raw[];
-  auto& shared = *reinterpret_cast<DecodeShared<Order>*>(raw);
+  auto& shared = *reinterpret_cast<DecodeShared<Order, kSlots>*>(raw);
   FollowPreviousKernel();
   const Columns work = kShare ? Columns::OfShare(args) : Columns::OfPiece(args);
   const DevicePiece& piece = work.piece;
@@ -283,6 +285,21 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) DecodeKernel(const __g
   }
 }
 
+template <class Order, bool kShare, int kSlots>
+absl::Status LaunchRing(const char* name, dim3 grid, const AttentionArgs& args, cudaStream_t stream) {
+  return LaunchKernel(name, DecodeKernel<Order, kShare, kSlots>, grid, kThreads, sizeof(DecodeShared<Order, kSlots>),
+                      LaunchOrder::kOverlapped, stream, args);
+}
+
+// The fewer blocks share a multiprocessor, the more of its copies each must have in flight.
+template <class Order, bool kShare>
+absl::Status LaunchBlocks(const char* name, dim3 grid, const AttentionArgs& args, cudaStream_t stream) {
+  const int64_t blocks = int64_t{grid.x} * grid.y;
+  if (blocks <= kMultiprocessors) return LaunchRing<Order, kShare, kSlotsPerSm>(name, grid, args, stream);
+  if (blocks <= 2 * kMultiprocessors) return LaunchRing<Order, kShare, kSlotsPerSm / 2>(name, grid, args, stream);
+  return LaunchRing<Order, kShare, kSlotsPerSm / 3>(name, grid, args, stream);
+}
+
 template <class Order>
 absl::Status Launch(const AttentionParams& params, cudaStream_t stream) {
   AttentionArgs args = MakeAttentionArgs(params);
@@ -290,17 +307,14 @@ absl::Status Launch(const AttentionParams& params, cudaStream_t stream) {
     if (params.batch.share_count > 0 && params.workspace != nullptr && params.heads == params.kv.kv_heads) {
       args.shared_rows = static_cast<RowState*>(params.workspace);
       const dim3 grid(static_cast<unsigned>(params.kv.kv_heads), static_cast<unsigned>(params.batch.share_count));
-      if (absl::Status status = LaunchKernel("AttentionDecodeShared", DecodeKernel<Order, true>, grid, kThreads,
-                                             sizeof(DecodeShared<Order>), LaunchOrder::kOverlapped, stream, args);
-          !status.ok()) {
+      if (absl::Status status = LaunchBlocks<Order, true>("AttentionDecodeShared", grid, args, stream); !status.ok()) {
         return status;
       }
     }
   }
   const dim3 grid(static_cast<unsigned>(DecodeUnits(params.heads, params.kv.kv_heads)),
                   static_cast<unsigned>(params.batch.decode_pieces));
-  return LaunchKernel("AttentionDecode", DecodeKernel<Order, false>, grid, kThreads, sizeof(DecodeShared<Order>),
-                      LaunchOrder::kOverlapped, stream, args);
+  return LaunchBlocks<Order, false>("AttentionDecode", grid, args, stream);
 }
 
 }  // namespace

@@ -80,7 +80,7 @@ __device__ inline void LoadQueries(const AttentionArgs& args, const DevicePiece&
 
 // Byte offset in a block: KvChunkOffset() by the thread's own width of integers.
 __device__ inline uint32_t BlockOffset(int position, int chunk) {
-  return static_cast<uint32_t>(chunk / 8 * static_cast<int>(kKvPlaneBytes)) + Swizzled128(position, chunk % 8);
+  return static_cast<uint32_t>(chunk / 4 * static_cast<int>(kKvPlaneBytes)) + Swizzled64(position, chunk % 4);
 }
 
 // Scores of keys [first_row, first_row + 16) of a block of k and all columns: the chain over the head dimension. The

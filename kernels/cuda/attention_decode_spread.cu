@@ -1,5 +1,6 @@
 // Decode for few sequences: one kernel computes all scores, its blocks spread over the key tiles; a second walks the
-// tiles in the row's order, a block for a half of the head dimension. The scores go through memory once, fp32.
+// tiles in the row's order, a block for a half or a quarter of the head dimension. The scores go through memory once,
+// fp32.
 #include <cmath>
 
 #include "kernels/cuda/attention_decode.cuh"
@@ -13,7 +14,7 @@ constexpr int kHeadDim = kDecodeHeadDim;
 constexpr int kBlock = kDecodeBlock;
 constexpr int kColumns = kDecodeColumns;
 constexpr int64_t kScoreBlocks = 3 * 132;  // at once on the card
-constexpr int64_t kSpreadUnits = 66;       // two blocks each are one for a multiprocessor
+constexpr int64_t kSpreadUnits = 66;       // two blocks each, or four of half as many, are one for a multiprocessor
 
 struct SpreadArgs {
   AttentionArgs attention;
@@ -156,72 +157,75 @@ __global__ void __launch_bounds__(kScoreThreads, 3) ScoreKernel(const __grid_con
   }
 }
 
-constexpr int kParts = 2;  // of the head dimension: a plane of every block each
 constexpr int kWeightWarps = 4;
-constexpr int kValueWarps = kHeadDim / kParts / 16;
 // Warps: loading, summing, weights, values.
 constexpr int kSumWarp = 1;
 constexpr int kFirstWeightWarp = kSumWarp + 1;
 constexpr int kFirstValueWarp = kFirstWeightWarp + kWeightWarps;
-constexpr int kValueThreads = (kFirstValueWarp + kValueWarps) * 32;
-constexpr int kPlaneBytes = static_cast<int>(kKvPlaneBytes);
-constexpr int kValueBytes = 96 << 10;  // of values in flight
+constexpr size_t kRingBytes = 222 << 10;
+
+// An order whose values are taken in so many parts of the head dimension, a block each.
+template <class Order, int kParts_>
+struct Parts : Order {
+  static constexpr int kParts = kParts_;
+  static constexpr int kBlocks = Order::kKeys / kBlock;                    // of a tile
+  static constexpr int kBytes = static_cast<int>(kKvBlockBytes) / kParts;  // of a block of values: whole planes
+  static constexpr int kValueWarps = kHeadDim / kParts / 16;
+  static constexpr int kThreads = (kFirstValueWarp + kValueWarps) * 32;
+};
 
 template <class Order>
 struct ValueStage {
-  alignas(1024) std::byte v[Order::kKeys / kBlock][kPlaneBytes];
+  alignas(512) std::byte v[Order::kBlocks][Order::kBytes];
   // As loaded; then the weights, in place of the scores.
   float scores[RecordFloats<Order>(kColumns)];
   uint32_t p[Order::kKeys / 16][32][2];  // the weights as the second operand of each 16 keys
   float rescale[kColumns];
 };
 
+// From a stage's copies to its last product some 3.5 us go by; 15 stages of a quarter last that long.
 template <class Order>
 struct ValueShared {
-  static constexpr int kStages = kValueBytes / (Order::kKeys / kBlock * kPlaneBytes);
+  static constexpr int kStages = static_cast<int>(kRingBytes / sizeof(ValueStage<Order>));
 
   ValueStage<Order> stages[kStages];
   float inverse[kColumns];
-  uint64_t full[kStages];
+  uint64_t scored[kStages];  // the record is there,
+  uint64_t full[kStages];    // the values
   uint64_t weighed[kStages];
   uint64_t empty[kStages];
   uint64_t summed;  // `inverse` is there
 };
 
-// The loading warp: of every tile a plane of each block of values, and the record. A block gets 57 GB/s at most, so 60
-// of them (30 heads) 3.5 TB/s; quarters of the head dimension, for twice as many, made short copies (64 bytes of a row:
-// 2.7 TB/s), and two or four blocks that share what they copy (multicast) 1.3.
+// The loading warp: of every tile its part of each block of values, and the record, which comes from L2 and is weighed
+// while the values are on their way. A lane for each copy: one thread issues 8 copies in a microsecond, a warp 32. A
+// block of threads gets 57 GB/s at most.
 template <class Order>
 __device__ void LoadValues(const SpreadArgs& spread, const Unit& unit, const KeyRange<Order>& range,
                            ValueShared<Order>& shared) {
-  constexpr int kBlocks = Order::kKeys / kBlock;
   const AttentionArgs& args = spread.attention;
   const auto record_bytes = static_cast<uint32_t>(RecordFloats<Order>(spread.columns) * sizeof(float));
   const std::byte* values = args.kv + (args.kv_heads + unit.kv_head) * args.page_size * kKvRowBytes +
-                            static_cast<int>(blockIdx.z) * kPlaneBytes;
+                            static_cast<int>(blockIdx.z) * Order::kBytes;
+  const int lane = static_cast<int>(threadIdx.x % 32);
   PageCursor<Order> cursor(args, unit.piece, range);
   RingIndex<ValueShared<Order>::kStages> ring;
   for (int step = 0; step < range.tiles; ++step) {
     auto& stage = shared.stages[ring.slot];
-    uint64_t* full = &shared.full[ring.slot];
-    const int first_block = range.Tile(step) * kBlocks;
-    const std::byte* planes[kBlocks];
-    uint32_t bytes = record_bytes;
+    const std::byte* from = nullptr;  // of this lane's block of values
 #pragma unroll
-    for (int i = 0; i < kBlocks; ++i) {
-      planes[i] = nullptr;
-      if (!range.HasBlock(first_block + i)) continue;
-      planes[i] = values + cursor.Row(first_block + i) * kKvRowBytes;
-      bytes += kPlaneBytes;
+    for (int i = 0; i < Order::kBlocks; ++i) {
+      const int block = range.Tile(step) * Order::kBlocks + i;
+      const int row = cursor.Row(block);
+      if (i == lane && range.HasBlock(block)) from = values + row * kKvRowBytes;
     }
-    if (threadIdx.x % 32 == 0) {
-      BarrierWait(&shared.empty[ring.slot], ring.phase ^ 1);
-      BarrierArriveExpectBytes(full, bytes);
-      BulkCopy(Record<Order>(spread, step), stage.scores, full, record_bytes);
-#pragma unroll
-      for (int i = 0; i < kBlocks; ++i) {
-        if (planes[i] != nullptr) BulkCopy(planes[i], stage.v[i], full, kPlaneBytes);
-      }
+    if (lane <= Order::kBlocks) BarrierWait(&shared.empty[ring.slot], ring.phase ^ 1);
+    if (lane < Order::kBlocks) {
+      BarrierArriveExpectBytes(&shared.full[ring.slot], from != nullptr ? Order::kBytes : 0);
+      if (from != nullptr) BulkCopy(from, stage.v[lane], &shared.full[ring.slot], Order::kBytes);
+    } else if (lane == Order::kBlocks) {
+      BarrierArriveExpectBytes(&shared.scored[ring.slot], record_bytes);
+      BulkCopy(Record<Order>(spread, step), stage.scores, &shared.scored[ring.slot], record_bytes);
     }
     ring.Next();
   }
@@ -241,7 +245,7 @@ __device__ void Weigh(const SpreadArgs& spread, const Unit& unit, const KeyRange
   RingIndex<ValueShared<Order>::kStages> ring;
   for (int step = 0; step < range.tiles; ++step) {
     auto& stage = shared.stages[ring.slot];
-    BarrierWait(&shared.full[ring.slot], ring.phase);
+    BarrierWait(&shared.scored[ring.slot], ring.phase);
     const TileFactors factors = NextTile<Order>(row_max, stage.scores[spread.columns * kKeys + column], exponent);
     if (step % kWeightWarps == which) {
       float2 weights[kKeys / 8];
@@ -329,9 +333,9 @@ __device__ void SumValues(const AttentionArgs& args, const Unit& unit, const Key
   };
   const auto fetch = [&](int g, Operands& operands) {
     const auto& stage = shared.stages[ring.slot];
-    // Planes follow each other, so a tile's positions are lines of one.
-    LoadMatricesTransposed(operands.v[g], SharedAddress(stage.v) +
-                                              Swizzled128(g * 16 + lane / 16 * 8 + lane % 8, which * 2 + lane / 8 % 2));
+    const int key = g * 16 + lane / 16 * 8 + lane % 8;
+    LoadMatricesTransposed(
+        operands.v[g], SharedAddress(stage.v[g * 16 / kBlock]) + BlockOffset(key % kBlock, which * 2 + lane / 8 % 2));
     operands.p[g] = *reinterpret_cast<const uint2*>(stage.p[g][lane]);
   };
   const auto fetched = [&] {
@@ -383,7 +387,7 @@ __device__ void SumValues(const AttentionArgs& args, const Unit& unit, const Key
   }
   BarrierWait(&shared.summed, 0);
   __nv_bfloat16* out = args.out + unit.piece.row_begin * args.out_stride + unit.first_head * kHeadDim +
-                       static_cast<int>(blockIdx.z) * (kHeadDim / kParts) + which * 16 + lane / 4;
+                       static_cast<int>(blockIdx.z) * (kHeadDim / Order::kParts) + which * 16 + lane / 4;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const int column = 2 * quad + i % 2;
@@ -392,10 +396,10 @@ __device__ void SumValues(const AttentionArgs& args, const Unit& unit, const Key
   }
 }
 
-// Grid: (kv_heads * groups of 8 query heads, decode_pieces, kParts), 10 warps with four duties.
-// Traffic: the piece's values once; the scores once from memory, by the other part from L2.
+// Grid: (kv_heads * groups of 8 query heads, decode_pieces, parts of the head dimension), 8 or 10 warps with four
+// duties. Traffic: the piece's values once; the scores once from memory, by the other parts from L2.
 template <class Order>
-__global__ void __launch_bounds__(kValueThreads, 1) ValueKernel(const __grid_constant__ SpreadArgs spread) {
+__global__ void __launch_bounds__(Order::kThreads, 1) ValueKernel(const __grid_constant__ SpreadArgs spread) {
   using Shared = ValueShared<Order>;
   extern __shared__ __align__(1024) std::byte raw[];
   auto& shared = *reinterpret_cast<Shared*>(raw);
@@ -406,9 +410,10 @@ __global__ void __launch_bounds__(kValueThreads, 1) ValueKernel(const __grid_con
   const KeyRange<Order> range(unit.piece.position, args.window);
   if (threadIdx.x == 0) {
     for (int i = 0; i < Shared::kStages; ++i) {
-      BarrierInit(&shared.full[i], 1);
+      BarrierInit(&shared.scored[i], 1);
+      BarrierInit(&shared.full[i], Order::kBlocks);
       BarrierInit(&shared.weighed[i], kWarpArrivals);
-      BarrierInit(&shared.empty[i], (kWeightWarps + kValueWarps + 1) * kWarpArrivals);
+      BarrierInit(&shared.empty[i], (kWeightWarps + Order::kValueWarps + 1) * kWarpArrivals);
     }
     BarrierInit(&shared.summed, kWarpArrivals);
     BarrierInitFence();
@@ -431,6 +436,13 @@ int64_t RecordColumns(int64_t heads, int64_t kv_heads) {
 }
 
 template <class Order>
+absl::Status LaunchValues(const SpreadArgs& spread, dim3 grid, cudaStream_t stream) {
+  grid.z = Order::kParts;
+  return LaunchKernel("AttentionValues", ValueKernel<Order>, grid, Order::kThreads, sizeof(ValueShared<Order>),
+                      LaunchOrder::kOverlapped, stream, spread);
+}
+
+template <class Order>
 absl::Status Launch(const AttentionParams& params, cudaStream_t stream) {
   const SpreadArgs spread = {
       .attention = MakeAttentionArgs(params),
@@ -446,9 +458,9 @@ absl::Status Launch(const AttentionParams& params, cudaStream_t stream) {
       !status.ok()) {
     return status;
   }
-  grid.z = kParts;
-  return LaunchKernel("AttentionValues", ValueKernel<Order>, grid, kValueThreads, sizeof(ValueShared<Order>),
-                      LaunchOrder::kOverlapped, stream, spread);
+  // As many parts as the card has room for at once.
+  return units * pieces <= kSpreadUnits / 2 ? LaunchValues<Parts<Order, 4>>(spread, grid, stream)
+                                            : LaunchValues<Parts<Order, 2>>(spread, grid, stream);
 }
 
 }  // namespace

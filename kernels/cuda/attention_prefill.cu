@@ -15,23 +15,24 @@ constexpr int kBlock = static_cast<int>(kKvBlock);
 constexpr int kGroup = 128;  // threads of a warpgroup
 constexpr int kTiles = 2;    // query tiles of a block, a warpgroup each
 constexpr int kThreads = (1 + kTiles) * kGroup;
-constexpr int kRows = 64;  // of a query tile
-constexpr int kRowBytes = 128;
-constexpr int kQPlane = kRows * kRowBytes;  // 64 rows x 64 dims
-constexpr int kAtom = 8 * kRowBytes;        // of the swizzle
+constexpr int kRows = 64;             // of a query tile
+constexpr int kQPlane = kRows * 128;  // 64 rows x 64 dims, in the 128-byte swizzle
+constexpr int kPlanes = static_cast<int>(kKvPlanes);
+constexpr int kLineBytes = static_cast<int>(kKvLineBytes);
 // Of 65,536 / 384 = 168 registers a thread, the loading warpgroup hands most to the others.
 constexpr int kLoadRegisters = 24;
 constexpr int kMathRegisters = 240;
 
-// Key tiles of k and v in flight; a tile lies in two planes of 64 dims.
+// Key tiles of k and v in flight; a tile lies in planes of 32 dims, in the 64-byte swizzle.
 template <class Order>
 struct PrefillShared {
   static constexpr int kStages = 256 / Order::kKeys;
-  static constexpr int kPlane = Order::kKeys * kRowBytes;
+  static constexpr int kPlane = Order::kKeys * kLineBytes;
+  static constexpr int kCopies = Order::kKeys / kBlock * kPlanes;  // of a tile of k or v
 
   alignas(1024) std::byte q[kTiles][2][kQPlane];
-  alignas(1024) std::byte k[kStages][2][kPlane];
-  alignas(1024) std::byte v[kStages][2][kPlane];
+  alignas(1024) std::byte k[kStages][kPlanes][kPlane];
+  alignas(1024) std::byte v[kStages][kPlanes][kPlane];
   uint64_t k_full[kStages];
   uint64_t v_full[kStages];
   uint64_t k_empty[kStages];
@@ -97,40 +98,30 @@ struct StageIndex {
   }
 };
 
-// One thread.
+// A warp. A lane for each plane of a tile's blocks: one thread issues 8 copies in a microsecond, a warp 32.
 template <class Order>
 __device__ void Load(const AttentionArgs& args, const Work<Order>& work, int kv_head, PrefillShared<Order>& shared) {
   using Shared = PrefillShared<Order>;
-  constexpr int kHalves = Order::kKeys / kBlock;
+  const int lane = static_cast<int>(threadIdx.x);
+  if (lane >= Shared::kCopies) return;
+  const int half = lane / kPlanes;
+  const int plane = lane % kPlanes;
   const int32_t* pages = args.batch.pages + work.page_begin;
   StageIndex<Shared::kStages> at;
   for (int step = 0; step < work.key_tiles; ++step) {
-    const int tile = work.KeyTile(step);
-    int rows[kHalves];  // of 256 bytes, of the pages: the keys'; -1: a half that no row sees
-    uint32_t bytes = 0;
-#pragma unroll
-    for (int half = 0; half < kHalves; ++half) {
-      const int key = tile * Order::kKeys + half * kBlock;
-      rows[half] = -1;
-      if (key < work.begin || key >= work.end) continue;
-      rows[half] = pages[key / args.page_size] * args.page_rows + kv_head * args.page_size + key % args.page_size;
-      bytes += 2 * kBlock * kRowBytes;
-    }
+    const int key = work.KeyTile(step) * Order::kKeys + half * kBlock;
+    const bool seen = key >= work.begin && key < work.end;
+    int row = 0;  // of 256 bytes, of the pages: the keys'
+    if (seen) row = pages[key / args.page_size] * args.page_rows + kv_head * args.page_size + key % args.page_size;
+    const std::byte* from = args.kv + row * kKvRowBytes + plane * kKvPlaneBytes;
 #pragma unroll
     for (int operand = 0; operand < 2; ++operand) {
       auto& to = operand == 0 ? shared.k[at.stage] : shared.v[at.stage];
       uint64_t* full = operand == 0 ? &shared.k_full[at.stage] : &shared.v_full[at.stage];
       BarrierWait(operand == 0 ? &shared.k_empty[at.stage] : &shared.v_empty[at.stage], at.phase ^ 1);
-      BarrierArriveExpectBytes(full, bytes);
-#pragma unroll
-      for (int half = 0; half < kHalves; ++half) {
-        if (rows[half] < 0) continue;
-        const std::byte* from = args.kv + (rows[half] + operand * args.kv_heads * args.page_size) * kKvRowBytes;
-#pragma unroll
-        for (int plane = 0; plane < 2; ++plane) {
-          BulkCopy(from + plane * kKvPlaneBytes, to[plane] + half * kKvPlaneBytes, full, kKvPlaneBytes);
-        }
-      }
+      BarrierArriveExpectBytes(full, seen ? kKvPlaneBytes : 0);
+      if (seen) BulkCopy(from, to[plane] + half * kKvPlaneBytes, full, kKvPlaneBytes);
+      from += args.kv_heads * args.page_size * kKvRowBytes;
     }
     at.Next();
   }
@@ -139,11 +130,11 @@ __device__ void Load(const AttentionArgs& args, const Work<Order>& work, int kv_
 // Zeroes the values of keys outside [begin, end) of a tile: 0 times what lies there must be 0. Both warpgroups do it to
 // the same stage, each for itself.
 template <class Order>
-__device__ void ZeroUnseenValues(std::byte (&v)[2][PrefillShared<Order>::kPlane], int tile_begin, int begin, int end,
-                                 int thread) {
-  constexpr int kChunks = 2 * PrefillShared<Order>::kPlane / 16;
-  for (int i = thread; i < kChunks; i += kGroup) {
-    const int key = tile_begin + i % (kChunks / 2) / (kRowBytes / 16);
+__device__ void ZeroUnseenValues(std::byte (&v)[kPlanes][PrefillShared<Order>::kPlane], int tile_begin, int begin,
+                                 int end, int thread) {
+  constexpr int kPlaneChunks = PrefillShared<Order>::kPlane / 16;
+  for (int i = thread; i < kPlanes * kPlaneChunks; i += kGroup) {
+    const int key = tile_begin + i % kPlaneChunks / (kLineBytes / 16);
     if (key >= begin && key < end) continue;
     reinterpret_cast<uint4*>(v[0])[i] = make_uint4(0, 0, 0, 0);  // the planes follow each other
   }
@@ -164,9 +155,8 @@ __device__ void IssueScores(Registers<Order>& r, uint64_t q, uint64_t k) {
   WgmmaFence();
 #pragma unroll
   for (int step = 0; step < kHeadDim / 16; ++step) {
-    const uint32_t column = step % 4 * 32;
-    WgmmaScores(r.s, Advanced(q, step / 4 * kQPlane + column),
-                Advanced(k, step / 4 * PrefillShared<Order>::kPlane + column), step > 0);
+    WgmmaScores(r.s, Advanced(q, step / 4 * kQPlane + step % 4 * 32),
+                Advanced(k, step / 2 * PrefillShared<Order>::kPlane + step % 2 * 32), step > 0);
   }
   WgmmaCommit();
   KeepRegisters(r.s);
@@ -178,7 +168,7 @@ __device__ void IssueValues(Registers<Order>& r, uint64_t v) {
   WgmmaFence();
 #pragma unroll
   for (int step = 0; step < Order::kKeys / 16; ++step) {
-    WgmmaValues(r.o, &r.p[4 * step], Advanced(v, step * 2 * kAtom));
+    WgmmaValues(r.o, &r.p[4 * step], Advanced(v, step * 16 * kLineBytes));
   }
   WgmmaCommit();
   KeepRegisters(r.o);
@@ -251,8 +241,8 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
   const int head = static_cast<int>(blockIdx.y);
   if (threadIdx.x == 0) {
     for (int i = 0; i < Shared::kStages; ++i) {
-      BarrierInit(&shared.k_full[i], 1);
-      BarrierInit(&shared.v_full[i], 1);
+      BarrierInit(&shared.k_full[i], Shared::kCopies);
+      BarrierInit(&shared.v_full[i], Shared::kCopies);
       BarrierInit(&shared.k_empty[i], work.tiles);
       BarrierInit(&shared.v_empty[i], work.tiles);
     }
@@ -262,7 +252,7 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
 
   if (threadIdx.x < kGroup) {
     asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kLoadRegisters));
-    if (threadIdx.x == 0) Load(args, work, head / args.group, shared);
+    if (threadIdx.x < 32) Load(args, work, head / args.group, shared);
     return;
   }
   asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMathRegisters));
@@ -286,7 +276,7 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
   ProxyFence();
   NamedBarrier(1 + which, kGroup);
 
-  const uint64_t q = WgmmaDescriptor(shared.q[which], kAtom, 0);
+  const uint64_t q = WgmmaDescriptor<WgmmaSwizzle::k128Bytes>(shared.q[which], 0);
   Registers<Order> r;
 #pragma unroll
   for (int i = 0; i < kHeadDim / 2; ++i) r.o[i] = 0.0f;
@@ -296,7 +286,7 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
 
   const auto issue_scores = [&] {
     BarrierWait(&shared.k_full[k_at.stage], k_at.phase);
-    IssueScores<Order>(r, q, WgmmaDescriptor(shared.k[k_at.stage], kAtom, 0));
+    IssueScores<Order>(r, q, WgmmaDescriptor<WgmmaSwizzle::k64Bytes>(shared.k[k_at.stage], 0));
   };
   const auto release_k = [&] {
     if (thread == 0) BarrierArrive(&shared.k_empty[k_at.stage]);
@@ -312,7 +302,7 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
   };
   const auto issue_values = [&] {
     BarrierWait(&shared.v_full[v_at.stage], v_at.phase);
-    IssueValues<Order>(r, WgmmaDescriptor(shared.v[v_at.stage], kAtom, Shared::kPlane));
+    IssueValues<Order>(r, WgmmaDescriptor<WgmmaSwizzle::k64Bytes>(shared.v[v_at.stage], Shared::kPlane));
   };
   const auto release_v = [&] {
     if (thread == 0) BarrierArrive(&shared.v_empty[v_at.stage]);

@@ -108,4 +108,9 @@ __device__ inline uint32_t Swizzled128(int row, int chunk) {
   return static_cast<uint32_t>(row * 128 + ((chunk ^ (row & 7)) << 4));
 }
 
+// The same in lines of 64 bytes as the 64-byte swizzle stores them.
+__device__ inline uint32_t Swizzled64(int row, int chunk) {
+  return static_cast<uint32_t>(row * 64 + ((chunk ^ (row >> 1 & 3)) << 4));
+}
+
 }  // namespace lockstep::cuda

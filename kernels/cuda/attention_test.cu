@@ -378,11 +378,11 @@ TEST_F(CudaAttention, SpreadDecodeHasPrefillsBits) {
   }
 }
 
-// Rows long enough that the rings go round several times.
+// Rows long enough that the rings go round several times; both numbers of parts of the head dimension.
 TEST_F(CudaAttention, SpreadDecodeOfLongRowsHasPrefillsBits) {
   for (const AttentionProgram program : kPrograms) {
     for (const int64_t window : {int64_t{0}, int64_t{1500}}) {
-      const Shape shape = {.heads = 12, .kv_heads = 12, .page_size = 64, .window = window, .program = program};
+      const Shape shape = {.heads = 10, .kv_heads = 10, .page_size = 64, .window = window, .program = program};
       SCOPED_TRACE(shape.Name());
       constexpr int kLength = 1850;
       Sequences sequences(shape, {kLength});
@@ -390,11 +390,34 @@ TEST_F(CudaAttention, SpreadDecodeOfLongRowsHasPrefillsBits) {
       const int64_t width = static_cast<int64_t>(whole.size()) / kLength;
       std::vector<Span> rows;
       Bits want;
-      for (const int t : {1849, 1407, 64}) {  // with two of padding, 36, 48 and 60 units
+      for (const int t : {1849, 1407, 64, 1700}) {  // with two of padding 30 units, then 40 and more
         rows.push_back({0, t, 1});
         want.insert(want.end(), whole.begin() + t * width, whole.begin() + (t + 1) * width);
         ExpectSameBits(sequences.Run(rows, {}, /*write=*/false, Sequences::Decode::kSpread), want);
       }
+    }
+  }
+}
+
+// With one, two and three blocks on a multiprocessor: rings of three lengths.
+TEST_F(CudaAttention, DecodeOfManySequencesHasPrefillsBits) {
+  for (const AttentionProgram program : kPrograms) {
+    const Shape shape = {.heads = 30, .kv_heads = 30, .page_size = 64, .program = program};
+    SCOPED_TRACE(shape.Name());
+    constexpr int kLength = 1100;
+    Sequences sequences(shape, {kLength});
+    const Bits whole = sequences.Whole();
+    const int64_t width = static_cast<int64_t>(whole.size()) / kLength;
+    for (const int count : {2, 5, 12}) {  // with two of padding 120, 210 and 420 blocks
+      SCOPED_TRACE(count);
+      std::vector<Span> rows;
+      Bits want;
+      for (int i = 0; i < count; ++i) {
+        const int t = kLength - 1 - 83 * i;
+        rows.push_back({0, t, 1});
+        want.insert(want.end(), whole.begin() + t * width, whole.begin() + (t + 1) * width);
+      }
+      ExpectSameBits(sequences.Run(rows, {}, /*write=*/false), want);
     }
   }
 }

@@ -29,13 +29,16 @@ __device__ inline void KeepRegisters(float (&r)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(r[i])::"memory");
 }
 
-// Descriptor of an operand in shared memory with the 128-byte swizzle: atoms of 8 rows x 128 bytes, `atom_step` bytes
-// from one to the next along the rows; `plane_step` bytes between the 128-byte columns, for an operand whose inner
-// dimension runs along the rows (else not used).
-__device__ inline uint64_t WgmmaDescriptor(const void* data, uint32_t atom_step, uint32_t plane_step) {
-  constexpr uint64_t kSwizzle128 = 1;
+// How an operand's lines are stored: the length of a line, and the descriptor's code for it.
+enum class WgmmaSwizzle : uint64_t { k128Bytes = 1, k64Bytes = 2 };
+
+// Descriptor of an operand in shared memory: atoms of 8 lines, one behind the other; `plane_step` bytes between planes
+// of lines, for an operand whose inner dimension runs along the lines' order (else not used).
+template <WgmmaSwizzle kSwizzle>
+__device__ uint64_t WgmmaDescriptor(const void* data, uint32_t plane_step) {
+  constexpr uint64_t kAtomBytes = 8 * (kSwizzle == WgmmaSwizzle::k128Bytes ? 128 : 64);
   return static_cast<uint64_t>((SharedAddress(data) & 0x3FFFF) >> 4) | static_cast<uint64_t>(plane_step >> 4) << 16 |
-         static_cast<uint64_t>(atom_step >> 4) << 32 | kSwizzle128 << 62;
+         (kAtomBytes >> 4) << 32 | static_cast<uint64_t>(kSwizzle) << 62;
 }
 
 // The descriptor `bytes` further on.

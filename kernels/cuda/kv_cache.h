@@ -17,17 +17,19 @@ constexpr int64_t kKvHeadDim = 128;
 constexpr int64_t kKvBlock = 64;
 // Of a position in a head: 128 elements of 2 bytes.
 constexpr int64_t kKvRowBytes = 256;
-// A block has two planes, each of one half of the head dimension: a line of 128 bytes a position.
-constexpr int64_t kKvPlaneBytes = kKvBlock * 128;
-constexpr int64_t kKvBlockBytes = 2 * kKvPlaneBytes;
+// A block has four planes of 32 dims each: a line of 64 bytes a position.
+constexpr int64_t kKvPlanes = 4;
+constexpr int64_t kKvLineBytes = kKvRowBytes / kKvPlanes;
+constexpr int64_t kKvPlaneBytes = kKvBlock * kKvLineBytes;
+constexpr int64_t kKvBlockBytes = kKvPlanes * kKvPlaneBytes;
 
 // Where a head's keys (or values) have the 16 bytes of dims [8 chunk, 8 chunk + 8) of `position`: bytes from where the
-// head begins in its page. A plane is stored as the 128-byte swizzle leaves it in shared memory, so that plain copies
-// of whole planes bring what ldmatrix and wgmma read without bank conflicts: they run at the memory's rate, where
-// tensor copies, which could swizzle, are a tenth slower.
+// head begins in its page. A plane is stored as the 64-byte swizzle leaves it in shared memory, so that plain copies of
+// whole planes bring what ldmatrix and wgmma read without bank conflicts: they run at the memory's rate, for a part of
+// the head dimension too.
 __host__ __device__ constexpr int64_t KvChunkOffset(int64_t position, int64_t chunk) {
-  return position / kKvBlock * kKvBlockBytes + chunk / 8 * kKvPlaneBytes + position % kKvBlock * 128 +
-         (chunk % 8 ^ position % 8) * 16;
+  return position / kKvBlock * kKvBlockBytes + chunk / 4 * kKvPlaneBytes + position % kKvBlock * kKvLineBytes +
+         (chunk % 4 ^ position / 2 % 4) * 16;
 }
 
 // Bytes of a page of one layer: keys, then values, each [kv_heads, page_size / 64] blocks.

@@ -208,6 +208,14 @@ TEST(AttentionDecodeOnACpu, HasTheGpusBits) {
   }
 }
 
+// 44 units: the values are taken in halves of the head dimension, not in quarters.
+TEST(AttentionDecodeOnACpu, HalvesOfTheHeadDimensionHaveTheGpusBits) {
+  Cache cache(11, 64);
+  for (const int position : {5, 200, 300}) cache.Add(position);
+  EXPECT_EQ(cache.Run(AttentionProgram::kCudnn, true, false), cache.Oracle(oracle::kCudnnOrder));
+  EXPECT_EQ(cache.Run(AttentionProgram::kFa2, true, false), cache.Oracle(oracle::kFlash2Order));
+}
+
 // 12 pieces of 7 heads: too many to be spread.
 void AddGroups(Cache& cache) {
   cache.Add(520);

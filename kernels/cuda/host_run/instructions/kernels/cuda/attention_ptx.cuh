@@ -120,4 +120,8 @@ inline uint32_t Swizzled128(int row, int chunk) {
   return static_cast<uint32_t>(row * 128 + ((chunk ^ (row & 7)) << 4));
 }
 
+inline uint32_t Swizzled64(int row, int chunk) {
+  return static_cast<uint32_t>(row * 64 + ((chunk ^ (row >> 1 & 3)) << 4));
+}
+
 }  // namespace lockstep::cuda
