@@ -43,23 +43,25 @@ struct RingIndex {
   }
 };
 
-// Finds a sequence's blocks in its pages. The whole warp calls: lanes hold 32 blocks' page numbers at a time, so that
-// the table costs one latency for 2,048 keys. Entries of blocks out of range are not read.
+// Finds a sequence's blocks in its pages. The whole warp calls: lanes hold 32 blocks' places at a time, so that the
+// table's latency and the divisions come once for 2,048 keys. Entries of blocks out of range are not read.
 template <class Order>
 class PageCursor {
  public:
   __device__ PageCursor(const AttentionArgs& args, const DevicePiece& piece, const KeyRange<Order>& range)
       : args_(args), pages_(args.batch.pages + piece.page_begin), range_(range) {}
 
-  // The pages' row of 256 bytes where the block begins, in kv head 0's keys.
+  // The pages' row of 256 bytes where the block begins, in kv head 0's keys; anything for a block out of range.
   __device__ int Row(int block) {
-    const int blocks_a_page = args_.page_size / kDecodeBlock;
     if (block / 32 != held_) {
       held_ = block / 32;
       const int mine = held_ * 32 + static_cast<int>(threadIdx.x % 32);
-      page_ = range_.HasBlock(mine) ? pages_[mine / blocks_a_page] : 0;
+      const int blocks_a_page = args_.page_size / kDecodeBlock;
+      if (range_.HasBlock(mine)) {
+        row_ = pages_[mine / blocks_a_page] * args_.page_rows + mine % blocks_a_page * kDecodeBlock;
+      }
     }
-    return __shfl_sync(0xFFFFFFFFu, page_, block % 32) * args_.page_rows + block % blocks_a_page * kDecodeBlock;
+    return __shfl_sync(0xFFFFFFFFu, row_, block % 32);
   }
 
  private:
@@ -67,7 +69,7 @@ class PageCursor {
   const int32_t* pages_;
   const KeyRange<Order>& range_;
   int held_ = -1;
-  int page_ = 0;
+  int row_ = 0;
 };
 
 // The queries as the second operand: this thread's column is query head `column` of the kv head's group.

@@ -208,24 +208,27 @@ __device__ void LoadValues(const SpreadArgs& spread, const Unit& unit, const Key
   const std::byte* values = args.kv + (args.kv_heads + unit.kv_head) * args.page_size * kKvRowBytes +
                             static_cast<int>(blockIdx.z) * Order::kBytes;
   const int lane = static_cast<int>(threadIdx.x % 32);
+  const bool of_record = lane == Order::kBlocks;
   PageCursor<Order> cursor(args, unit.piece, range);
   RingIndex<ValueShared<Order>::kStages> ring;
   for (int step = 0; step < range.tiles; ++step) {
-    auto& stage = shared.stages[ring.slot];
-    const std::byte* from = nullptr;  // of this lane's block of values
+    const int first_block = range.Tile(step) * Order::kBlocks;
+    int row = 0;  // of this lane's block
 #pragma unroll
     for (int i = 0; i < Order::kBlocks; ++i) {
-      const int block = range.Tile(step) * Order::kBlocks + i;
-      const int row = cursor.Row(block);
-      if (i == lane && range.HasBlock(block)) from = values + row * kKvRowBytes;
+      const int at = cursor.Row(first_block + i);
+      if (i == lane) row = at;
     }
-    if (lane <= Order::kBlocks) BarrierWait(&shared.empty[ring.slot], ring.phase ^ 1);
-    if (lane < Order::kBlocks) {
-      BarrierArriveExpectBytes(&shared.full[ring.slot], from != nullptr ? Order::kBytes : 0);
-      if (from != nullptr) BulkCopy(from, stage.v[lane], &shared.full[ring.slot], Order::kBytes);
-    } else if (lane == Order::kBlocks) {
-      BarrierArriveExpectBytes(&shared.scored[ring.slot], record_bytes);
-      BulkCopy(Record<Order>(spread, step), stage.scores, &shared.scored[ring.slot], record_bytes);
+    if (lane <= Order::kBlocks) {
+      auto& stage = shared.stages[ring.slot];
+      const void* from = of_record ? static_cast<const void*>(Record<Order>(spread, step)) : values + row * kKvRowBytes;
+      void* to = of_record ? static_cast<void*>(stage.scores) : stage.v[lane];
+      uint64_t* arrived = of_record ? &shared.scored[ring.slot] : &shared.full[ring.slot];
+      uint32_t bytes = of_record ? record_bytes : Order::kBytes;
+      if (!of_record && !range.HasBlock(first_block + lane)) bytes = 0;
+      BarrierWait(&shared.empty[ring.slot], ring.phase ^ 1);
+      BarrierArriveExpectBytes(arrived, bytes);
+      if (bytes > 0) BulkCopy(from, to, arrived, bytes);
     }
     ring.Next();
   }
