@@ -120,7 +120,7 @@ class Sequences {
                                .page_table = &pages[pieces[i].page_begin]});
       }
       shares.resize(MaxShares(static_cast<int64_t>(decode.size())));
-      const int64_t found = FindShares(host_pieces, shape_.page_size, shares);
+      const int64_t found = ShareFinder().Find(host_pieces, shape_.page_size, shares);
       EXPECT_GT(found, 0);
       for (const DeviceShare& share : std::span(shares).first(found)) {
         for (int i = 0; i < share.count; ++i) pieces[share.pieces[i]].shared = share.positions;

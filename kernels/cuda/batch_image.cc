@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cstring>
 
-#include "kernels/cuda/batch_shares.h"
 #include "rollout/base/check.h"
 
 namespace lockstep::cuda {
@@ -89,7 +88,8 @@ BatchSizes RecordedSizes(int64_t rows, int64_t pages) {
   return {.rows = rows, .logit_rows = rows, .pieces = rows, .decode_pieces = rows, .tiles = 0, .pages = pages};
 }
 
-int64_t WriteBatchImage(const StepBatch& batch, const BatchSizes& sizes, int64_t page_size, std::byte* image) {
+int64_t WriteBatchImage(const StepBatch& batch, const BatchSizes& sizes, int64_t page_size, ShareFinder& finder,
+                        std::byte* image) {
   auto* pieces = ArrayAt<DevicePiece>(image, sizes.pieces_at());
   auto* tiles = ArrayAt<DeviceTile>(image, sizes.tiles_at());
   auto* tokens = ArrayAt<int32_t>(image, sizes.tokens_at());
@@ -136,7 +136,7 @@ int64_t WriteBatchImage(const StepBatch& batch, const BatchSizes& sizes, int64_t
 
   const std::span shares(ArrayAt<DeviceShare>(image, sizes.shares_at()), sizes.shares);
   const int64_t decodes = std::min<int64_t>(sizes.decode_pieces, static_cast<int64_t>(batch.pieces.size()));
-  const int64_t found = FindShares(batch.pieces.first(decodes), page_size, shares);
+  const int64_t found = finder.Find(batch.pieces.first(decodes), page_size, shares);
   for (const DeviceShare& share : shares.first(found)) {
     for (int32_t i = 0; i < share.count; ++i) pieces[share.pieces[i]].shared = share.positions;
   }

@@ -7,6 +7,7 @@
 #include <span>
 
 #include "kernels/cuda/batch.h"
+#include "kernels/cuda/batch_shares.h"
 #include "kernels/ops.h"
 
 namespace lockstep::cuda {
@@ -46,8 +47,9 @@ constexpr int64_t kMaxRecordedRows = 256;
 BatchSizes RecordedSizes(int64_t rows, int64_t pages);
 
 // Writes the batch's arrays, padding included, to `image` [sizes.bytes()]. Returns the number of shares that were found
-// and had room.
-int64_t WriteBatchImage(const StepBatch& batch, const BatchSizes& sizes, int64_t page_size, std::byte* image);
+// and had room. `finder`: the same from step to step, to save searches.
+int64_t WriteBatchImage(const StepBatch& batch, const BatchSizes& sizes, int64_t page_size, ShareFinder& finder,
+                        std::byte* image);
 
 // The arrays of an image that lies at `base` on the device.
 DeviceBatch BatchAt(const std::byte* base, const BatchSizes& sizes);

@@ -54,7 +54,8 @@ TEST(BatchImage, HoldsWhatTheBatchSays) {
   EXPECT_EQ(sizes.tiles, 3 + 1);  // positions 60..63, 64..127, 128..189; and 5
   EXPECT_EQ(sizes.pages, 2 + 1 + 3 + 1);
   std::vector<std::byte> image(sizes.bytes(), std::byte{0xEE});
-  WriteBatchImage(batch.view(), sizes, Batch::kPageSize, image.data());
+  ShareFinder finder;
+  WriteBatchImage(batch.view(), sizes, Batch::kPageSize, finder, image.data());
   const DeviceBatch device = BatchAt(image.data(), sizes);
   EXPECT_EQ(device.rows, 133);
   EXPECT_EQ(device.piece_count, 4);
@@ -84,7 +85,8 @@ TEST(BatchImage, TilesCoverPrefillPiecesAndCrossNoBoundary) {
   const Batch batch;
   const BatchSizes sizes = SizesOf(batch.view(), Batch::kPageSize);
   std::vector<std::byte> image(sizes.bytes());
-  WriteBatchImage(batch.view(), sizes, Batch::kPageSize, image.data());
+  ShareFinder finder;
+  WriteBatchImage(batch.view(), sizes, Batch::kPageSize, finder, image.data());
   const DeviceBatch device = BatchAt(image.data(), sizes);
   int32_t row = 2;  // after the decode rows
   for (int i = 0; i < device.tile_count; ++i) {
@@ -108,7 +110,8 @@ TEST(BatchImage, ARecordedStepIsPaddedWithNothing) {
   ASSERT_TRUE(IsDecodeStep(batch.view()));
   const BatchSizes sizes = RecordedSizes(4, SizesOf(batch.view(), Batch::kPageSize).pages);
   std::vector<std::byte> image(sizes.bytes(), std::byte{0xEE});
-  WriteBatchImage(batch.view(), sizes, Batch::kPageSize, image.data());
+  ShareFinder finder;
+  WriteBatchImage(batch.view(), sizes, Batch::kPageSize, finder, image.data());
   const DeviceBatch device = BatchAt(image.data(), sizes);
   EXPECT_EQ(device.rows, 4);
   EXPECT_EQ(device.decode_pieces, 4);
@@ -138,7 +141,8 @@ TEST(BatchImage, PiecesKnowWhatTheyShare) {
   sizes.shares = 2;
   EXPECT_GT(sizes.bytes(), bytes);
   std::vector<std::byte> image(sizes.bytes(), std::byte{0xEE});
-  EXPECT_EQ(WriteBatchImage(batch.view(), sizes, Batch::kPageSize, image.data()), 1);
+  ShareFinder finder;
+  EXPECT_EQ(WriteBatchImage(batch.view(), sizes, Batch::kPageSize, finder, image.data()), 1);
   const DeviceBatch device = BatchAt(image.data(), sizes);
   EXPECT_EQ(device.share_count, 2);
   EXPECT_EQ(device.shares[0].count, 2);
@@ -151,7 +155,7 @@ TEST(BatchImage, PiecesKnowWhatTheyShare) {
   EXPECT_EQ(device.pieces[3].shared, 0);
   // Without room none are looked for.
   sizes.shares = 0;
-  EXPECT_EQ(WriteBatchImage(batch.view(), sizes, Batch::kPageSize, image.data()), 0);
+  EXPECT_EQ(WriteBatchImage(batch.view(), sizes, Batch::kPageSize, finder, image.data()), 0);
   EXPECT_EQ(BatchAt(image.data(), sizes).pieces[0].shared, 0);
 }
 

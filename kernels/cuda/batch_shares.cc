@@ -1,8 +1,8 @@
 #include "kernels/cuda/batch_shares.h"
 
 #include <algorithm>
+#include <cstring>
 #include <utility>
-#include <vector>
 
 namespace lockstep::cuda {
 namespace {
@@ -12,28 +12,56 @@ constexpr int64_t kTile = 128;
 // Below it, what a share saves does not pay for its own pass.
 constexpr int64_t kMinPositions = 2 * kTile;
 
-// Positions in pages that both have, before the positions of both.
-int64_t SharedPositions(const Piece& a, const Piece& b, int64_t page_size) {
-  const int64_t limit = std::min(a.position, b.position);
-  const int32_t* end = a.page_table + limit / page_size;
-  const int64_t pages = std::mismatch(a.page_table, end, b.page_table).first - a.page_table;
-  return pages * page_size / kTile * kTile;
+// Pages that lie before the piece's position: those it only reads. None if it is too short to share anything.
+std::span<const int32_t> ReadPages(const Piece& piece, int64_t page_size) {
+  if (piece.position < kMinPositions) return {};
+  return {piece.page_table, static_cast<size_t>(piece.position / page_size)};
+}
+
+// Pages that both tables begin with.
+int64_t CommonPages(std::span<const int32_t> a, std::span<const int32_t> b) {
+  return std::mismatch(a.begin(), a.end(), b.begin(), b.end()).first - a.begin();
 }
 
 }  // namespace
 
-int64_t FindShares(std::span<const Piece> pieces, int64_t page_size, std::span<DeviceShare> shares) {
+int64_t ShareFinder::Find(std::span<const Piece> pieces, int64_t page_size, std::span<DeviceShare> shares) {
   std::fill(shares.begin(), shares.end(), DeviceShare{});
   if (page_size == 0 || shares.empty()) return 0;
+  if (!Remembers(pieces, page_size, shares.size())) Search(pieces, page_size, shares.size());
+  std::copy(found_.begin(), found_.end(), shares.begin());
+  return static_cast<int64_t>(found_.size());
+}
+
+bool ShareFinder::Remembers(std::span<const Piece> pieces, int64_t page_size, size_t room) const {
+  if (page_size != page_size_ || room != room_ || pieces.size() != seen_.size()) return false;
+  for (size_t i = 0; i < pieces.size(); ++i) {
+    const std::span<const int32_t> table = ReadPages(pieces[i], page_size);
+    const int64_t pages = static_cast<int64_t>(table.size());
+    const Seen& seen = seen_[i];
+    if (seen.whole_table || seen.count == 0 ? pages != seen.count : pages < seen.count) return false;
+    if (seen.count > 0 && std::memcmp(table.data(), &pages_[seen.begin], seen.count * sizeof(int32_t)) != 0) {
+      return false;
+    }
+  }
+  return true;
+}
+
+void ShareFinder::Search(std::span<const Piece> pieces, int64_t page_size, size_t room) {
+  ++searches_;
+  page_size_ = page_size;
+  room_ = room;
+  seen_.assign(pieces.size(), {});
+  pages_.clear();
+  found_.clear();
+  const auto table = [&](int32_t piece) { return ReadPages(pieces[piece], page_size); };
   // By their tables: those with most in common are neighbours.
   std::vector<std::pair<int32_t, int32_t>> order;  // first page, piece
   for (size_t i = 0; i < pieces.size(); ++i) {
-    if (pieces[i].position >= kMinPositions) order.emplace_back(pieces[i].page_table[0], static_cast<int32_t>(i));
+    const auto piece = static_cast<int32_t>(i);
+    if (!table(piece).empty()) order.emplace_back(table(piece)[0], piece);
   }
   std::sort(order.begin(), order.end());
-  const auto table = [&](int32_t piece) {
-    return std::span(pieces[piece].page_table, pieces[piece].position / page_size);
-  };
   for (auto begin = order.begin(); begin != order.end();) {
     const auto end = std::find_if(begin, order.end(), [&](const auto& o) { return o.first != begin->first; });
     if (end - begin > 2) {
@@ -44,27 +72,37 @@ int64_t FindShares(std::span<const Piece> pieces, int64_t page_size, std::span<D
     begin = end;
   }
 
-  size_t used = 0;
-  for (size_t i = 0; i < order.size() && used < shares.size();) {
+  // common[i]: pages that the pieces i - 1 and i of the order have in common.
+  std::vector<int64_t> common(order.size() + 1);
+  for (size_t i = 1; i < order.size(); ++i) common[i] = CommonPages(table(order[i - 1].second), table(order[i].second));
+  for (size_t i = 0; i < order.size(); ++i) {
+    const std::span<const int32_t> read = table(order[i].second);
+    const int64_t pages = static_cast<int64_t>(read.size()), shared = std::max(common[i], common[i + 1]);
+    Seen& seen = seen_[order[i].second];
+    seen = {.begin = static_cast<int64_t>(pages_.size()),
+            .count = std::min(shared + 1, pages),
+            .whole_table = shared == pages};
+    pages_.insert(pages_.end(), read.begin(), read.begin() + seen.count);
+  }
+
+  for (size_t i = 0; i < order.size() && found_.size() < room;) {
     DeviceShare share;
     share.pieces[share.count++] = order[i].second;
     // A further piece is taken in if more is read once then than before.
     int64_t positions = 0;
     while (share.count < kSharePieces && i + share.count < order.size()) {
-      const int32_t next = order[i + share.count].second;
-      const Piece& last = pieces[share.pieces[share.count - 1]];
-      int64_t common = SharedPositions(last, pieces[next], page_size);
-      if (share.count > 1) common = std::min(common, positions);
-      if (common < kMinPositions || common * share.count <= positions * (share.count - 1)) break;
-      positions = common;
-      share.pieces[share.count++] = next;
+      const size_t next = i + share.count;
+      int64_t tiled = common[next] * page_size / kTile * kTile;
+      if (share.count > 1) tiled = std::min(tiled, positions);
+      if (tiled < kMinPositions || tiled * share.count <= positions * (share.count - 1)) break;
+      positions = tiled;
+      share.pieces[share.count++] = order[next].second;
     }
     i += share.count;
     if (share.count < 2) continue;
     share.positions = static_cast<int32_t>(positions);
-    shares[used++] = share;
+    found_.push_back(share);
   }
-  return static_cast<int64_t>(used);
 }
 
 }  // namespace lockstep::cuda

@@ -446,7 +446,7 @@ StepRows CudaOps::BeginStep(const StepBatch& batch) {
   Image& image = images_[next_image_];
   next_image_ ^= 1;
   Keep(CudaStatus(cudaEventSynchronize(image.copied), "a step on the device"));
-  const int64_t shares = WriteBatchImage(batch, sizes_, batch.page_size, image.host.data());
+  const int64_t shares = WriteBatchImage(batch, sizes_, batch.page_size, share_finder_, image.host.data());
   Keep(CudaStatus(
       cudaMemcpyAsync(device_image_->data(), image.host.data(), sizes_.bytes(), cudaMemcpyHostToDevice, stream_),
       "BeginStep"));

@@ -15,6 +15,7 @@
 #include <vector>
 
 #include "kernels/cuda/batch_image.h"
+#include "kernels/cuda/batch_shares.h"
 #include "kernels/cuda/gdn_params.h"
 #include "kernels/cuda/memory.h"
 #include "kernels/ops.h"
@@ -132,6 +133,7 @@ class CudaOps final : public Ops {
   PinnedMemory upload_[2];  // what weights go through, in turn; locking pages anew for each matrix would take seconds
   // The last one is in use; kernels in flight and recorded steps may still use outgrown ones.
   std::vector<std::unique_ptr<CudaMemory>> workspaces_;
+  ShareFinder share_finder_;
   BatchSizes sizes_;              // of the current step
   DeviceBatch batch_;             // the current step's
   int64_t record_ = 0;            // rows of the current step if it is to be replayed; else 0

@@ -88,7 +88,7 @@ class Cache {
     }
     pieces.emplace_back();  // padding
     std::vector<DeviceShare> shares(shared ? count / 2 + 1 : 0);
-    found_ = shared ? FindShares(host_pieces, page_size_, shares) : 0;
+    found_ = shared ? ShareFinder().Find(host_pieces, page_size_, shares) : 0;
     for (const DeviceShare& share : std::span(shares).first(found_)) {
       for (int i = 0; i < share.count; ++i) {
         DevicePiece& piece = pieces[share.pieces[i]];
