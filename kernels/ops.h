@@ -142,6 +142,16 @@ struct StepRows {
   int64_t logit_rows = 0;  // of the first block of logits, at most Ops::max_logit_rows()
 };
 
+// Decode rows of a step whose first keys and values attention reads once for all of them.
+struct AttentionShare {
+  int64_t positions = 0;               // so many, at the front of every row
+  std::vector<int64_t> row_positions;  // of two rows or more
+};
+struct SharedAttention {
+  std::vector<AttentionShare> shares;
+  int64_t state_bytes = 0;  // what a row's query head goes on from after the shared ones; written, and read, a layer
+};
+
 // One GDN layer's states: that of slot s begins at base + s * slot_stride.
 struct GdnLayer {
   std::byte* base = nullptr;
@@ -319,6 +329,8 @@ class Ops {
   virtual void RunStep(const void* owner, absl::FunctionRef<void()> step) = 0;
   // The owner's memory is about to go.
   virtual void ForgetSteps(const void* owner) = 0;
+  // What decode attention of the step begun last reads together, in layers whose kernels do and whose window holds it.
+  virtual SharedAttention shared_attention() const { return {}; }
 
   // out[r] = table[tokens[r]], of the batch, rounded to profile().residual.
   virtual void Embed(const EmbeddingTable& table, Rows out) = 0;

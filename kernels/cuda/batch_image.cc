@@ -143,6 +143,17 @@ int64_t WriteBatchImage(const StepBatch& batch, const BatchSizes& sizes, int64_t
   return found;
 }
 
+std::vector<AttentionShare> SharesOf(const std::byte* image, const BatchSizes& sizes) {
+  const DeviceBatch batch = BatchAt(image, sizes);
+  std::vector<AttentionShare> shares;
+  for (const DeviceShare& share : std::span(batch.shares, batch.share_count)) {
+    if (share.count == 0) continue;
+    AttentionShare& rows = shares.emplace_back(AttentionShare{.positions = share.positions});
+    for (int32_t i = 0; i < share.count; ++i) rows.row_positions.push_back(batch.pieces[share.pieces[i]].position);
+  }
+  return shares;
+}
+
 DeviceBatch BatchAt(const std::byte* base, const BatchSizes& sizes) {
   return {.pieces = reinterpret_cast<const DevicePiece*>(base + sizes.pieces_at()),
           .tiles = reinterpret_cast<const DeviceTile*>(base + sizes.tiles_at()),

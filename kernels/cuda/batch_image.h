@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <span>
+#include <vector>
 
 #include "kernels/cuda/batch.h"
 #include "kernels/cuda/batch_shares.h"
@@ -50,6 +51,9 @@ BatchSizes RecordedSizes(int64_t rows, int64_t pages);
 // and had room. `finder`: the same from step to step, to save searches.
 int64_t WriteBatchImage(const StepBatch& batch, const BatchSizes& sizes, int64_t page_size, ShareFinder& finder,
                         std::byte* image);
+
+// The shares of an image on the host.
+std::vector<AttentionShare> SharesOf(const std::byte* image, const BatchSizes& sizes);
 
 // The arrays of an image that lies at `base` on the device.
 DeviceBatch BatchAt(const std::byte* base, const BatchSizes& sizes);

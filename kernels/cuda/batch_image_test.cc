@@ -153,6 +153,10 @@ TEST(BatchImage, PiecesKnowWhatTheyShare) {
   EXPECT_EQ(device.pieces[1].shared, 0);
   EXPECT_EQ(device.pieces[2].shared, 512);
   EXPECT_EQ(device.pieces[3].shared, 0);
+  const std::vector<AttentionShare> shares = SharesOf(image.data(), sizes);
+  ASSERT_EQ(shares.size(), 1u);
+  EXPECT_EQ(shares[0].positions, 512);
+  EXPECT_THAT(shares[0].row_positions, ElementsAre(640, 600));
   // Without room none are looked for.
   sizes.shares = 0;
   EXPECT_EQ(WriteBatchImage(batch.view(), sizes, Batch::kPageSize, finder, image.data()), 0);

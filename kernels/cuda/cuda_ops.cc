@@ -9,6 +9,7 @@
 #include "absl/strings/str_cat.h"
 #include "kernels/cuda/add.h"
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/attention_args.h"
 #include "kernels/cuda/batch_shares.h"
 #include "kernels/cuda/embedding.h"
 #include "kernels/cuda/gated_rms_norm.h"
@@ -439,6 +440,7 @@ StepRows CudaOps::BeginStep(const StepBatch& batch) {
   for (const Piece& piece : batch.pieces) {
     while (max_positions_ < piece.position + piece.row_count) max_positions_ *= 2;
   }
+  step_image_ = nullptr;
   if (const absl::Status status = ReserveImage(sizes_.bytes()); !status.ok()) {
     Keep(status);
     return {sizes_.rows, std::min(sizes_.logit_rows, max_logit_rows())};
@@ -447,6 +449,7 @@ StepRows CudaOps::BeginStep(const StepBatch& batch) {
   next_image_ ^= 1;
   Keep(CudaStatus(cudaEventSynchronize(image.copied), "a step on the device"));
   const int64_t shares = WriteBatchImage(batch, sizes_, batch.page_size, share_finder_, image.host.data());
+  step_image_ = image.host.data();
   Keep(CudaStatus(
       cudaMemcpyAsync(device_image_->data(), image.host.data(), sizes_.bytes(), cudaMemcpyHostToDevice, stream_),
       "BeginStep"));
@@ -488,6 +491,11 @@ void CudaOps::Record(absl::FunctionRef<void()> step, cudaGraphExec_t* graph) {
   if (captured == nullptr) return;
   if (status_.ok()) Keep(CudaStatus(cudaGraphInstantiate(graph, captured, 0), "cudaGraphInstantiate"));
   cudaGraphDestroy(captured);
+}
+
+SharedAttention CudaOps::shared_attention() const {
+  if (step_image_ == nullptr) return {};
+  return {.shares = SharesOf(step_image_, sizes_), .state_bytes = sizeof(RowState)};
 }
 
 void CudaOps::Embed(const EmbeddingTable& table, Rows out) {

@@ -71,6 +71,7 @@ class CudaOps final : public Ops {
   StepRows BeginStep(const StepBatch& batch) override;
   void RunStep(const void* owner, absl::FunctionRef<void()> step) override;
   void ForgetSteps(const void* owner) override;
+  SharedAttention shared_attention() const override;
 
   void Embed(const EmbeddingTable& table, Rows out) override;
   void GatherLogitRows(Rows x, int64_t begin, Rows out) override;
@@ -129,6 +130,7 @@ class CudaOps final : public Ops {
 
   Image images_[2];
   int next_image_ = 0;
+  const std::byte* step_image_ = nullptr;  // the current step's, on the host; null: it has none
   std::unique_ptr<CudaMemory> device_image_;
   PinnedMemory upload_[2];  // what weights go through, in turn; locking pages anew for each matrix would take seconds
   // The last one is in use; kernels in flight and recorded steps may still use outgrown ones.

@@ -69,12 +69,21 @@ std::vector<KernelTable::Work> KernelTable::WorkOf(const ProfiledStep& step, std
   }
 
   const size_t attention_layers = static_cast<size_t>(traffic_.attention_layers());
+  // Rows that share their first keys: those in a kernel before, which the last template argument tells apart.
+  std::vector<size_t> decode, prefix;
+  for (const size_t i : family("DecodeKernel")) {
+    (KernelLastArgument(names[i]) == "true" ? prefix : decode).push_back(i);
+  }
   // Few sequences: scores, which read the keys, and then values, in two kernels.
-  const std::vector<size_t> decode = family("DecodeKernel"), score = family("ScoreKernel"),
-                            value = family("ValueKernel");
+  const std::vector<size_t> score = family("ScoreKernel"), value = family("ValueKernel");
   if (decode.size() == attention_layers && score.empty() && value.empty()) {
-    all(decode, {.operation = "attention", .bytes = step.decode_kv_bytes});
-  } else if (decode.empty() && score.size() == attention_layers && value.size() == attention_layers) {
+    if (prefix.empty()) {
+      all(decode, {.operation = "attention", .bytes = step.decode_kv_bytes});
+    } else if (prefix.size() == attention_layers) {
+      all(prefix, {.operation = "shared prefix", .bytes = step.shared.moved});
+      all(decode, {.operation = "attention", .bytes = step.decode_kv_bytes - step.shared.spared});
+    }
+  } else if (decode.empty() && prefix.empty() && score.size() == attention_layers && value.size() == attention_layers) {
     all(score, {.operation = "attention q.k", .bytes = step.decode_kv_bytes / 2});
     all(value, {.operation = "attention p.v", .bytes = step.decode_kv_bytes / 2});
   }

@@ -30,7 +30,8 @@ struct ProfiledStep {
   int64_t logit_rows = 0;
   int64_t head_blocks = 0;            // times the head ran
   int64_t decode_rows = 0;            // pieces of one row
-  double decode_kv_bytes = 0;         // keys and values they read, all layers
+  double decode_kv_bytes = 0;         // keys and values they see, all layers
+  SharedAttentionBytes shared;        // of these, if a kernel takes rows together
   double prompt_attention_flops = 0;  // of the other pieces, all layers
 };
 

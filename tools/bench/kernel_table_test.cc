@@ -85,6 +85,38 @@ TEST(KernelTable, DecodeReadsKeysValuesAndStates) {
   EXPECT_DOUBLE_EQ(*spread.Top(10)[1].gb_s, 3);
 }
 
+TEST(KernelTable, RowsTakenTogetherAreAKernelOfTheirOwn) {
+  const std::string decode = "void lockstep::cuda::(anonymous namespace)::DecodeKernel<lockstep::cuda::TileOrder<";
+  const std::vector<KernelLaunch> launches = {
+      {decode + "true, 128, true>, true>(lockstep::cuda::AttentionArgs)", 0, 1000},
+      {decode + "true, 128, true>, false>(lockstep::cuda::AttentionArgs)", 1000, 5000}};
+  ProfiledStep step = kStep;
+  step.shared = {.moved = 1500, .spared = 2000};
+  KernelTable table = MakeTable();
+  table.AddStep(step, launches);
+  std::vector<KernelTable::Row> rows = table.Top(10);
+  ASSERT_EQ(rows.size(), 2u);
+  EXPECT_EQ(rows[0].operation, "attention");
+  EXPECT_DOUBLE_EQ(*rows[0].gb_s, (6000 - 2000) / 4000.0);
+  EXPECT_EQ(rows[1].operation, "shared prefix");
+  EXPECT_DOUBLE_EQ(*rows[1].gb_s, 1500 / 1000.0);
+  // A recorded step launches it whether or not there is anything to take together.
+  KernelTable alone = MakeTable();
+  alone.AddStep(kStep, launches);
+  rows = alone.Top(10);
+  EXPECT_DOUBLE_EQ(*rows[0].gb_s, 6000 / 4000.0);
+  EXPECT_EQ(rows[1].operation, "shared prefix");
+  EXPECT_FALSE(rows[1].gb_s);
+  // Programs without such a kernel read everything for each row.
+  KernelTable without = MakeTable();
+  without.AddStep(step, std::span(launches).last(1));
+  EXPECT_DOUBLE_EQ(*without.Top(1)[0].gb_s, 6000 / 4000.0);
+  // One of two launches, with one attention layer: not known.
+  KernelTable twice = MakeTable();
+  twice.AddStep(step, std::vector<KernelLaunch>{launches[0], launches[0], launches[1]});
+  for (const KernelTable::Row& row : twice.Top(10)) EXPECT_EQ(row.operation, "");
+}
+
 TEST(KernelTable, AnEarlyStartCountsFromTheEndOfTheKernelBefore) {
   KernelTable table = MakeTable();
   table.AddStep(kStep, std::vector<KernelLaunch>{{"A", 0, 10000}, {"B", 4000, 13000}, {"C", 5000, 12000}});

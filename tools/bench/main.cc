@@ -39,6 +39,7 @@ ABSL_FLAG(std::string, json, "", "also write the results to this file");
 
 ABSL_FLAG(std::vector<std::string>, batch, std::vector<std::string>({"1", "8", "32"}), "grid: sequences at once");
 ABSL_FLAG(std::vector<std::string>, context, std::vector<std::string>({"64", "1024"}), "grid: tokens of every prompt");
+ABSL_FLAG(int32_t, samples_a_prompt, 1, "grid: sequences of each prompt; every --batch is a multiple");
 ABSL_FLAG(int32_t, steps, 64, "grid: decode steps to time at each point");
 ABSL_FLAG(bool, profile, true,
           "grid: after the timed runs, the same ones again with the ten kernels that take longest");
@@ -107,14 +108,21 @@ using Write = absl::FunctionRef<absl::Status(const nlohmann::json& rows)>;
 absl::Status RunGrid(LocalModel& model, const std::string& name, double bandwidth, Write write) {
   LOCKSTEP_ASSIGN_OR_RETURN(const std::vector<int64_t> batches, Numbers("batch", absl::GetFlag(FLAGS_batch)));
   LOCKSTEP_ASSIGN_OR_RETURN(const std::vector<int64_t> contexts, Numbers("context", absl::GetFlag(FLAGS_context)));
+  const int64_t samples = absl::GetFlag(FLAGS_samples_a_prompt);
+  LOCKSTEP_RETURN_IF_ERROR(CheckNumber("samples_a_prompt", static_cast<double>(samples), 1));
   PrintPointHeader();
   std::vector<PointShape> shapes;
   std::vector<PointTimes> times;
   nlohmann::json results = nlohmann::json::array();
   for (const int64_t context : contexts) {
     for (const int64_t batch : batches) {
+      if (batch % samples != 0) {
+        return absl::InvalidArgumentError(
+            absl::StrCat("--samples_a_prompt: value ", samples, " does not divide ", batch, " of --batch"));
+      }
       shapes.push_back({.batch = batch,
                         .context = context,
+                        .samples = samples,
                         .steps = absl::GetFlag(FLAGS_steps),
                         .max_batch_tokens = absl::GetFlag(FLAGS_max_batch_tokens)});
       LOCKSTEP_ASSIGN_OR_RETURN(const PointTimes point, TimePoint(model, shapes.back(), bandwidth));

@@ -17,48 +17,58 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
+constexpr int64_t kPageSize = 64;
+
 double Milliseconds(Clock::duration d) {
   return std::chrono::duration<double, std::milli>(d).count();
 }
 
 // A loop with the point's requests in flight.
 absl::StatusOr<LocalLoop> Begin(LocalModel& model, const PointShape& shape) {
-  const auto [batch, context, steps, max_batch_tokens] = shape;
+  const auto [batch, context, samples, steps, max_batch_tokens] = shape;
   // Sequences whose prompts are done decode on while the others prefill: each may take a token in every such step.
-  const int64_t prefill_steps = batch * context / std::max(max_batch_tokens, batch) + 2;
+  const int64_t prefill_steps = shape.prompt_tokens() / std::max(max_batch_tokens, batch) + 2;
   const int64_t length = context + prefill_steps + steps + 2;
   if (length > model.spec.max_position) {
     return absl::InvalidArgumentError(absl::StrCat("--context: value ", context, " with ", length - context,
                                                    " new tokens exceeds the model's ", model.spec.max_position));
   }
   const LoopConfig config{
-      .page_size = 64,
+      .page_size = kPageSize,
       .max_batch_tokens = std::max(max_batch_tokens, batch),
       .max_sequences = batch,
       .max_kv_tokens = batch * (length + 192)};  // with the page per running sequence that admission leaves free
   LOCKSTEP_ASSIGN_OR_RETURN(LocalLoop local, MakeLocalLoop(model, config));
   std::mt19937_64 rng(1);
-  for (int64_t i = 0; i < batch; ++i) {
+  for (int64_t i = 0; i < shape.prompts(); ++i) {
     RequestSpec r;
     r.request_id = absl::StrCat(i);
     for (int64_t t = 0; t < context; ++t)
       r.prompt.push_back(static_cast<int32_t>(rng() % static_cast<uint64_t>(model.spec.vocab_size)));
+    r.n = static_cast<int32_t>(samples);
     r.max_tokens = prefill_steps + steps + 2;
     r.logprobs = {.temperature = true};
-    local.loop->Submit(std::move(r), std::make_shared<CollectingSink>(1), absl::Now());
+    local.loop->Submit(std::move(r), std::make_shared<CollectingSink>(r.n), absl::Now());
   }
   return local;
 }
 
 // Decode rows ride along in prefill steps, so the prompts are done when every sequence has its first token.
 bool Prefilling(const LocalLoop& local, const PointShape& shape) {
-  return local.loop->Load().prefill_tokens < shape.batch * shape.context;
+  return local.loop->Load().prefill_tokens < shape.prompt_tokens();
+}
+
+// Bytes of a decode step of the point. What samples share of a prompt, whole pages, counts once.
+double StepBytes(const Traffic& traffic, const PointShape& shape) {
+  const int64_t shared = shape.context / kPageSize * kPageSize;
+  return traffic.DecodeStepBytes(shape.batch, shape.context) -
+         static_cast<double>(shape.batch - shape.prompts()) * traffic.KvBytes(shared);
 }
 
 // What the step between two loads worked on. Prompts are prefilled one after the other; a decode row's context is taken
 // as that of the point, give or take the tokens it has generated.
 ProfiledStep StepBetween(const WorkerLoad& before, const WorkerLoad& after, const PointShape& shape,
-                         const Traffic& traffic, int64_t max_logit_rows) {
+                         const Traffic& traffic, const Ops& ops) {
   const int64_t prompt_rows = after.prefill_tokens - before.prefill_tokens;
   const int64_t prompts_done = after.prefill_tokens / shape.context - before.prefill_tokens / shape.context;
   const auto flops = [&](int64_t tokens) {
@@ -67,12 +77,14 @@ ProfiledStep StepBetween(const WorkerLoad& before, const WorkerLoad& after, cons
            traffic.PromptAttentionFlops(tokens % shape.context);
   };
   ProfiledStep step;
-  step.logit_rows = after.generated_tokens - before.generated_tokens;
-  step.head_blocks = (step.logit_rows + max_logit_rows - 1) / max_logit_rows;
-  step.decode_rows = step.logit_rows - prompts_done;
+  // A prompt's last row gives every sample its first token.
+  step.decode_rows = after.generated_tokens - before.generated_tokens - prompts_done * shape.samples;
+  step.logit_rows = step.decode_rows + prompts_done;
+  step.head_blocks = (step.logit_rows + ops.max_logit_rows() - 1) / ops.max_logit_rows();
   step.rows = prompt_rows + step.decode_rows;
   const int64_t generated = after.generated_tokens / shape.batch;
   step.decode_kv_bytes = static_cast<double>(step.decode_rows) * traffic.KvBytes(shape.context + generated);
+  step.shared = traffic.SharedBytes(ops.shared_attention());
   step.prompt_attention_flops = flops(after.prefill_tokens) - flops(before.prefill_tokens);
   return step;
 }
@@ -84,7 +96,7 @@ absl::StatusOr<PointTimes> TimePoint(LocalModel& model, const PointShape& shape,
   PointTimes point;
   auto start = Clock::now();
   while (Prefilling(local, shape)) local.loop->Step();
-  point.prefill_tok_s = static_cast<double>(shape.batch * shape.context) / Milliseconds(Clock::now() - start) * 1e3;
+  point.prefill_tok_s = static_cast<double>(shape.prompt_tokens()) / Milliseconds(Clock::now() - start) * 1e3;
   std::vector<double> times;
   while (static_cast<int64_t>(times.size()) <= shape.steps && local.loop->Load().running_sequences == shape.batch) {
     start = Clock::now();
@@ -99,7 +111,7 @@ absl::StatusOr<PointTimes> TimePoint(LocalModel& model, const PointShape& shape,
   point.median_ms = times[times.size() / 2];
   point.slowest_ms = times.back();
   const Traffic traffic = TrafficOf(model.spec, model.weights, model.ops());
-  point.floor_ms = traffic.DecodeStepBytes(shape.batch, shape.context) / bandwidth * 1e3;
+  point.floor_ms = StepBytes(traffic, shape) / bandwidth * 1e3;
   return point;
 }
 
@@ -118,7 +130,7 @@ absl::StatusOr<PointKernels> RecordPoint(LocalModel& model, const PointShape& sh
     LOCKSTEP_RETURN_IF_ERROR(local.loop->failure());
     LOCKSTEP_ASSIGN_OR_RETURN(const std::vector<KernelLaunch> launches, recorder.Take());
     if (keep) {
-      table.AddStep(StepBetween(before, local.loop->Load(), shape, traffic, model.ops().max_logit_rows()), launches);
+      table.AddStep(StepBetween(before, local.loop->Load(), shape, traffic, model.ops()), launches);
     }
     return absl::OkStatus();
   };

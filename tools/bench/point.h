@@ -1,4 +1,5 @@
-// Points of the grid, batch x context: the steps of `batch` prompts of `context` tokens, timed or recorded.
+// Points of the grid, batch x context: the steps of `batch` sequences after prompts of `context` tokens, timed or
+// recorded.
 #pragma once
 
 #include <cstdint>
@@ -15,8 +16,12 @@ namespace lockstep {
 
 struct PointShape {
   int64_t batch = 0, context = 0;
+  int64_t samples = 1;           // of each prompt; divides `batch`
   int64_t steps = 0;             // decode steps
   int64_t max_batch_tokens = 0;  // prefill budget of a step
+
+  int64_t prompts() const { return batch / samples; }
+  int64_t prompt_tokens() const { return prompts() * context; }
 };
 
 struct PointTimes {

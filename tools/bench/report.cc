@@ -63,6 +63,7 @@ nlohmann::json PointJson(const std::string& model, const PointShape& shape, cons
   return {{"model", model},
           {"batch", shape.batch},
           {"context", shape.context},
+          {"samples_a_prompt", shape.samples},
           {"prefill_tok_s", times.prefill_tok_s},
           {"step_ms", times.step_ms},
           {"median_step_ms", times.median_ms},

@@ -30,6 +30,7 @@ Traffic TrafficOf(const ModelSpec& spec, const ModelWeights& weights, const Ops&
       same = traffic.windows.insert(traffic.windows.end(), Traffic::Window{.keys = shape.window});
     const int64_t page = ops.kv_page_multiple();
     same->bytes += static_cast<double>(ops.KvPageBytes(shape, page)) / static_cast<double>(page);
+    same->heads += shape.heads;
     same->flops += 4.0 * static_cast<double>(shape.heads * shape.head_dim);
     ++same->layers;
   }
@@ -46,6 +47,22 @@ double Traffic::KvBytes(int64_t context) const {
   double bytes = 0;
   for (const Window& w : windows)
     bytes += w.bytes * static_cast<double>(w.keys > 0 ? std::min(w.keys, context) : context);
+  return bytes;
+}
+
+SharedAttentionBytes Traffic::SharedBytes(const SharedAttention& shared) const {
+  SharedAttentionBytes bytes;
+  for (const Window& w : windows) {
+    const double states = static_cast<double>(w.heads * shared.state_bytes);  // of one row
+    for (const AttentionShare& share : shared.shares) {
+      const double keys = w.bytes * static_cast<double>(share.positions);
+      // Rows whose window cuts the shared positions off go their own way; their columns are computed with the others'.
+      const auto rows = std::count_if(share.row_positions.begin(), share.row_positions.end(),
+                                      [&](int64_t position) { return w.keys == 0 || position < w.keys; });
+      if (rows > 0) bytes.moved += keys + static_cast<double>(share.row_positions.size()) * states;
+      bytes.spared += static_cast<double>(rows) * (keys - states);
+    }
+  }
   return bytes;
 }
 

@@ -25,6 +25,23 @@ TEST(Traffic, ADecodeStepMovesWeightsOnceAndTheRestForEachSequence) {
   EXPECT_DOUBLE_EQ(TwoKinds().DecodeStepBytes(8, 80), 1e6 + 8 * (80 * 50 + 500));
 }
 
+TEST(Traffic, SharedKeysAndValuesAreReadOnceAndStatesPassedForThem) {
+  Traffic traffic = TwoKinds();
+  traffic.windows[0].heads = 8;
+  traffic.windows[1].heads = 12;
+  const SharedAttention shared = {.shares = {{.positions = 256, .row_positions = {300, 400, 500}}}, .state_bytes = 10};
+  // Without a window: three rows.
+  const double keys = 256 * 20, states = 8 * 10;
+  EXPECT_DOUBLE_EQ(traffic.SharedBytes(shared).moved, keys + 3 * states);
+  EXPECT_DOUBLE_EQ(traffic.SharedBytes(shared).spared, 3 * (keys - states));
+  // Of a window of 350 the first row alone; the states of all are written.
+  traffic.windows[1].keys = 350;
+  const double window_keys = 256 * 30, window_states = 12 * 10;
+  EXPECT_DOUBLE_EQ(traffic.SharedBytes(shared).moved, keys + 3 * states + window_keys + 3 * window_states);
+  EXPECT_DOUBLE_EQ(traffic.SharedBytes(shared).spared, 3 * (keys - states) + window_keys - window_states);
+  EXPECT_DOUBLE_EQ(traffic.SharedBytes({}).moved, 0);
+}
+
 TEST(Traffic, PromptAttentionSeesATriangleCutOffByTheWindow) {
   double flops = 0;
   for (int row = 1; row <= 250; ++row) flops += row * 4 + std::min(row, 100) * 6;
