@@ -66,6 +66,46 @@ int Fail(const absl::Status& status) {
   return 1;
 }
 
+// Ends the process, draining or not, when a step does not end: then nothing ends any more, so nothing can be drained,
+// nor the worker's thread be joined.
+class StepWatch {
+ public:
+  explicit StepWatch(const RolloutServer& server) : thread_([this, &server] { Run(server); }) {}
+  ~StepWatch() {
+    ended_.Notify();
+    thread_.join();
+  }
+
+ private:
+  void Run(const RolloutServer& server) {
+    while (!ended_.WaitForNotificationWithTimeout(kHealthInterval)) {
+      const absl::Status health = server.WorkerHealth();
+      if (!absl::IsDeadlineExceeded(health)) continue;
+      Fail(health);
+      spdlog::default_logger()->flush();
+      std::_Exit(1);
+    }
+  }
+
+  absl::Notification ended_;
+  std::thread thread_;
+};
+
+// Until a signal has been answered with a drain. What the worker's device failed with, if it did.
+absl::Status Serve(RolloutServer& server, TerminationSignals& signals, absl::Duration drain) {
+  const StepWatch watch(server);
+  while (!signals.WaitUntilRequested(kHealthInterval)) {
+    const absl::Status health = server.WorkerHealth();
+    if (health.ok() || absl::IsDeadlineExceeded(health)) continue;
+    // Every request has its error by now; what is left is to say so to readers and to the supervisor.
+    server.Drain(absl::Now(), kDelivery);
+    return health;
+  }
+  spdlog::info("draining for at most {} s; a second signal ends the process at once", absl::ToDoubleSeconds(drain));
+  server.Drain(absl::Now() + drain, kDelivery);
+  return absl::OkStatus();
+}
+
 bool IsLoopback(const std::string& address) {
   return absl::StartsWith(address, "127.") || absl::StartsWith(address, "localhost:") ||
          absl::StartsWith(address, "[::1]:") || absl::StartsWith(address, "unix:");
@@ -105,22 +145,7 @@ int WorkerMain(int argc, char** argv,
               (*server)->control_address().c_str());
   std::fflush(stdout);
 
-  while (!signals.WaitUntilRequested(kHealthInterval)) {
-    const absl::Status health = (*server)->WorkerHealth();
-    if (health.ok()) continue;
-    if (absl::IsDeadlineExceeded(health)) {
-      // Nothing ends any more, so nothing can be drained, nor the worker's thread be joined.
-      Fail(health);
-      spdlog::shutdown();
-      std::_Exit(1);
-    }
-    // Every request has its error by now; what is left is to say so to readers and to the supervisor.
-    (*server)->Drain(absl::Now(), kDelivery);
-    return Fail(health);
-  }
-  spdlog::info("draining for at most {} s; a second signal ends the process at once",
-               absl::ToDoubleSeconds(flags->drain));
-  (*server)->Drain(absl::Now() + flags->drain, kDelivery);
+  if (const absl::Status served = Serve(**server, signals, flags->drain); !served.ok()) return Fail(served);
   server->reset();
   spdlog::info("drained");
   return 0;

@@ -129,6 +129,21 @@ TEST_F(WorkerTest, AStepThatDoesNotEndIsNoticed) {
   EXPECT_TRUE(sink->WaitUntilDone());
 }
 
+TEST_F(WorkerTest, AStepThatDoesNotEndIsNoticedWhileTheWorkerDrains) {
+  absl::Notification released;
+  auto model = std::shared_ptr<LocalModel>(MakeRandomModel(ModelKind::kHybrid, "fp32", 1, 1));
+  model->backend = MakeBlockingBackend(model->ops().profile(), model->threads.get(), &released);
+  Start(std::move(model), 100, /*step_timeout=*/absl::Milliseconds(200));
+  auto sink = std::make_shared<CountingSink>(1);
+  ASSERT_TRUE(worker_->Submit(Request("a", 5), sink).ok());
+  std::thread drain([&] { worker_->Drain(absl::Now()); });
+  for (int i = 0; i < 10000 && worker_->Health().ok(); ++i) absl::SleepFor(absl::Milliseconds(1));
+  const absl::Status health = worker_->Health();
+  released.Notify();
+  drain.join();
+  EXPECT_TRUE(absl::IsDeadlineExceeded(health)) << health;
+}
+
 TEST_F(WorkerTest, RunsWhatIsSubmittedFromManyThreads) {
   Start();
   std::vector<std::shared_ptr<CountingSink>> sinks(16);

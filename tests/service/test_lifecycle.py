@@ -123,6 +123,18 @@ def test_a_step_that_never_ends_ends_the_process(start_fake, pb):
         list(call)
 
 
+def test_a_step_that_never_ends_ends_a_drain(start_fake, pb):
+    worker = start_fake("--fake_step_ms", "10", "--fake_stuck_seconds", "3", "--drain_seconds", "600")
+    call = worker.stub.Generate(request(pb))
+    result = Result()
+    started(call, result)
+    worker.terminate()
+    assert worker.wait() == 1
+    assert "draining" in worker.log() and "a step does not end" in worker.log()
+    with fails_with(grpc.StatusCode.UNAVAILABLE):
+        finish(call, result)
+
+
 def test_idle_worker_stops_at_once(start_fake):
     worker = start_fake()
     begin = time.monotonic()
