@@ -17,6 +17,10 @@ namespace lockstep {
 struct RowTask {
   int64_t piece = 0;  // index into StepInput::pieces
   int64_t row = 0;    // within the piece
+  // Tells requests apart, for as long as the sampler lives: tasks of one have one `params`, which do not change until
+  // Forget, so a sampler may keep what it makes of them. 0: no request's; where lists are kept, on CUDA, such a task
+  // has no allowed_token_ids or logit_bias.
+  uint64_t request = 0;
   const SamplingParams* params = nullptr;
   const LogprobOptions* options = nullptr;
   const TokenHistory* history = nullptr;
@@ -40,6 +44,9 @@ class RowSampler {
   // was asked for before. An error of the call itself is the sampler's own (no memory, or the device's): nothing can be
   // sampled after it.
   virtual absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Collect() = 0;
+  // RowTask::request has ended, and its number will not come again: what was kept of it goes. Between steps. A sampler
+  // that keeps nothing has nothing to do.
+  virtual void Forget(uint64_t) {}
 };
 
 // sampler/sampler.h on host memory, a task a thread. `threads` must outlive it.

@@ -31,8 +31,10 @@ class Backend {
   // Bytes per second between the device and its memory, measured now: what floors are computed from. On a CPU the reads
   // of all threads, on a GPU the reads and writes of a copy.
   virtual absl::StatusOr<double> MeasureBandwidth() = 0;
-  // For rows of `vocab` logits. The backend must outlive it.
-  virtual absl::StatusOr<std::unique_ptr<RowSampler>> MakeSampler(int64_t vocab) = 0;
+  // For rows of `vocab` logits, of at most `requests` requests in a step. The backend must outlive it.
+  virtual absl::StatusOr<std::unique_ptr<RowSampler>> MakeSampler(int64_t vocab, int64_t requests) = 0;
+  // Device memory that a sampler holds for each of `requests`.
+  virtual int64_t SamplerBytesPerRequest(int64_t) const { return 0; }
 };
 
 // `threads` must outlive it. INVALID_ARGUMENT for an unknown name; UNIMPLEMENTED for "cuda" in a build without it;

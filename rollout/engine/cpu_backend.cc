@@ -16,7 +16,9 @@ class CpuBackend final : public Backend {
   std::string device() const override { return "CPU, " + std::to_string(threads_.threads()) + " threads"; }
   Ops& ops() override { return *ops_; }
   absl::StatusOr<double> MeasureBandwidth() override;
-  absl::StatusOr<std::unique_ptr<RowSampler>> MakeSampler(int64_t) override { return MakeCpuRowSampler(threads_); }
+  absl::StatusOr<std::unique_ptr<RowSampler>> MakeSampler(int64_t, int64_t) override {
+    return MakeCpuRowSampler(threads_);
+  }
 
  private:
   ThreadPool& threads_;

@@ -65,7 +65,8 @@ class CudaBackend final : public Backend {
   Ops& ops() override { return *ops_; }
   absl::Status CheckModel(const ModelSpec& spec) const override { return CheckCudaModel(spec); }
   absl::StatusOr<double> MeasureBandwidth() override;
-  absl::StatusOr<std::unique_ptr<RowSampler>> MakeSampler(int64_t vocab) override;
+  absl::StatusOr<std::unique_ptr<RowSampler>> MakeSampler(int64_t vocab, int64_t requests) override;
+  int64_t SamplerBytesPerRequest(int64_t vocab) const override { return cuda::DeviceSamplerBytesPerRequest(vocab); }
 
  private:
   std::unique_ptr<cuda::CudaOps> ops_;
@@ -97,8 +98,8 @@ absl::StatusOr<double> CudaBackend::MeasureBandwidth() {
   return 2.0 * static_cast<double>(kBytes) / (best * 1e-3);
 }
 
-absl::StatusOr<std::unique_ptr<RowSampler>> CudaBackend::MakeSampler(int64_t vocab) {
-  return cuda::MakeDeviceSampler({.vocab = vocab, .stream = ops_->stream()});
+absl::StatusOr<std::unique_ptr<RowSampler>> CudaBackend::MakeSampler(int64_t vocab, int64_t requests) {
+  return cuda::MakeDeviceSampler({.vocab = vocab, .requests = requests, .stream = ops_->stream()});
 }
 
 }  // namespace

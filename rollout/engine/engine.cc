@@ -21,14 +21,15 @@ absl::StatusOr<std::unique_ptr<Engine>> Engine::Create(const ModelSpec& spec, co
                  "slots {}, max_rows {}, page_size {}", config.slots, config.max_rows, config.page_size);
   std::unique_ptr<Engine> engine(new Engine(spec, ops, config));
   LOCKSTEP_ASSIGN_OR_RETURN(engine->forward_, ForwardPass::Create(spec, weights, ops, config.max_rows));
-  LOCKSTEP_ASSIGN_OR_RETURN(engine->sampler_, backend.MakeSampler(spec.vocab_size));
+  LOCKSTEP_ASSIGN_OR_RETURN(engine->sampler_, backend.MakeSampler(spec.vocab_size, config.slots));
   engine->memory_ = {.weights = weights.bytes(),
                      .activations = engine->forward_->buffer_bytes(),
                      .workspace = ops.reserved_memory(),
                      .kv_page = KvBytesPerPage(spec, ops, config.page_size),
                      .kv_pages = config.pages,
                      .state_slot = engine->layout_.bytes,
-                     .state_slots = config.slots};
+                     .state_slots = config.slots,
+                     .token_lists = backend.SamplerBytesPerRequest(spec.vocab_size)};
   LOCKSTEP_ASSIGN_OR_RETURN(engine->states_, ops.Allocate(engine->layout_.bytes * config.slots));
   LOCKSTEP_ASSIGN_OR_RETURN(engine->kv_, ops.Allocate(engine->memory_.kv_page * config.pages));
   std::byte* base = engine->kv_->data();

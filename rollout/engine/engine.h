@@ -37,7 +37,10 @@ struct MemoryPlan {
   int64_t kv_pages = 0;     // count
   int64_t state_slot = 0;   // one sequence
   int64_t state_slots = 0;  // count
-  int64_t total() const { return weights + activations + workspace + kv_page * kv_pages + state_slot * state_slots; }
+  int64_t token_lists = 0;  // of one request: allowed_token_ids and logit_bias, in a place of its own for each slot
+  int64_t total() const {
+    return weights + activations + workspace + kv_page * kv_pages + (state_slot + token_lists) * state_slots;
+  }
 };
 
 // A piece of one sequence, in the scheduler's terms.
@@ -85,6 +88,10 @@ class Engine {
   absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Step(
       const StepInput& input, absl::FunctionRef<void()> meanwhile = [] {});
 
+  // A new RowTask::request, and its end: no task of a later step is of it. Between steps.
+  uint64_t BeginRequest() { return ++requests_; }
+  void EndRequest(uint64_t request) { sampler_->Forget(request); }
+
   // When the last step with rows was handed to the device: its batch, before its operations.
   absl::Time begun() const { return begun_; }
 
@@ -120,6 +127,7 @@ class Engine {
   MemoryPlan memory_;
   Trace* trace_ = nullptr;
   absl::Time begun_ = absl::InfinitePast();
+  uint64_t requests_ = 0;  // begun so far
   // The step in preparation; members to keep their memory from step to step.
   std::vector<int32_t> tokens_;
   std::vector<int64_t> positions_;

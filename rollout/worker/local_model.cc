@@ -28,7 +28,9 @@ absl::StatusOr<std::unique_ptr<LocalModel>> LoadLocalModel(const std::filesystem
 }
 
 absl::StatusOr<LoopConfig> FitMemory(const LocalModel& model, LoopConfig config, int64_t bytes, int64_t min_tokens) {
-  const int64_t slot = MakeStateLayout(model.spec, model.ops()).bytes;
+  // What a sequence that runs takes besides pages; samples of one request share its lists, or they may be of as many.
+  const int64_t slot =
+      MakeStateLayout(model.spec, model.ops()).bytes + model.backend->SamplerBytesPerRequest(model.spec.vocab_size);
   const int64_t page = KvBytesPerPage(model.spec, model.ops(), config.page_size);
   if (page == 0) {
     const int64_t slots = slot == 0 ? config.max_sequences : std::min(config.max_sequences, bytes / slot);

@@ -43,8 +43,9 @@ struct LoopConfig {
   std::optional<uint64_t> disturb_seed;
 };
 
-// Pages and slots that `bytes` of memory hold: slots in at most half of it (if more than one), as many KV tokens as fit
-// in the rest. INVALID_ARGUMENT when not even one sequence of `min_tokens` fits.
+// Pages and slots that `bytes` of memory hold: slots (a state, and room for a request's token lists where the device
+// keeps them) in at most half of it (if more than one), as many KV tokens as fit in the rest. INVALID_ARGUMENT when not
+// even one sequence of `min_tokens` fits.
 absl::StatusOr<LoopConfig> FitMemory(const LocalModel& model, LoopConfig config, int64_t bytes, int64_t min_tokens);
 
 // An engine and a step loop over a model, which must outlive it.

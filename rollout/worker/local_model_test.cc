@@ -57,5 +57,40 @@ TEST_F(FitMemoryTest, LessIsRefusedWithTheNumbers) {
   EXPECT_THAT(std::string(config.status().message()), HasSubstr(std::to_string(slot_ + page_)));
 }
 
+// The CPU's, with a sampler that keeps something of every request.
+class KeepingBackend final : public Backend {
+ public:
+  explicit KeepingBackend(std::unique_ptr<Backend> cpu) : cpu_(std::move(cpu)) {}
+  std::string device() const override { return cpu_->device(); }
+  Ops& ops() override { return cpu_->ops(); }
+  absl::StatusOr<double> MeasureBandwidth() override { return cpu_->MeasureBandwidth(); }
+  absl::StatusOr<std::unique_ptr<RowSampler>> MakeSampler(int64_t vocab, int64_t requests) override {
+    return cpu_->MakeSampler(vocab, requests);
+  }
+  int64_t SamplerBytesPerRequest(int64_t vocab) const override { return 1000 * vocab; }
+
+ private:
+  std::unique_ptr<Backend> cpu_;
+};
+
+TEST_F(FitMemoryTest, EverySlotHasRoomForARequestsLists) {
+  model_->backend = std::make_unique<KeepingBackend>(std::move(model_->backend));
+  const int64_t slot = slot_ + 1000 * model_->spec.vocab_size;
+  const int64_t bytes = 4 * slot + 10 * slot + 100 * page_;
+  const auto config = Fit(bytes, /*max_sequences=*/4);
+  ASSERT_TRUE(config.ok()) << config.status();
+  EXPECT_EQ(config->max_sequences, 4);
+  EXPECT_EQ(config->max_kv_tokens, (10 * slot + 100 * page_) / page_ * kPage);
+  EXPECT_TRUE(Fit(slot + page_).ok());
+  EXPECT_FALSE(Fit(slot + page_ - 1).ok());
+  // What the engine then takes is what was planned.
+  const auto local = MakeLocalLoop(*model_, *config);
+  ASSERT_TRUE(local.ok()) << local.status();
+  const MemoryPlan& plan = local->engine->memory();
+  EXPECT_EQ(plan.token_lists, 1000 * model_->spec.vocab_size);
+  EXPECT_LE(plan.total() - plan.weights - plan.activations - plan.workspace, bytes);
+  EXPECT_GT(plan.total() - plan.weights - plan.activations - plan.workspace, bytes - page_);
+}
+
 }  // namespace
 }  // namespace lockstep

@@ -114,6 +114,10 @@ void LogMemory(const MemoryPlan& plan, const UpdateMemory& update, int64_t page_
                plan.kv_pages, page_size, plan.kv_page);
   spdlog::info("memory: states       {}  {} slots of {} bytes", mb(plan.state_slot * plan.state_slots),
                plan.state_slots, plan.state_slot);
+  if (plan.token_lists > 0) {
+    spdlog::info("memory: token lists  {}  {} requests' allowed_token_ids and logit_bias, {} bytes each",
+                 mb(plan.token_lists * plan.state_slots), plan.state_slots, plan.token_lists);
+  }
   spdlog::info("memory: total        {}{}", mb(plan.total() + update.total(on_cpu)),
                on_cpu ? "  (cache, states and staging become resident as they are used)" : "");
 }

@@ -10,6 +10,7 @@
 namespace lockstep {
 
 struct StepLoop::Request {
+  uint64_t number = 0;  // RowTask::request
   RequestSpec spec;
   std::shared_ptr<RequestSink> sink;
   absl::Time submitted;
@@ -63,6 +64,7 @@ void StepLoop::Submit(RequestSpec spec, std::shared_ptr<RequestSink> sink, absl:
   LOCKSTEP_CHECK(!requests_.contains(spec.request_id), "request {} is in flight", spec.request_id);
   LOCKSTEP_CHECK(spec.stop.stop_strings.empty() || token_bytes_ != nullptr, "stop strings without a tokenizer");
   auto request = std::make_unique<Request>();
+  request->number = engine_.BeginRequest();
   request->sink = std::move(sink);
   request->submitted = now;
   request->expiry = std::min(spec.deadline, now + spec.time_budget);
@@ -180,6 +182,7 @@ void StepLoop::PlanPromptLogprobs(Sequence& sequence, int64_t piece_index, const
   for (int64_t& position = request.planned_prompt_logprob; position < end; ++position) {
     tasks_.push_back({.piece = piece_index,
                       .row = position - 1 - piece.position,
+                      .request = request.number,
                       .params = &request.spec.sampling,
                       .options = &request.forced_options,
                       .history = &sequence.history,
@@ -194,6 +197,7 @@ void StepLoop::PlanSample(Sequence& sequence, int64_t piece_index, const Planned
   const RequestSpec& spec = sequence.request->spec;
   tasks_.push_back({.piece = piece_index,
                     .row = piece.count - 1,
+                    .request = sequence.request->number,
                     .params = &spec.sampling,
                     .options = &spec.logprobs,
                     .history = &sequence.history,
@@ -383,6 +387,7 @@ void StepLoop::Finish(Sequence& sequence, SampleResult result, absl::Time now) {
     }
     const std::string request_id = request.spec.request_id;
     sequences_.erase(id);
+    engine_.EndRequest(request.number);
     requests_.erase(request_id);
   } else {
     sequences_.erase(id);

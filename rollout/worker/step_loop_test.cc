@@ -4,9 +4,12 @@
 #include <gtest/gtest.h>
 
 #include <limits>
+#include <map>
+#include <set>
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "rollout/base/status.h"
 #include "tests/testing/failing_backend.h"
 #include "tests/testing/random_model.h"
 
@@ -234,6 +237,94 @@ TEST_F(StepLoopTest, AFailedSamplerIsAFailedDevice) {
     EXPECT_EQ(s.result.abort, AbortReason::kInternal);
     EXPECT_EQ(s.result.abort_message, kSamplerFailure);
   }
+}
+
+// What a sampler that keeps something of requests is told: their numbers, one set of parameters each, and their ends.
+struct Kept {
+  std::map<uint64_t, const SamplingParams*> now;
+  int64_t ended = 0;
+};
+
+class KeepingSampler final : public RowSampler {
+ public:
+  KeepingSampler(std::unique_ptr<RowSampler> rows, int64_t requests, Kept* kept)
+      : rows_(std::move(rows)), requests_(requests), kept_(*kept) {}
+  void Enqueue(Rows logits, std::span<const SampleTask> tasks) override {
+    for (const SampleTask& t : tasks) {
+      const uint64_t request = t.task->request;
+      EXPECT_GT(request, 0u);
+      const auto [entry, fresh] = kept_.now.try_emplace(request, t.task->params);
+      EXPECT_EQ(entry->second, t.task->params);
+      EXPECT_TRUE(!fresh || !numbers_.contains(request)) << "after its end";
+      numbers_.insert(request);
+      step_.insert(request);
+    }
+    EXPECT_LE(static_cast<int64_t>(step_.size()), requests_);
+    rows_->Enqueue(logits, tasks);
+  }
+  absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Collect() override {
+    step_.clear();
+    return rows_->Collect();
+  }
+  void Forget(uint64_t request) override {
+    kept_.now.erase(request);
+    ++kept_.ended;
+  }
+
+ private:
+  std::unique_ptr<RowSampler> rows_;
+  const int64_t requests_;
+  Kept& kept_;
+  std::set<uint64_t> numbers_, step_;
+};
+
+class KeepingBackend final : public Backend {
+ public:
+  KeepingBackend(std::unique_ptr<Backend> cpu, Kept* kept) : cpu_(std::move(cpu)), kept_(kept) {}
+  std::string device() const override { return cpu_->device(); }
+  Ops& ops() override { return cpu_->ops(); }
+  absl::StatusOr<double> MeasureBandwidth() override { return cpu_->MeasureBandwidth(); }
+  absl::StatusOr<std::unique_ptr<RowSampler>> MakeSampler(int64_t vocab, int64_t requests) override {
+    LOCKSTEP_ASSIGN_OR_RETURN(auto rows, cpu_->MakeSampler(vocab, requests));
+    return std::make_unique<KeepingSampler>(std::move(rows), requests, kept_);
+  }
+
+ private:
+  std::unique_ptr<Backend> cpu_;
+  Kept* kept_;
+};
+
+// However they end, and whatever they share: nothing is kept of a request that has ended, and no step is of more
+// requests than sequences run.
+TEST_F(StepLoopTest, ASamplerIsToldOfEveryRequestAndItsEnd) {
+  local_ = {};
+  Kept kept;
+  model_->backend = std::make_unique<KeepingBackend>(std::move(model_->backend), &kept);
+  for (uint64_t seed = 1; seed <= 5; ++seed) {
+    kept = {};
+    // Room for few: some are preempted, and what is held of them stays.
+    MakeLoop({.max_batch_tokens = 64, .max_sequences = 3, .max_kv_tokens = 512, .disturb_seed = seed});
+    for (int i = 0; i < 6; ++i) {
+      RequestSpec r = Request(absl::StrCat("r", i), 20 + 30 * i, 40, 1 + i % 3);
+      if (i % 2 == 0) r.prompt_logprobs = {1, 10};
+      r.logprobs.raw = true;
+      r.sampling.allowed_token_ids = {3, 4, 5};
+      Submit(r);
+    }
+    RequestSpec score = Request("score", 50, 0, 0);
+    score.prompt_logprobs = {1, 50};
+    score.logprobs.raw = true;
+    Submit(score);
+    for (int i = 0; i < 25; ++i) loop().Step();
+    loop().Abort("r1", 0, AbortReason::kClient, absl::Now());
+    loop().Abort("r5", std::nullopt, AbortReason::kClient, absl::Now());
+    EXPECT_FALSE(kept.now.empty());
+    while (loop().Step()) {
+    }
+    EXPECT_TRUE(kept.now.empty());
+    EXPECT_EQ(kept.ended, 7);
+  }
+  local_ = {};
 }
 
 TEST_F(StepLoopTest, ScoringOnePositionOrNoneEnds) {

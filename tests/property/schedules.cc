@@ -52,7 +52,7 @@ LoopConfig RandomLoop(int64_t page_multiple, Random& random) {
 }  // namespace
 
 std::vector<RequestSpec> RandomRequests(const ModelSpec& spec, uint64_t seed) {
-  Random random(seed);
+  Random random(seed), lists(seed + 77);
   std::vector<RequestSpec> requests;
   for (int i = 0; i < 4; ++i) {
     RequestSpec r;
@@ -74,6 +74,17 @@ std::vector<RequestSpec> RandomRequests(const ModelSpec& spec, uint64_t seed) {
     if (random.Chance(20)) s.min_p = 0.02f;
     if (random.Chance(20)) s.repetition_penalty = 1.3f;
     if (random.Chance(20)) s.frequency_penalty = 0.4f;
+    if (lists.Chance(40)) {
+      for (int64_t t = lists.Pick(20, spec.vocab_size); t > 0; --t) {
+        s.allowed_token_ids.push_back(static_cast<int32_t>(lists.Pick(0, spec.vocab_size - 1)));
+      }
+    }
+    if (lists.Chance(40)) {
+      for (int64_t t = lists.Pick(1, spec.vocab_size / 2); t > 0; --t) {
+        s.logit_bias[static_cast<int32_t>(lists.Pick(0, spec.vocab_size - 1))] =
+            0.5f * static_cast<float>(lists.Pick(-8, 8));
+      }
+    }
     r.logprobs = {
         .raw = true, .temperature = true, .processed = true, .top_k = static_cast<int32_t>(random.Pick(0, 3))};
     if (random.Chance(30))

@@ -13,7 +13,7 @@ struct Tally {
   int64_t schedules = 0, tokens = 0, scored = 0, preemptions = 0, forked = 0;
 };
 
-// Requests of many shapes: groups, prefixes, filters, penalties, stops, prompt log-probabilities.
+// Requests of many shapes: groups, prefixes, filters, penalties, token lists, stops, prompt log-probabilities.
 std::vector<RequestSpec> RandomRequests(const ModelSpec& spec, uint64_t seed);
 
 // The same tokens, teacher-forced: prompt ++ prefix ++ generated, all positions scored.

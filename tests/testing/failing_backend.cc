@@ -61,7 +61,9 @@ class TestBackend final : public Backend {
   std::string device() const override { return "a device that fails"; }
   Ops& ops() override { return ops_; }
   absl::StatusOr<double> MeasureBandwidth() override { return absl::InternalError(kDeviceFailure); }
-  absl::StatusOr<std::unique_ptr<RowSampler>> MakeSampler(int64_t) override { return MakeCpuRowSampler(threads_); }
+  absl::StatusOr<std::unique_ptr<RowSampler>> MakeSampler(int64_t, int64_t) override {
+    return MakeCpuRowSampler(threads_);
+  }
 
  private:
   ThreadPool& threads_;
@@ -114,7 +116,7 @@ class SamplerBackend final : public Backend {
   std::string device() const override { return "a device whose sampler fails"; }
   Ops& ops() override { return ops_; }
   absl::StatusOr<double> MeasureBandwidth() override { return absl::UnimplementedError("not measured"); }
-  absl::StatusOr<std::unique_ptr<RowSampler>> MakeSampler(int64_t) override {
+  absl::StatusOr<std::unique_ptr<RowSampler>> MakeSampler(int64_t, int64_t) override {
     return std::make_unique<Sampler>(threads_, argument_);
   }
 

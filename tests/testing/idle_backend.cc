@@ -34,7 +34,9 @@ class IdleBackend final : public Backend {
   std::string device() const override { return "a device that computes nothing"; }
   Ops& ops() override { return ops_; }
   absl::StatusOr<double> MeasureBandwidth() override { return absl::UnimplementedError("it has no memory"); }
-  absl::StatusOr<std::unique_ptr<RowSampler>> MakeSampler(int64_t) override { return std::make_unique<IdleSampler>(); }
+  absl::StatusOr<std::unique_ptr<RowSampler>> MakeSampler(int64_t, int64_t) override {
+    return std::make_unique<IdleSampler>();
+  }
 
  private:
   IdleOps ops_;

@@ -60,6 +60,12 @@ inline float __fmaf_rn(float a, float b, float c) {
   return std::fma(a, b, c);
 }
 
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof(x));
+  return x;
+}
+
 inline void __syncthreads() {
   host_run::BlockBarrier(0, host_run::Threads());
 }

@@ -13,8 +13,10 @@
 #include "kernels/cuda/memory.h"
 #include "kernels/cuda/params.h"
 #include "kernels/cuda/sampling/adjust_rows.h"
+#include "kernels/cuda/sampling/device_token_lists.h"
 #include "kernels/cuda/sampling/sample_rows.h"
 #include "kernels/cuda/sampling/task_packer.h"
+#include "kernels/cuda/sampling/token_lists.h"
 #include "kernels/float_bits.h"
 #include "rollout/base/check.h"
 #include "rollout/base/status.h"
@@ -50,7 +52,8 @@ struct Batch {
     int64_t lists = 0, kept = 0;  // PackedTask's
   };
   std::vector<Task> tasks;
-  Buffer in;                    // [DeviceTask] [LogitEdit]
+  Buffer in;                    // [DeviceTask] [TokenPenalty] [masked tokens]
+  PinnedMemory token_lists;     // those that the device does not have yet
   Buffer out;                   // [DeviceResult] [list entries] [kept bits]
   int64_t lists = 0, kept = 0;  // where those begin in `out`, bytes
 };
@@ -63,6 +66,7 @@ class DeviceSampler final : public RowSampler {
 
   void Enqueue(Rows logits, std::span<const SampleTask> tasks) override;
   absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> Collect() override;
+  void Forget(uint64_t request) override { token_lists_->Forget(request); }
 
  private:
   absl::Status Start(Rows logits, Batch& batch);
@@ -73,6 +77,7 @@ class DeviceSampler final : public RowSampler {
 
   const DeviceSamplerOptions options_;
   TaskPacker packer_;
+  std::unique_ptr<DeviceTokenLists> token_lists_;
   int multiprocessors_ = 0;
   cudaEvent_t done_ = nullptr;
   absl::Status status_;         // the first error; there is no way back from one
@@ -89,6 +94,7 @@ DeviceSampler::~DeviceSampler() {
 }
 
 absl::Status DeviceSampler::Init() {
+  LOCKSTEP_ASSIGN_OR_RETURN(token_lists_, DeviceTokenLists::Create(options_.vocab, options_.requests));
   int device = 0;
   LOCKSTEP_RETURN_IF_ERROR(CudaStatus(cudaGetDevice(&device), "cudaGetDevice"));
   LOCKSTEP_RETURN_IF_ERROR(CudaStatus(cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, device),
@@ -117,11 +123,13 @@ absl::Status DeviceSampler::Start(Rows logits, Batch& batch) {
   }
   const auto count = static_cast<int64_t>(batch.tasks.size());
   const int64_t task_bytes = count * static_cast<int64_t>(sizeof(DeviceTask));
-  const auto edit_bytes = static_cast<int64_t>(packer_.edits().size() * sizeof(LogitEdit));
+  const auto penalty_bytes = static_cast<int64_t>(packer_.penalties().size() * sizeof(TokenPenalty));
+  const auto masked_bytes = static_cast<int64_t>(packer_.masked().size() * sizeof(int32_t));
+  const int64_t in_bytes = task_bytes + penalty_bytes + masked_bytes;
   batch.lists = count * static_cast<int64_t>(sizeof(DeviceResult));
   batch.kept = batch.lists + packer_.list_entries() * static_cast<int64_t>(sizeof(uint64_t));
   const int64_t out_bytes = batch.kept + packer_.kept_bytes();
-  LOCKSTEP_RETURN_IF_ERROR(batch.in.Reserve(task_bytes + edit_bytes));
+  LOCKSTEP_RETURN_IF_ERROR(batch.in.Reserve(in_bytes));
   LOCKSTEP_RETURN_IF_ERROR(batch.out.Reserve(out_bytes));
 
   const int64_t adjusted_stride = (options_.vocab + 7) / 8 * 8;
@@ -139,7 +147,9 @@ absl::Status DeviceSampler::Start(Rows logits, Batch& batch) {
         LOCKSTEP_ASSIGN_OR_RETURN(
             adjusted_, CudaMemory::Allocate(kAdjustedRows * adjusted_stride * static_cast<int64_t>(sizeof(float))));
       }
-      packed.device.edits = reinterpret_cast<const LogitEdit*>(in + task_bytes) + packed.edits;
+      token_lists_->Place(*batch.tasks[i].row_task, packed.device);
+      packed.device.penalties = reinterpret_cast<const TokenPenalty*>(in + task_bytes) + packed.penalties;
+      packed.device.masked = reinterpret_cast<const int32_t*>(in + task_bytes + penalty_bytes) + packed.masked;
       packed.device.adjusted =
           reinterpret_cast<float*>(adjusted_->data()) + adjusted++ % kAdjustedRows * adjusted_stride;
     }
@@ -147,10 +157,13 @@ absl::Status DeviceSampler::Start(Rows logits, Batch& batch) {
     batch.tasks[i].kept = packed.kept;
     tasks[i] = packed.device;
   }
-  if (edit_bytes > 0) std::memcpy(batch.in.host.data() + task_bytes, packer_.edits().data(), edit_bytes);
-  LOCKSTEP_RETURN_IF_ERROR(CudaStatus(cudaMemcpyAsync(batch.in.device->data(), batch.in.host.data(),
-                                                      task_bytes + edit_bytes, cudaMemcpyHostToDevice, options_.stream),
-                                      "cudaMemcpyAsync of sampling tasks"));
+  std::byte* const host = batch.in.host.data() + task_bytes;
+  if (penalty_bytes > 0) std::memcpy(host, packer_.penalties().data(), penalty_bytes);
+  if (masked_bytes > 0) std::memcpy(host + penalty_bytes, packer_.masked().data(), masked_bytes);
+  LOCKSTEP_RETURN_IF_ERROR(token_lists_->Send(batch.token_lists, options_.stream));
+  LOCKSTEP_RETURN_IF_ERROR(CudaStatus(
+      cudaMemcpyAsync(batch.in.device->data(), batch.in.host.data(), in_bytes, cudaMemcpyHostToDevice, options_.stream),
+      "cudaMemcpyAsync of sampling tasks"));
 
   const SampleRowsParams params = {.logits = logits.data,
                                    .fp32 = logits.dtype == DType::kF32,
@@ -189,6 +202,7 @@ absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> DeviceSampler::Collect
   const std::span<const Batch> batches(batches_.data(), std::exchange(used_, 0));
   if (!batches.empty() && status_.ok()) status_ = CudaStatus(cudaEventSynchronize(done_), "a step on the device");
   if (!status_.ok()) return status_;
+  token_lists_->EndStep();
   size_t count = 0;
   for (const Batch& batch : batches) count += batch.tasks.size();
   std::vector<absl::StatusOr<SampledToken>> results;
@@ -308,6 +322,10 @@ RowLogprobs DeviceSampler::Report(const Batch& batch, size_t index) const {
 }
 
 }  // namespace
+
+int64_t DeviceSamplerBytesPerRequest(int64_t vocab) {
+  return MaxTokenListBytes(vocab);
+}
 
 absl::StatusOr<std::unique_ptr<RowSampler>> MakeDeviceSampler(const DeviceSamplerOptions& options) {
   if (options.vocab < 1 || options.vocab > kMaxVocabSize) {

@@ -138,6 +138,7 @@ class Generator {
     o.processed = Chance(0.5);
     o.kept_token_ids = Chance(0.3);
     if (Chance(0.4)) o.top_k = Int(1, kMaxTopLogprobs + 1);
+    c->task.request = ++requests_;
     c->task.params = &p;
     c->task.options = &o;
     c->task.history = c->history.get();
@@ -149,6 +150,7 @@ class Generator {
 
  private:
   std::mt19937 engine_;
+  uint64_t requests_ = 0;
 };
 
 absl::StatusOr<SampledToken> OnCpu(const Logits& logits, const Case& c, SamplerScratch& scratch) {
@@ -203,9 +205,10 @@ void ExpectSame(const absl::StatusOr<SampledToken>& got, const absl::StatusOr<Sa
   }
 }
 
-std::unique_ptr<RowSampler> MakeSampler(int64_t vocab) {
+// Of `requests` with token lists in a step at most.
+std::unique_ptr<RowSampler> MakeSampler(int64_t vocab, int64_t requests) {
   absl::StatusOr<std::unique_ptr<RowSampler>> sampler =
-      MakeDeviceSampler({.vocab = vocab, .temperature_rounding = TemperatureRounding::kDivide});
+      MakeDeviceSampler({.vocab = vocab, .requests = requests, .temperature_rounding = TemperatureRounding::kDivide});
   EXPECT_TRUE(sampler.ok()) << sampler.status();
   return sampler.ok() ? *std::move(sampler) : nullptr;
 }
@@ -241,7 +244,7 @@ TEST_P(SamplerShapes, EqualsTheCpus) {
     const Logits logits(std::move(rows), fp32);
     std::vector<std::unique_ptr<Case>> cases;
     for (int i = 0; i < shape.cases; ++i) cases.push_back(generator.Make(shape.vocab, shape.rows));
-    const std::unique_ptr<RowSampler> sampler = MakeSampler(shape.vocab);
+    const std::unique_ptr<RowSampler> sampler = MakeSampler(shape.vocab, shape.cases);
     ASSERT_NE(sampler, nullptr);
     // Pieces of several sizes before one Collect: 1, 2, 4 and 8 blocks a task.
     size_t begin = 0;
@@ -278,7 +281,7 @@ TEST_F(CudaOps, DeviceSamplerDoesNotDependOnTheBatch) {
   const Logits logits(std::move(rows), false);
   std::vector<std::unique_ptr<Case>> cases;
   for (int i = 0; i < 140; ++i) cases.push_back(generator.Make(kVocab, 8));
-  const std::unique_ptr<RowSampler> sampler = MakeSampler(kVocab);
+  const std::unique_ptr<RowSampler> sampler = MakeSampler(kVocab, 140);
   ASSERT_NE(sampler, nullptr);
   sampler->Enqueue(logits.rows, TasksOf(cases, 0, cases.size()));
   const std::vector<absl::StatusOr<SampledToken>> together = *sampler->Collect();
@@ -300,6 +303,128 @@ TEST_F(CudaOps, DeviceSamplerDoesNotDependOnTheBatch) {
       EXPECT_EQ(BitsOf(a.top_raw[j].logprob), BitsOf(t.top_raw[j].logprob));
     }
   }
+}
+
+// A request with long lists, and its samples.
+struct Listed {
+  uint64_t request = 0;
+  SamplingParams params;
+  std::vector<TokenHistory> samples;
+};
+
+std::unique_ptr<Listed> MakeListed(Generator& generator, int64_t vocab, uint64_t request) {
+  auto listed = std::make_unique<Listed>();
+  listed->request = request;
+  SamplingParams& p = listed->params;
+  p.temperature = generator.Chance(0.2) ? 0.0f : 0.8f;
+  if (generator.Chance(0.7)) p.allowed_token_ids = generator.Tokens(vocab, generator.Int(1, 2 * vocab));
+  if (generator.Chance(0.7)) {
+    for (const int32_t t : generator.Tokens(vocab, generator.Int(1, 20000))) {
+      if (p.logit_bias.size() < kMaxLogitBiasEntries) p.logit_bias[t] = generator.Real(-20, 20);
+    }
+  }
+  if (generator.Chance(0.5)) p.repetition_penalty = 1.3f;
+  if (generator.Chance(0.5)) p.frequency_penalty = 0.4f;
+  p.min_tokens = generator.Int(0, 6);
+  p.eos_token_ids = generator.Tokens(vocab, 2);
+  p.bad_words = {generator.Tokens(vocab, 1)};
+  for (int n = generator.Int(1, 4); n > 0; --n) {
+    listed->samples.emplace_back(generator.Tokens(vocab, 20), NeedsCounts(p));
+  }
+  return listed;
+}
+
+// Requests that begin, end, wait and share, over many steps, more than there are places. Every step's tokens and
+// PROCESSED are the CPU sampler's.
+void CompareOverSteps(int64_t vocab, int steps) {
+  constexpr int64_t kPlaces = 4;
+  Generator generator(static_cast<uint32_t>(vocab));
+  std::vector<std::vector<float>> rows;
+  for (int r = 0; r < 6; ++r) rows.push_back(generator.Row(vocab));
+  const Logits logits(std::move(rows), /*wide=*/false);
+  const std::unique_ptr<RowSampler> sampler = MakeSampler(vocab, kPlaces);
+  ASSERT_NE(sampler, nullptr);
+  const LogprobOptions options = {.processed = true};
+  SamplerScratch scratch;
+  std::vector<std::unique_ptr<Listed>> requests;
+  uint64_t begun = 0;
+  for (int step = 0; step < steps; ++step) {
+    SCOPED_TRACE("step " + std::to_string(step));
+    while (requests.size() < kPlaces + 2) requests.push_back(MakeListed(generator, vocab, ++begun));
+    // Mostly those that ran in the step before.
+    if (generator.Chance(0.2)) std::swap(requests[0], requests[generator.Int(1, requests.size())]);
+    std::vector<RowTask> tasks;
+    std::vector<int64_t> task_rows;
+    std::vector<std::pair<Listed*, TokenHistory*>> owners;
+    for (int64_t i = 0; i < kPlaces; ++i) {
+      for (TokenHistory& history : requests[i]->samples) {
+        tasks.push_back({.request = requests[i]->request,
+                         .params = &requests[i]->params,
+                         .options = &options,
+                         .history = &history,
+                         .key = {.seed = 5, .position = static_cast<uint32_t>(history.generated())}});
+        task_rows.push_back(generator.Int(0, 6));
+        owners.emplace_back(requests[i].get(), &history);
+      }
+    }
+    std::vector<SampleTask> row_tasks;
+    for (size_t i = 0; i < tasks.size(); ++i) row_tasks.push_back({task_rows[i], &tasks[i]});
+    // Two pieces of one step.
+    const size_t half = row_tasks.size() / 2;
+    sampler->Enqueue(logits.rows, std::span(row_tasks).first(half));
+    sampler->Enqueue(logits.rows, std::span(row_tasks).subspan(half));
+    const absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> got = sampler->Collect();
+    ASSERT_TRUE(got.ok()) << got.status();
+    ASSERT_EQ(got->size(), tasks.size());
+    for (size_t i = 0; i < tasks.size(); ++i) {
+      const auto [listed, history] = owners[i];
+      const absl::StatusOr<SampledToken> want =
+          SampleRow(logits.host[task_rows[i]], listed->params, options, *history, tasks[i].key, scratch);
+      ASSERT_EQ((*got)[i].status(), want.status()) << "request " << listed->request;
+      if (!want.ok()) continue;
+      ASSERT_EQ((*got)[i]->token, want->token) << "request " << listed->request;
+      ASSERT_EQ(BitsOf((*got)[i]->logprobs.processed), BitsOf(want->logprobs.processed + 0.0f));
+      history->Append(want->token);
+    }
+    if (generator.Chance(0.3)) {
+      const size_t ends = generator.Int(0, requests.size());
+      sampler->Forget(requests[ends]->request);
+      requests.erase(requests.begin() + static_cast<int64_t>(ends));
+    }
+  }
+}
+
+TEST_F(CudaOps, DeviceSamplerKeepsTokenListsOverSteps) {
+  CompareOverSteps(1003, 300);
+  CompareOverSteps(100352, 60);
+}
+
+// Only so that it shows are a request's parameters changed here.
+TEST_F(CudaOps, DeviceSamplerReadsTokenListsWhereTheyWereSentOnce) {
+  constexpr int64_t kVocab = 1003;
+  Generator generator(6);
+  const Logits logits({generator.Row(kVocab)}, /*wide=*/false);
+  const std::unique_ptr<RowSampler> sampler = MakeSampler(kVocab, 1);
+  ASSERT_NE(sampler, nullptr);
+  SamplingParams params;
+  params.allowed_token_ids = {5, 6, 7};
+  params.logit_bias = {{6, 90.0f}};
+  const LogprobOptions options;
+  const TokenHistory history({}, false);
+  const auto token = [&](uint64_t request) {
+    const RowTask task = {.request = request, .params = &params, .options = &options, .history = &history, .key = {}};
+    const SampleTask row_task = {0, &task};
+    sampler->Enqueue(logits.rows, {&row_task, 1});
+    const absl::StatusOr<std::vector<absl::StatusOr<SampledToken>>> got = sampler->Collect();
+    return got.ok() && got->at(0).ok() ? got->at(0)->token : -1;
+  };
+  EXPECT_EQ(token(1), 6);
+  params.allowed_token_ids = {100, 101, 102};
+  params.logit_bias = {{101, 90.0f}};
+  EXPECT_EQ(token(1), 6);
+  sampler->Forget(1);
+  EXPECT_EQ(token(2), 101);
+  EXPECT_EQ(token(3), 101);  // in the place of 2, which waits
 }
 
 TEST_F(CudaOps, DeviceSamplerReportsWhatTheCpuDoes) {
@@ -327,7 +452,7 @@ TEST_F(CudaOps, DeviceSamplerReportsWhatTheCpuDoes) {
     cases[9]->params.logit_bias = {{6, 1e38f}, {7, 3.4e38f}};
     cases[9]->params.temperature = 0.1f;
     cases[9]->options.processed = true;
-    const std::unique_ptr<RowSampler> sampler = MakeSampler(kVocab);
+    const std::unique_ptr<RowSampler> sampler = MakeSampler(kVocab, 10);
     ASSERT_NE(sampler, nullptr);
     sampler->Enqueue(logits.rows, TasksOf(cases, 0, cases.size()));
     const std::vector<absl::StatusOr<SampledToken>> got = *sampler->Collect();

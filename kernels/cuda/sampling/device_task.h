@@ -25,18 +25,15 @@ enum SampleFlags : uint32_t {
 
 enum SampleList { kListRaw, kListTemperature, kListProcessed, kSampleLists };
 
-// What penalties, bias and masks do to one token.
-struct LogitEdit {
+// A token of the prompt or generated, of a task with a penalty.
+struct TokenPenalty {
+  int32_t token = 0;
+  int32_t generated = 0;  // times; penalised for it where above 0
+};
+
+struct TokenBias {
   int32_t token = 0;
   float bias = 0;
-  int32_t generated = 0;  // times; penalised where above 0
-  uint32_t flags = 0;
-};
-enum EditFlags : uint32_t {
-  kEditRepeated = 1u << 0,  // in the prompt or generated
-  kEditAllowed = 1u << 1,   // of a task that allows only such tokens
-  kEditMasked = 1u << 2,
-  kEditBiased = 1u << 3,
 };
 
 struct alignas(16) DeviceTask {
@@ -53,13 +50,18 @@ struct alignas(16) DeviceTask {
   float* adjusted = nullptr;  // [vocab up to a multiple of 8] logits after the edits; null: nothing changes the row's
   uint64_t* lists = nullptr;  // [kSampleLists, list_size]: fp32 bits of the value << 32 | token, in no order
   uint8_t* kept = nullptr;    // [KeptBytes(vocab)]: a bit a token; null: not asked for
-  const LogitEdit* edits = nullptr;  // [edit_count], a token at most once
-  int32_t edit_count = 0;
-  int32_t allow_only = 0;  // whether tokens without kEditAllowed are masked
+  // What `adjusted` differs in: the request's, the same at every step (token_lists.h), ...
+  const uint32_t* allowed = nullptr;  // [KeptBytes(vocab) / 4]: a bit a token, those without are masked; null: all
+  const TokenBias* biases = nullptr;  // [bias_count], ascending
+  // ... and the step's.
+  const TokenPenalty* penalties = nullptr;  // [penalty_count], a token at most once
+  const int32_t* masked = nullptr;          // [masked_count] tokens
+  int32_t bias_count = 0;
+  int32_t penalty_count = 0;
+  int32_t masked_count = 0;
   float repetition_penalty = 1.0f;
   float frequency_penalty = 0.0f;
   float presence_penalty = 0.0f;
-  int32_t reserved[3] = {};
 };
 
 constexpr int64_t KeptBytes(int64_t vocab) {

@@ -7,12 +7,12 @@
 #include "kernels/cuda/sampling/row_reader.cuh"
 #include "kernels/cuda/sampling/sample_rows.h"
 #include "kernels/cuda/sampling/select.cuh"
+#include "sampler/mass.h"
 
 namespace lockstep::cuda {
 namespace {
 
-constexpr int kMaxBlocksPerTask = 8;
-constexpr int64_t kMaxVocab = int64_t{kMaxSegments} * kSegmentIds;
+static_assert(int64_t{kMaxSegments} * kSegmentIds == kMaxVocabSize);
 
 // PyTorch's choice of kernel for fp32 rows (aten/src/ATen/native/cuda/SoftMax.cu).
 LogSumOrder ChooseLogSumOrder(int64_t vocab) {
@@ -343,24 +343,6 @@ absl::Status Launch(const SampleRowsParams& params, cudaStream_t stream) {
 }
 
 }  // namespace
-
-absl::Status SampleRowsParams::Validate() const {
-  constexpr int64_t kMaxTasks = INT32_MAX / kMaxBlocksPerTask;
-  if (count < 0 || count > kMaxTasks) return BadField("SampleRowsParams.count", count, "0 to 2^28 - 1");
-  if (vocab < 1 || vocab > kMaxVocab) return BadField("SampleRowsParams.vocab", vocab, "1 to 262144");
-  if (absl::Status status = CheckPointer("SampleRowsParams.logits", logits, sizeof(uint4)); !status.ok()) return status;
-  if (absl::Status status = CheckStride("SampleRowsParams.logits_stride", logits_stride, vocab, kLaneIds); !status.ok())
-    return status;
-  if (absl::Status status = CheckPointer("SampleRowsParams.tasks", tasks, alignof(DeviceTask)); !status.ok())
-    return status;
-  return CheckPointer("SampleRowsParams.results", results, alignof(DeviceResult));
-}
-
-int SampleBlocksPerTask(int64_t count, int multiprocessors) {
-  int blocks = kMaxBlocksPerTask;
-  while (blocks > 1 && count * blocks > multiprocessors) blocks /= 2;
-  return blocks;
-}
 
 absl::Status LaunchSampleRows(const SampleRowsParams& params, int blocks_per_task, cudaStream_t stream) {
   if (absl::Status status = params.Validate(); !status.ok()) return status;

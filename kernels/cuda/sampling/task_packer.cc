@@ -43,7 +43,8 @@ std::vector<int32_t> KeptTokens(std::span<const std::byte> bits) {
 
 void TaskPacker::Pack(std::span<const SampleTask> tasks) {
   tasks_.clear();
-  edits_.clear();
+  penalties_.clear();
+  masked_.clear();
   list_entries_ = kept_bytes_ = 0;
   for (const SampleTask& task : tasks) tasks_.push_back(PackOne(task));
 }
@@ -94,24 +95,21 @@ PackedTask TaskPacker::PackOne(const SampleTask& sample) {
       kept_bytes_ += KeptBytes(vocab_);
     }
   }
-  if (processed && HasAdjustments(params, *task.history)) PackEdits(task, packed);
+  if (processed && HasAdjustments(params, *task.history)) PackAdjustments(task, packed);
   return packed;
 }
 
-LogitEdit& TaskPacker::EditOf(int32_t token) {
+void TaskPacker::Mask(int32_t token) {
   LOCKSTEP_CHECK(token >= 0 && token < vocab_, "token {} in a vocabulary of {}", token, vocab_);
-  if (place_[token] < 0) {
-    place_[token] = static_cast<int64_t>(edits_.size());
-    edits_.push_back({.token = token});
-  }
-  return edits_[place_[token]];
+  masked_.push_back(token);
 }
 
-void TaskPacker::PackEdits(const RowTask& task, PackedTask& packed) {
+void TaskPacker::PackAdjustments(const RowTask& task, PackedTask& packed) {
   const SamplingParams& params = *task.params;
   const TokenHistory& history = *task.history;
   packed.adjusted = true;
-  packed.edits = static_cast<int64_t>(edits_.size());
+  packed.penalties = static_cast<int64_t>(penalties_.size());
+  packed.masked = static_cast<int64_t>(masked_.size());
   packed.device.repetition_penalty = params.repetition_penalty;
   packed.device.frequency_penalty = params.frequency_penalty;
   packed.device.presence_penalty = params.presence_penalty;
@@ -119,27 +117,19 @@ void TaskPacker::PackEdits(const RowTask& task, PackedTask& packed) {
     LOCKSTEP_CHECK(history.tokens().empty() || !history.counts().empty(),
                    "a penalty is on, but the TokenHistory was built without counts");
     for (const TokenHistory::Count& count : history.counts()) {
-      LogitEdit& edit = EditOf(count.token);
-      edit.flags |= kEditRepeated;
-      edit.generated = count.generated;
+      LOCKSTEP_CHECK(count.token >= 0 && count.token < vocab_, "token {} in a vocabulary of {}", count.token, vocab_);
+      penalties_.push_back({.token = count.token, .generated = count.generated});
     }
   }
-  for (const auto& [token, bias] : params.logit_bias) {
-    LogitEdit& edit = EditOf(token);
-    edit.flags |= kEditBiased;
-    edit.bias = bias;
-  }
-  packed.device.allow_only = params.allowed_token_ids.empty() ? 0 : 1;
-  for (const int32_t token : params.allowed_token_ids) EditOf(token).flags |= kEditAllowed;
   for (const std::vector<int32_t>& words : params.bad_words) {
-    if (WouldComplete(history.tokens(), words)) EditOf(words.back()).flags |= kEditMasked;
+    if (WouldComplete(history.tokens(), words)) Mask(words.back());
   }
   if (history.generated() < params.min_tokens) {
-    for (const int32_t token : params.eos_token_ids) EditOf(token).flags |= kEditMasked;
-    for (const int32_t token : params.stop_token_ids) EditOf(token).flags |= kEditMasked;
+    for (const int32_t token : params.eos_token_ids) Mask(token);
+    for (const int32_t token : params.stop_token_ids) Mask(token);
   }
-  packed.device.edit_count = static_cast<int32_t>(static_cast<int64_t>(edits_.size()) - packed.edits);
-  for (size_t i = packed.edits; i < edits_.size(); ++i) place_[edits_[i].token] = -1;
+  packed.device.penalty_count = static_cast<int32_t>(static_cast<int64_t>(penalties_.size()) - packed.penalties);
+  packed.device.masked_count = static_cast<int32_t>(static_cast<int64_t>(masked_.size()) - packed.masked);
 }
 
 }  // namespace lockstep::cuda

@@ -1,12 +1,16 @@
-// The edits of a packed task, carried out here, against AdjustLogits of the CPU sampler. Needs no GPU.
+// What a packed task and its request's lists say, carried out here, against AdjustLogits of the CPU sampler. Needs no
+// GPU; the kernel's own source runs on a CPU in host_run/adjust_rows_host_test.cc.
 #include "kernels/cuda/sampling/task_packer.h"
 
 #include <bit>
+#include <cstring>
 #include <limits>
-#include <map>
 #include <random>
+#include <set>
+#include <span>
 
 #include "gtest/gtest.h"
+#include "kernels/cuda/sampling/token_lists.h"
 #include "sampler/adjust.h"
 
 namespace lockstep::cuda {
@@ -16,25 +20,24 @@ constexpr int64_t kVocab = 61;
 constexpr float kMasked = -std::numeric_limits<float>::infinity();
 
 // What AdjustRowsKernel does.
-std::vector<float> Adjust(const std::vector<float>& row, const DeviceTask& task, std::span<const LogitEdit> edits) {
-  std::vector<float> adjusted = task.allow_only != 0 ? std::vector<float>(row.size(), kMasked) : row;
-  for (const LogitEdit& edit : edits) {
-    float x = row[edit.token];
-    if ((edit.flags & kEditRepeated) != 0) {
-      x = x > 0 ? x / task.repetition_penalty : x * task.repetition_penalty;
-      if (edit.generated > 0) {
-        x -= task.frequency_penalty * static_cast<float>(edit.generated);
-        x -= task.presence_penalty;
-      }
-    }
-    if ((edit.flags & kEditBiased) != 0) x += edit.bias;
-    if ((edit.flags & kEditMasked) != 0 || (task.allow_only != 0 && (edit.flags & kEditAllowed) == 0)) x = kMasked;
-    adjusted[edit.token] = x;
+std::vector<float> Adjust(std::vector<float> row, const DeviceTask& task) {
+  for (size_t t = 0; t < row.size(); ++t) {
+    if (task.allowed != nullptr && (task.allowed[t / 32] >> t % 32 & 1) == 0) row[t] = kMasked;
   }
-  return adjusted;
+  for (const TokenPenalty& penalty : std::span(task.penalties, task.penalty_count)) {
+    float& x = row[penalty.token];
+    x = x > 0 ? x / task.repetition_penalty : x * task.repetition_penalty;
+    if (penalty.generated > 0) {
+      x -= task.frequency_penalty * static_cast<float>(penalty.generated);
+      x -= task.presence_penalty;
+    }
+  }
+  for (const TokenBias& bias : std::span(task.biases, task.bias_count)) row[bias.token] += bias.bias;
+  for (const int32_t token : std::span(task.masked, task.masked_count)) row[token] = kMasked;
+  return row;
 }
 
-TEST(TaskPacker, EditsAreTheCpusAdjustments) {
+TEST(TaskPacker, TasksAndTheirListsAreTheCpusAdjustments) {
   std::mt19937 engine(4);
   const auto below = [&](int n) { return static_cast<int32_t>(engine() % n); };
   const auto real = [&] { return std::uniform_real_distribution<float>(-3, 3)(engine); };
@@ -81,10 +84,17 @@ TEST(TaskPacker, EditsAreTheCpusAdjustments) {
       ++adjusted;
       std::vector<float> row(kVocab);
       for (float& x : row) x = real();
-      const auto edits = std::span(packer.edits()).subspan(packed.edits, packed.device.edit_count);
-      std::map<int32_t, int> seen;
-      for (const LogitEdit& edit : edits) EXPECT_EQ(++seen[edit.token], 1) << "token " << edit.token;
-      const std::vector<float> got = Adjust(row, packed.device, edits);
+      std::vector<uint64_t> lists(TokenListBytes(params[i], kVocab) / 8);
+      PackTokenLists(params[i], kVocab, std::as_writable_bytes(std::span(lists)));
+      DeviceTask task = packed.device;
+      PointToTokenLists(params[i], kVocab, std::as_bytes(std::span(lists)).data(), task);
+      task.penalties = packer.penalties().data() + packed.penalties;
+      task.masked = packer.masked().data() + packed.masked;
+      std::set<int32_t> seen;
+      for (int32_t p = 0; p < task.penalty_count; ++p) {
+        EXPECT_TRUE(seen.insert(task.penalties[p].token).second) << "token " << task.penalties[p].token;
+      }
+      const std::vector<float> got = Adjust(row, task);
       AdjustLogits(params[i], histories[i], row);
       for (int64_t t = 0; t < kVocab; ++t) {
         ASSERT_EQ(std::bit_cast<uint32_t>(got[t]), std::bit_cast<uint32_t>(row[t])) << "token " << t;
@@ -92,6 +102,53 @@ TEST(TaskPacker, EditsAreTheCpusAdjustments) {
     }
   }
   EXPECT_GT(adjusted, 1000);
+}
+
+TEST(TokenLists, AreAsLongAsTheyMustBeAndNeverLongerThanTheirPlace) {
+  for (const int64_t vocab : {1, 255, 256, 61, 16385, 100278, 262144}) {
+    SamplingParams params;
+    EXPECT_FALSE(HasTokenLists(params));
+    EXPECT_EQ(TokenListBytes(params, vocab), 0);
+    for (int64_t t = 0; t < std::min(vocab, kMaxLogitBiasEntries); ++t) params.logit_bias[static_cast<int32_t>(t)] = 1;
+    EXPECT_TRUE(HasTokenLists(params));
+    EXPECT_EQ(TokenListBytes(params, vocab), static_cast<int64_t>(params.logit_bias.size()) * 8);
+    params.allowed_token_ids = {static_cast<int32_t>(vocab - 1)};
+    EXPECT_LE(TokenListBytes(params, vocab), MaxTokenListBytes(vocab));
+    EXPECT_LT(MaxTokenListBytes(vocab), TokenListBytes(params, vocab) + 256);
+    params.logit_bias.clear();
+    EXPECT_EQ(TokenListBytes(params, vocab), KeptBytes(vocab));
+  }
+}
+
+TEST(TokenLists, AllowedTokensAreTheBitsThatAreSet) {
+  SamplingParams params;
+  params.allowed_token_ids = {60, 3, 31, 32, 3, 0};
+  params.logit_bias = {{32, -1.5f}, {2, 100.0f}};
+  std::vector<std::byte> bytes(TokenListBytes(params, kVocab), std::byte{0xFF});
+  PackTokenLists(params, kVocab, bytes);
+  EXPECT_EQ(KeptTokens(std::span(bytes).first(KeptBytes(kVocab))), (std::vector<int32_t>{0, 3, 31, 32, 60}));
+  TokenBias biases[2];
+  std::memcpy(biases, bytes.data() + KeptBytes(kVocab), sizeof(biases));
+  EXPECT_EQ(biases[0].token, 2);
+  EXPECT_EQ(biases[0].bias, 100.0f);
+  EXPECT_EQ(biases[1].token, 32);
+  EXPECT_EQ(biases[1].bias, -1.5f);
+}
+
+// What changes with the tokens is all that a step packs.
+TEST(TaskPacker, AStepHasNothingOfTheLists) {
+  SamplingParams params;
+  for (int32_t t = 0; t < kVocab; t += 2) params.allowed_token_ids.push_back(t);
+  params.logit_bias = {{1, 1.0f}, {2, 2.0f}};
+  params.bad_words = {{4}, {9, 5}};
+  LogprobOptions options;
+  const TokenHistory history(std::vector<int32_t>{1, 2}, false);
+  const RowTask task = {.params = &params, .options = &options, .history = &history};
+  TaskPacker packer(kVocab);
+  packer.Pack(std::vector<SampleTask>{{0, &task}});
+  EXPECT_TRUE(packer.tasks()[0].adjusted);
+  EXPECT_TRUE(packer.penalties().empty());
+  EXPECT_EQ(packer.masked(), std::vector<int32_t>{4});
 }
 
 TEST(TaskPacker, AsksOnlyForWhatIsWanted) {
