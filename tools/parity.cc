@@ -23,7 +23,7 @@ ABSL_FLAG(std::string, numerics, "hf-torch", "numerics profile");
 ABSL_FLAG(int32_t, threads, static_cast<int32_t>(std::max(1u, std::thread::hardware_concurrency())), "threads");
 ABSL_FLAG(std::string, backend, "cpu", "cpu or cuda");
 ABSL_FLAG(bool, cuda_graphs, true, "on cuda: record decode steps and replay them");
-ABSL_FLAG(bool, shared_prefix_attention, false, "on cuda: decode reads the keys and values that sequences share once");
+ABSL_FLAG(bool, shared_prefix_attention, true, "on cuda: decode reads the keys and values that sequences share once");
 ABSL_FLAG(int32_t, prompts, 16, "random prompts, of 1 to --prompt_tokens tokens");
 ABSL_FLAG(int32_t, prompt_tokens, 200, "longest prompt");
 ABSL_FLAG(int32_t, max_tokens, 96, "generated tokens a prompt");

@@ -106,8 +106,7 @@ struct Columns {
 // Traffic: the keys and values that the piece sees, 512 bytes a position and kv head, each once; of a share once for
 // all its pieces, and 2 x 544 bytes a piece and head.
 template <class Order, bool kShare, int kSlots>
-__global__ void __launch_bounds__(kThreads, kSlotsPerSm / kSlots)
-    DecodeKernel(const __grid_constant__ AttentionArgs args) {
+__device__ __forceinline__ void DecodeTiles(const AttentionArgs& args) {
   constexpr int kKeys = Order::kKeys;
   constexpr int kHalves = kKeys / kBlock;
   constexpr int kRowTiles = kKeys / (16 * kMathWarps);  // of 16 keys, a warp
@@ -285,19 +284,39 @@ __global__ void __launch_bounds__(kThreads, kSlotsPerSm / kSlots)
   }
 }
 
+template <class Order, int kSlots>
+__global__ void __launch_bounds__(kThreads, kSlotsPerSm / kSlots)
+    DecodeKernel(const __grid_constant__ AttentionArgs args) {
+  DecodeTiles<Order, false, kSlots>(args);
+}
+
+// A kernel of its own, so that profiles tell it apart.
+template <class Order, int kSlots>
+__global__ void __launch_bounds__(kThreads, kSlotsPerSm / kSlots)
+    DecodeSharedKernel(const __grid_constant__ AttentionArgs args) {
+  DecodeTiles<Order, true, kSlots>(args);
+}
+
 template <class Order, bool kShare, int kSlots>
-absl::Status LaunchRing(const char* name, dim3 grid, const AttentionArgs& args, cudaStream_t stream) {
-  return LaunchKernel(name, DecodeKernel<Order, kShare, kSlots>, grid, kThreads, sizeof(DecodeShared<Order, kSlots>),
-                      LaunchOrder::kOverlapped, stream, args);
+absl::Status LaunchRing(dim3 grid, const AttentionArgs& args, cudaStream_t stream) {
+  const auto launch = [&](const char* name, auto kernel) {
+    return LaunchKernel(name, kernel, grid, kThreads, sizeof(DecodeShared<Order, kSlots>), LaunchOrder::kOverlapped,
+                        stream, args);
+  };
+  if constexpr (kShare) {
+    return launch("AttentionDecodeShared", DecodeSharedKernel<Order, kSlots>);
+  } else {
+    return launch("AttentionDecode", DecodeKernel<Order, kSlots>);
+  }
 }
 
 // The fewer blocks share a multiprocessor, the more of its copies each must have in flight.
 template <class Order, bool kShare>
-absl::Status LaunchBlocks(const char* name, dim3 grid, const AttentionArgs& args, cudaStream_t stream) {
+absl::Status LaunchBlocks(dim3 grid, const AttentionArgs& args, cudaStream_t stream) {
   const int64_t blocks = int64_t{grid.x} * grid.y;
-  if (blocks <= kMultiprocessors) return LaunchRing<Order, kShare, kSlotsPerSm>(name, grid, args, stream);
-  if (blocks <= 2 * kMultiprocessors) return LaunchRing<Order, kShare, kSlotsPerSm / 2>(name, grid, args, stream);
-  return LaunchRing<Order, kShare, kSlotsPerSm / 3>(name, grid, args, stream);
+  if (blocks <= kMultiprocessors) return LaunchRing<Order, kShare, kSlotsPerSm>(grid, args, stream);
+  if (blocks <= 2 * kMultiprocessors) return LaunchRing<Order, kShare, kSlotsPerSm / 2>(grid, args, stream);
+  return LaunchRing<Order, kShare, kSlotsPerSm / 3>(grid, args, stream);
 }
 
 template <class Order>
@@ -307,14 +326,12 @@ absl::Status Launch(const AttentionParams& params, cudaStream_t stream) {
     if (params.batch.share_count > 0 && params.workspace != nullptr && params.heads == params.kv.kv_heads) {
       args.shared_rows = static_cast<RowState*>(params.workspace);
       const dim3 grid(static_cast<unsigned>(params.kv.kv_heads), static_cast<unsigned>(params.batch.share_count));
-      if (absl::Status status = LaunchBlocks<Order, true>("AttentionDecodeShared", grid, args, stream); !status.ok()) {
-        return status;
-      }
+      if (absl::Status status = LaunchBlocks<Order, true>(grid, args, stream); !status.ok()) return status;
     }
   }
   const dim3 grid(static_cast<unsigned>(DecodeUnits(params.heads, params.kv.kv_heads)),
                   static_cast<unsigned>(params.batch.decode_pieces));
-  return LaunchBlocks<Order, false>("AttentionDecode", grid, args, stream);
+  return LaunchBlocks<Order, false>(grid, args, stream);
 }
 
 }  // namespace

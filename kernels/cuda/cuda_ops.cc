@@ -455,7 +455,8 @@ StepRows CudaOps::BeginStep(const StepBatch& batch) {
       "BeginStep"));
   Keep(CudaStatus(cudaEventRecord(image.copied, stream_), "BeginStep"));
   batch_ = BatchAt(device_image_->data(), sizes_);
-  if (record_ == 0) batch_.share_count = static_cast<int32_t>(shares);
+  // A recorded step is good for any number of shares, or for none.
+  if (record_ == 0 || shares == 0) batch_.share_count = static_cast<int32_t>(shares);
   return {sizes_.rows, std::min(sizes_.logit_rows, max_logit_rows())};
 }
 
@@ -465,7 +466,7 @@ void CudaOps::RunStep(const void* owner, absl::FunctionRef<void()> step) {
     step();
     return;
   }
-  RecordKey key{owner, record_, 0};
+  RecordKey key{owner, record_, batch_.share_count > 0, 0};
   auto found = recorded_.find(key);
   if (found == recorded_.end()) {
     key.max_positions = max_positions_;

@@ -25,7 +25,7 @@ namespace lockstep::cuda {
 struct CudaOpsOptions {
   int device = 0;
   bool graphs = true;
-  bool shared_prefix_attention = false;  // read the keys and values that decode rows have in common once for all
+  bool shared_prefix_attention = true;  // read the keys and values that decode rows have in common once for all
 };
 
 class CudaOps final : public Ops {
@@ -144,6 +144,7 @@ class CudaOps final : public Ops {
   struct RecordKey {
     const void* owner;
     int64_t rows;           // padded
+    bool shares;            // whether rows have keys and values in common: a kernel more in each layer
     int64_t max_positions;  // 0: the step is the same for any
     auto operator<=>(const RecordKey&) const = default;
   };

@@ -28,7 +28,7 @@ struct WorkerOptions {
   int cuda_device = 0;
   bool cuda_graphs = true;  // record decode steps and replay them
   // cuda: decode reads the keys and values that sequences share once for all.
-  bool shared_prefix_attention = false;
+  bool shared_prefix_attention = true;
   double memory_gb = 0;        // for KV pages and state slots, 1e9 bytes; 0: by memory_fraction
   double memory_fraction = 0;  // of the memory that is free once the weights are loaded; 0: 0.5 on cpu, 0.9 on cuda
   int64_t page_size = 64;      // tokens per KV page

@@ -103,20 +103,4 @@ std::string_view KernelBaseName(std::string_view short_name) {
   return short_name.substr(0, short_name.find('<'));
 }
 
-std::string_view KernelLastArgument(std::string_view short_name) {
-  if (short_name.empty() || short_name.back() != '>') return {};
-  do {
-    short_name.remove_suffix(1);  // "> >" closes two lists
-  } while (short_name.ends_with(' '));
-  int depth = 0;  // of lists within the argument
-  size_t begin = short_name.size();
-  for (; begin > 0; --begin) {
-    const char before = short_name[begin - 1];
-    if (depth == 0 && (before == '<' || before == ' ')) break;
-    if (before == '>') ++depth;
-    if (before == '<') --depth;
-  }
-  return short_name.substr(begin);
-}
-
 }  // namespace lockstep

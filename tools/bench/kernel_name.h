@@ -13,7 +13,5 @@ std::string ShortKernelName(std::string_view name);
 
 // Without template arguments: "DecodeKernel".
 std::string_view KernelBaseName(std::string_view short_name);
-// The last template argument, "2"; empty: there is none, "...": it was cut off.
-std::string_view KernelLastArgument(std::string_view short_name);
 
 }  // namespace lockstep

@@ -32,22 +32,6 @@ TEST(KernelName, LongListsAreCutBetweenArguments) {
   EXPECT_EQ(ShortKernelName("void Kernel<AVeryLongTypeNameThatFillsTheWholeColumnByItself>(int)"), "Kernel<...>");
 }
 
-TEST(KernelName, LastArgument) {
-  EXPECT_EQ(KernelLastArgument("DecodeKernel<Cudnn, 2>"), "2");
-  EXPECT_EQ(KernelLastArgument("Kernel<One>"), "One");
-  EXPECT_EQ(KernelLastArgument("Kernel<One, Pair<One, List<Two> > >"), "Pair<One, List<Two> >");
-  EXPECT_EQ(KernelLastArgument("Kernel<Alpha, ...>"), "...");
-  EXPECT_EQ(KernelLastArgument("Plain"), "");
-  // By which attention's two kernels are told apart: the longest of their names is not cut.
-  const std::string mangled = "_ZN8lockstep4cuda52_GLOBAL__N__1209b580_19_attention_decode_cu_522a415a12DecodeKernel";
-  EXPECT_EQ(
-      KernelLastArgument(ShortKernelName(mangled + "INS0_9TileOrderILb1ELi128ELb0EEELb1EEEvNS0_13AttentionArgsE")),
-      "true");
-  EXPECT_EQ(
-      KernelLastArgument(ShortKernelName(mangled + "INS0_9TileOrderILb1ELi128ELb0EEELb0EEEvNS0_13AttentionArgsE")),
-      "false");
-}
-
 TEST(KernelName, BaseName) {
   EXPECT_EQ(KernelBaseName("DecodeKernel<Cudnn, 2>"), "DecodeKernel");
   EXPECT_EQ(KernelBaseName("Plain"), "Plain");

@@ -69,11 +69,8 @@ std::vector<KernelTable::Work> KernelTable::WorkOf(const ProfiledStep& step, std
   }
 
   const size_t attention_layers = static_cast<size_t>(traffic_.attention_layers());
-  // Rows that share their first keys: those in a kernel before, which the last template argument tells apart.
-  std::vector<size_t> decode, prefix;
-  for (const size_t i : family("DecodeKernel")) {
-    (KernelLastArgument(names[i]) == "true" ? prefix : decode).push_back(i);
-  }
+  // Rows that share their first keys: those in a kernel before.
+  const std::vector<size_t> prefix = family("DecodeSharedKernel"), decode = family("DecodeKernel");
   // Few sequences: scores, which read the keys, and then values, in two kernels.
   const std::vector<size_t> score = family("ScoreKernel"), value = family("ValueKernel");
   if (decode.size() == attention_layers && score.empty() && value.empty()) {

@@ -86,10 +86,9 @@ TEST(KernelTable, DecodeReadsKeysValuesAndStates) {
 }
 
 TEST(KernelTable, RowsTakenTogetherAreAKernelOfTheirOwn) {
-  const std::string decode = "void lockstep::cuda::(anonymous namespace)::DecodeKernel<lockstep::cuda::TileOrder<";
   const std::vector<KernelLaunch> launches = {
-      {decode + "true, 128, true>, true>(lockstep::cuda::AttentionArgs)", 0, 1000},
-      {decode + "true, 128, true>, false>(lockstep::cuda::AttentionArgs)", 1000, 5000}};
+      {"void lockstep::cuda::(anonymous namespace)::DecodeSharedKernel<Order, 4>(Args)", 0, 1000},
+      {"void lockstep::cuda::(anonymous namespace)::DecodeKernel<Order, 4>(Args)", 1000, 5000}};
   ProfiledStep step = kStep;
   step.shared = {.moved = 1500, .spared = 2000};
   KernelTable table = MakeTable();
@@ -100,7 +99,7 @@ TEST(KernelTable, RowsTakenTogetherAreAKernelOfTheirOwn) {
   EXPECT_DOUBLE_EQ(*rows[0].gb_s, (6000 - 2000) / 4000.0);
   EXPECT_EQ(rows[1].operation, "shared prefix");
   EXPECT_DOUBLE_EQ(*rows[1].gb_s, 1500 / 1000.0);
-  // A recorded step launches it whether or not there is anything to take together.
+  // Launched, with nothing for it to do: where a window cuts every row off from what they share.
   KernelTable alone = MakeTable();
   alone.AddStep(kStep, launches);
   rows = alone.Top(10);

@@ -33,7 +33,7 @@ ABSL_FLAG(std::string, numerics, "hf-torch", "numerics profile");
 ABSL_FLAG(int32_t, threads, static_cast<int32_t>(std::max(1u, std::thread::hardware_concurrency())), "threads");
 ABSL_FLAG(std::string, backend, "cpu", "cpu or cuda");
 ABSL_FLAG(bool, cuda_graphs, true, "record decode steps and replay them");
-ABSL_FLAG(bool, shared_prefix_attention, false, "on cuda: decode reads the keys and values that sequences share once");
+ABSL_FLAG(bool, shared_prefix_attention, true, "on cuda: decode reads the keys and values that sequences share once");
 ABSL_FLAG(int32_t, max_batch_tokens, 512, "prefill budget of a step");
 ABSL_FLAG(std::string, json, "", "also write the results to this file");
 
