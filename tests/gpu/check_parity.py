@@ -8,7 +8,9 @@
 2. The trainer (transformers, on a GPU with fla's kernels) computes the same tokens, each sequence alone and unpadded:
    fp32 log_softmax of its bf16 logits. With --top_k also the log-probabilities of the worker's k best tokens.
    mode `stock`: PyTorch's defaults; `nosplit`: the two settings that stop cuBLAS from splitting k.
-3. self_noise: the trainer against itself at other batch shapes (a prefix; the sequence among three others).
+3. self_noise: the trainer against itself at other batch shapes (a prefix; the sequence among three others), of each
+   sequence the shape that is further off: cuBLAS splits k for some numbers of rows and not for others, and where the
+   sequence alone is split and the worker is not, only a shape that is not split shows what that is worth.
 
 4. Where `nosplit` differs, --trace_binary (lockstep-trace) and the trainer dump what they compute up to the first such
    token, and the first operation that differs is named (docs/trace.md).
@@ -87,17 +89,21 @@ def ask_worker(worker, arguments, vocab_size):
 
 
 def self_noise(model, tokens, alone, shortest, batch_limit):
-    """The trainer against its own log-probabilities of the sequence `alone`: as a prefix, and among three others."""
+    """The trainer against its own log-probabilities of the sequence `alone`: as a prefix or among three others, whichever
+    is further off.
+    """
     from trainer import token_logprobs
 
-    noise = Difference()
+    shapes = [Difference()]
     prefix = len(tokens) * 3 // 4 - 1
     if prefix >= max(2, shortest):
-        noise.add(token_logprobs(model, [tokens[:prefix]])[0], alone[: prefix - 1])
+        shapes.append(Difference())
+        shapes[-1].add(token_logprobs(model, [tokens[:prefix]])[0], alone[: prefix - 1])
     if len(tokens) <= batch_limit:
         batch = [tokens] + [tokens[k:] + tokens[:k] for k in (1, 2, 3)]
-        noise.add(token_logprobs(model, batch)[0], alone)
-    return noise
+        shapes.append(Difference())
+        shapes[-1].add(token_logprobs(model, batch)[0], alone)
+    return max(shapes, key=lambda shape: (shape.mean, shape.tokens))
 
 
 def compare(model, sequences, scores, lengths, arguments):
