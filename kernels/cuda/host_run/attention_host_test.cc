@@ -216,6 +216,14 @@ TEST(AttentionDecodeOnACpu, HalvesOfTheHeadDimensionHaveTheGpusBits) {
   EXPECT_EQ(cache.Run(AttentionProgram::kFa2, true, false), cache.Oracle(oracle::kFlash2Order));
 }
 
+// More tiles than a block weighs, and than a ring holds.
+TEST(AttentionDecodeOnACpu, ALongSpreadRowHasTheGpusBits) {
+  Cache cache(1, 128);
+  cache.Add(2500);
+  EXPECT_EQ(cache.Run(AttentionProgram::kCudnn, true, false), cache.Oracle(oracle::kCudnnOrder));
+  EXPECT_EQ(cache.Run(AttentionProgram::kFa2, true, false), cache.Oracle(oracle::kFlash2Order));
+}
+
 // 12 pieces of 7 heads: too many to be spread.
 void AddGroups(Cache& cache) {
   cache.Add(520);
