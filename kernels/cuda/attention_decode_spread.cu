@@ -1,6 +1,6 @@
-// Decode for few sequences, in three kernels: all scores, blocks spread over the key tiles; all weights, likewise, once
-// every tile's maximum is known; then the sums over the tiles in the row's order, a block for a half or a quarter of
-// the head dimension. Scores and weights go through memory once, fp32.
+// Decode for few sequences: one kernel computes all scores, its blocks spread over the key tiles; a second walks the
+// tiles in the row's order, a block for a half or a quarter of the head dimension. The scores go through memory once,
+// fp32.
 #include <cmath>
 
 #include "kernels/cuda/attention_decode.cuh"
@@ -23,11 +23,10 @@ struct SpreadArgs {
   int32_t columns;       // of a record
 };
 
-// A tile's record: scores [columns, kKeys], -infinity where the row sees no key, then weights in their place; the
-// columns' maxima [8]; the factors [8] by which what came before changes first.
+// A tile's scores [columns, kKeys], -infinity where the row sees no key, and their maxima [8].
 template <class Order>
 __host__ __device__ constexpr int64_t RecordFloats(int64_t columns) {
-  return columns * Order::kKeys + 2 * kColumns;
+  return columns * Order::kKeys + kColumns;
 }
 
 template <class Order>
@@ -158,56 +157,11 @@ __global__ void __launch_bounds__(kScoreThreads, 3) ScoreKernel(const __grid_con
   }
 }
 
-constexpr int kWeighTiles = 8;  // of a block, a warp each
-
-// Grid: (kv_heads * groups of 8 query heads, decode_pieces, tiles in eights). A maximum is the same in whatever order
-// it is taken, so a tile's factors need no walk along the row. Traffic: 8 bytes a key and query head, and 32 bytes for
-// each of a block's earlier tiles, from L2.
-template <class Order>
-__global__ void __launch_bounds__(kWeighTiles * 32) WeighKernel(const __grid_constant__ SpreadArgs spread) {
-  constexpr int kKeys = Order::kKeys;
-  extern __shared__ __align__(1024) std::byte raw[];
-  auto& before = *reinterpret_cast<float(*)[kWeighTiles][kColumns]>(raw);  // maxima: a warp's share of earlier tiles
-  FollowPreviousKernel();
-  const Unit unit(spread.attention);
-  if (unit.piece.row_count == 0) return;
-  const KeyRange<Order> range(unit.piece.position, spread.attention.window);
-  const int first = static_cast<int>(blockIdx.z) * kWeighTiles;
-  if (first >= range.tiles) return;
-  const int warp = static_cast<int>(threadIdx.x / 32);
-  const int lane = static_cast<int>(threadIdx.x % 32);
-  const int maxima = spread.columns * kKeys;
-
-  float most = -INFINITY;
-  for (int step = static_cast<int>(threadIdx.x) / kColumns; step < first; step += kWeighTiles * 32 / kColumns) {
-    most = fmaxf(most, Record<Order>(spread, step)[maxima + lane % kColumns]);
-  }
-#pragma unroll
-  for (int distance = kColumns; distance < 32; distance *= 2) {
-    most = fmaxf(most, __shfl_xor_sync(0xFFFFFFFFu, most, distance));
-  }
-  if (lane < kColumns) before[warp][lane] = most;
-  __syncthreads();
-
-  const int step = first + warp;
-  if (step >= range.tiles) return;
-  float* record = Record<Order>(spread, step);
-  for (int column = 0; column < unit.columns; ++column) {
-    float row_max = -INFINITY;
-    for (int w = 0; w < kWeighTiles; ++w) row_max = fmaxf(row_max, before[w][column]);
-    for (int s = first; s < step; ++s) row_max = fmaxf(row_max, Record<Order>(spread, s)[maxima + column]);
-    const TileFactors factors = NextTile<Order>(row_max, record[maxima + column], spread.attention.exponent);
-    for (int key = lane; key < kKeys; key += 32) {
-      float& score = record[column * kKeys + key];
-      score = Weight<Order>(score, factors, spread.attention.exponent);
-    }
-    if (lane == 0) record[maxima + kColumns + column] = factors.rescale;
-  }
-}
-
-// Warps: loading, summing, values.
+constexpr int kWeightWarps = 4;
+// Warps: loading, summing, weights, values.
 constexpr int kSumWarp = 1;
-constexpr int kFirstValueWarp = kSumWarp + 1;
+constexpr int kFirstWeightWarp = kSumWarp + 1;
+constexpr int kFirstValueWarp = kFirstWeightWarp + kWeightWarps;
 constexpr size_t kRingBytes = 222 << 10;
 
 // An order whose values are taken in so many parts of the head dimension, a block each.
@@ -223,22 +177,29 @@ struct Parts : Order {
 template <class Order>
 struct ValueStage {
   alignas(512) std::byte v[Order::kBlocks][Order::kBytes];
-  float record[RecordFloats<Order>(kColumns)];
+  // As loaded; then the weights, in place of the scores.
+  float scores[RecordFloats<Order>(kColumns)];
+  uint32_t p[Order::kKeys / 16][32][2];  // the weights as the second operand of each 16 keys
+  float rescale[kColumns];
 };
 
+// From a stage's copies to its last product some 3.5 us go by; 15 stages of a quarter last that long.
 template <class Order>
 struct ValueShared {
   static constexpr int kStages = static_cast<int>(kRingBytes / sizeof(ValueStage<Order>));
 
   ValueStage<Order> stages[kStages];
   float inverse[kColumns];
-  uint64_t full[kStages];
+  uint64_t scored[kStages];  // the record is there,
+  uint64_t full[kStages];    // the values
+  uint64_t weighed[kStages];
   uint64_t empty[kStages];
   uint64_t summed;  // `inverse` is there
 };
 
-// The loading warp: of every tile its part of each block of values, and the record. A lane for each copy: one thread
-// issues 8 copies in a microsecond, a warp 32. A block of threads gets 57 GB/s at most.
+// The loading warp: of every tile its part of each block of values, and the record, which comes from L2 and is weighed
+// while the values are on their way. A lane for each copy: one thread issues 8 copies in a microsecond, a warp 32. A
+// block of threads gets 57 GB/s at most.
 template <class Order>
 __device__ void LoadValues(const SpreadArgs& spread, const Unit& unit, const KeyRange<Order>& range,
                            ValueShared<Order>& shared) {
@@ -261,36 +222,81 @@ __device__ void LoadValues(const SpreadArgs& spread, const Unit& unit, const Key
     if (lane <= Order::kBlocks) {
       auto& stage = shared.stages[ring.slot];
       const void* from = of_record ? static_cast<const void*>(Record<Order>(spread, step)) : values + row * kKvRowBytes;
-      void* to = of_record ? static_cast<void*>(stage.record) : stage.v[lane];
-      uint64_t* full = &shared.full[ring.slot];
+      void* to = of_record ? static_cast<void*>(stage.scores) : stage.v[lane];
+      uint64_t* arrived = of_record ? &shared.scored[ring.slot] : &shared.full[ring.slot];
       uint32_t bytes = of_record ? record_bytes : Order::kBytes;
       if (!of_record && !range.HasBlock(first_block + lane)) bytes = 0;
       BarrierWait(&shared.empty[ring.slot], ring.phase ^ 1);
-      BarrierArriveExpectBytes(full, bytes);
-      if (bytes > 0) BulkCopy(from, to, full, bytes);
+      BarrierArriveExpectBytes(arrived, bytes);
+      if (bytes > 0) BulkCopy(from, to, arrived, bytes);
     }
+    ring.Next();
+  }
+}
+
+// A warp of kWeightWarps: the weights of every kWeightWarps-th tile. The maximum runs over all tiles.
+template <class Order>
+__device__ void Weigh(const SpreadArgs& spread, const Unit& unit, const KeyRange<Order>& range, int which,
+                      ValueShared<Order>& shared) {
+  constexpr int kKeys = Order::kKeys;
+  const ExponentScale& exponent = spread.attention.exponent;
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  const int quad = lane % 4;
+  const int column = min(lane / 4, unit.columns - 1);
+  const bool own_column = lane / 4 < unit.columns;
+  float row_max = -INFINITY;
+  RingIndex<ValueShared<Order>::kStages> ring;
+  for (int step = 0; step < range.tiles; ++step) {
+    auto& stage = shared.stages[ring.slot];
+    BarrierWait(&shared.scored[ring.slot], ring.phase);
+    const TileFactors factors = NextTile<Order>(row_max, stage.scores[spread.columns * kKeys + column], exponent);
+    if (step % kWeightWarps == which) {
+      float2 weights[kKeys / 8];
+      uint32_t p[kKeys / 8];
+#pragma unroll
+      for (int i = 0; i < kKeys / 8; ++i) {
+        const float2 s = *reinterpret_cast<const float2*>(&stage.scores[column * kKeys + 8 * i + 2 * quad]);
+        weights[i].x = Weight<Order>(s.x, factors, exponent);
+        weights[i].y = Weight<Order>(s.y, factors, exponent);
+        p[i] = PackBf16(weights[i].x, weights[i].y);
+      }
+      __syncwarp();  // the columns past the last read the last one's scores
+#pragma unroll
+      for (int i = 0; i < kKeys / 16; ++i) {
+        *reinterpret_cast<uint2*>(stage.p[i][lane]) = make_uint2(p[2 * i], p[2 * i + 1]);
+      }
+      if (own_column) {
+#pragma unroll
+        for (int i = 0; i < kKeys / 8; ++i) {
+          *reinterpret_cast<float2*>(&stage.scores[column * kKeys + 8 * i + 2 * quad]) = weights[i];
+        }
+      }
+      if (quad == 0) stage.rescale[lane / 4] = factors.rescale;
+      ProxyFence();  // the next record is copied over the weights
+      WarpArrive(&shared.weighed[ring.slot]);
+    }
+    WarpArrive(&shared.empty[ring.slot]);
     ring.Next();
   }
 }
 
 // A warp: the sums of the weights.
 template <class Order>
-__device__ void Sum(const SpreadArgs& spread, const Unit& unit, const KeyRange<Order>& range,
-                    ValueShared<Order>& shared) {
+__device__ void Sum(const Unit& unit, const KeyRange<Order>& range, ValueShared<Order>& shared) {
   constexpr int kKeys = Order::kKeys;
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int column = min(lane / 4, unit.columns - 1);
   RowSum<Order> sum;
   RingIndex<ValueShared<Order>::kStages> ring;
   for (int step = 0; step < range.tiles; ++step) {
-    const float* record = shared.stages[ring.slot].record;
-    BarrierWait(&shared.full[ring.slot], ring.phase);
+    const auto& stage = shared.stages[ring.slot];
+    BarrierWait(&shared.weighed[ring.slot], ring.phase);
     float2 weights[kKeys / 8];
 #pragma unroll
     for (int i = 0; i < kKeys / 8; ++i) {
-      weights[i] = *reinterpret_cast<const float2*>(&record[column * kKeys + 8 * i + 2 * (lane % 4)]);
+      weights[i] = *reinterpret_cast<const float2*>(&stage.scores[column * kKeys + 8 * i + 2 * (lane % 4)]);
     }
-    sum.BeginTile(record[spread.columns * kKeys + kColumns + column]);
+    sum.BeginTile(stage.rescale[column]);
     WarpArrive(&shared.empty[ring.slot]);
     ring.Next();
 #pragma unroll
@@ -309,39 +315,31 @@ __device__ void Sum(const SpreadArgs& spread, const Unit& unit, const KeyRange<O
 template <class Order>
 struct ValueOperands {
   uint32_t v[Order::kKeys / 16][4];
-  uint32_t p[Order::kKeys / 16][2];
+  uint2 p[Order::kKeys / 16];
   float2 rescale;  // of columns 2 (lane % 4) and the next
 };
 
 // A warp: 16 dims of the output. A product of the chain waits some 33 cycles for the one before it: in between, the
 // next tile's operands are fetched.
 template <class Order>
-__device__ void SumValues(const SpreadArgs& spread, const Unit& unit, const KeyRange<Order>& range, int which,
+__device__ void SumValues(const AttentionArgs& args, const Unit& unit, const KeyRange<Order>& range, int which,
                           ValueShared<Order>& shared) {
-  constexpr int kKeys = Order::kKeys;
-  constexpr int kGroups = kKeys / 16;
+  constexpr int kGroups = Order::kKeys / 16;
   using Operands = ValueOperands<Order>;
-  const AttentionArgs& args = spread.attention;
   const int lane = static_cast<int>(threadIdx.x % 32);
   const int quad = lane % 4;
-  const int column = min(lane / 4, unit.columns - 1);  // of the second operand; those past the last repeat it, unused
   RingIndex<ValueShared<Order>::kStages> ring;
   const auto await = [&](Operands& operands) {
     BarrierWait(&shared.full[ring.slot], ring.phase);
-    const float* record = shared.stages[ring.slot].record;
-    operands.rescale = *reinterpret_cast<const float2*>(&record[spread.columns * kKeys + kColumns + 2 * quad]);
+    BarrierWait(&shared.weighed[ring.slot], ring.phase);
+    operands.rescale = *reinterpret_cast<const float2*>(&shared.stages[ring.slot].rescale[2 * quad]);
   };
   const auto fetch = [&](int g, Operands& operands) {
     const auto& stage = shared.stages[ring.slot];
     const int key = g * 16 + lane / 16 * 8 + lane % 8;
     LoadMatricesTransposed(
         operands.v[g], SharedAddress(stage.v[g * 16 / kBlock]) + BlockOffset(key % kBlock, which * 2 + lane / 8 % 2));
-#pragma unroll
-    for (int i = 0; i < 2; ++i) {
-      const float2 weights =
-          *reinterpret_cast<const float2*>(&stage.record[column * kKeys + g * 16 + i * 8 + 2 * quad]);
-      operands.p[g][i] = PackBf16(weights.x, weights.y);
-    }
+    operands.p[g] = *reinterpret_cast<const uint2*>(stage.p[g][lane]);
   };
   const auto fetched = [&] {
     WarpArrive(&shared.empty[ring.slot]);
@@ -360,7 +358,7 @@ __device__ void SumValues(const SpreadArgs& spread, const Unit& unit, const KeyR
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
       if (range.HasBlock(tile_begin / kBlock + g / (kBlock / 16))) {
-        Mma16(o, operands.v[g], operands.p[g][0], operands.p[g][1]);
+        Mma16(o, operands.v[g], operands.p[g].x, operands.p[g].y);
       }
       between(g);
     }
@@ -395,14 +393,14 @@ __device__ void SumValues(const SpreadArgs& spread, const Unit& unit, const KeyR
                        static_cast<int>(blockIdx.z) * (kHeadDim / Order::kParts) + which * 16 + lane / 4;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    const int to = 2 * quad + i % 2;
-    if (to >= unit.columns) continue;
-    out[to * kHeadDim + i / 2 * 8] = __float2bfloat16_rn(__fmul_rn(o[i], shared.inverse[to]));
+    const int column = 2 * quad + i % 2;
+    if (column >= unit.columns) continue;
+    out[column * kHeadDim + i / 2 * 8] = __float2bfloat16_rn(__fmul_rn(o[i], shared.inverse[column]));
   }
 }
 
-// Grid: (kv_heads * groups of 8 query heads, decode_pieces, parts of the head dimension), 4 or 6 warps with three
-// duties. Traffic: the piece's values once; the weights once from memory, by the other parts from L2.
+// Grid: (kv_heads * groups of 8 query heads, decode_pieces, parts of the head dimension), 8 or 10 warps with four
+// duties. Traffic: the piece's values once; the scores once from memory, by the other parts from L2.
 template <class Order>
 __global__ void __launch_bounds__(Order::kThreads, 1) ValueKernel(const __grid_constant__ SpreadArgs spread) {
   using Shared = ValueShared<Order>;
@@ -415,8 +413,10 @@ __global__ void __launch_bounds__(Order::kThreads, 1) ValueKernel(const __grid_c
   const KeyRange<Order> range(unit.piece.position, args.window);
   if (threadIdx.x == 0) {
     for (int i = 0; i < Shared::kStages; ++i) {
-      BarrierInit(&shared.full[i], Order::kBlocks + 1);
-      BarrierInit(&shared.empty[i], (Order::kValueWarps + 1) * kWarpArrivals);
+      BarrierInit(&shared.scored[i], 1);
+      BarrierInit(&shared.full[i], Order::kBlocks);
+      BarrierInit(&shared.weighed[i], kWarpArrivals);
+      BarrierInit(&shared.empty[i], (kWeightWarps + Order::kValueWarps + 1) * kWarpArrivals);
     }
     BarrierInit(&shared.summed, kWarpArrivals);
     BarrierInitFence();
@@ -426,9 +426,11 @@ __global__ void __launch_bounds__(Order::kThreads, 1) ValueKernel(const __grid_c
   if (warp < kSumWarp) {
     LoadValues(spread, unit, range, shared);
   } else if (warp == kSumWarp) {
-    Sum(spread, unit, range, shared);
+    Sum(unit, range, shared);
+  } else if (warp < kFirstValueWarp) {
+    Weigh(spread, unit, range, warp - kFirstWeightWarp, shared);
   } else {
-    SumValues(spread, unit, range, warp - kFirstValueWarp, shared);
+    SumValues(args, unit, range, warp - kFirstValueWarp, shared);
   }
 }
 
@@ -456,13 +458,6 @@ absl::Status Launch(const AttentionParams& params, cudaStream_t stream) {
   dim3 grid(static_cast<unsigned>(units), static_cast<unsigned>(pieces), static_cast<unsigned>(splits));
   if (absl::Status status = LaunchKernel("AttentionScores", ScoreKernel<Order>, grid, kScoreThreads,
                                          sizeof(ScoreShared), LaunchOrder::kOverlapped, stream, spread);
-      !status.ok()) {
-    return status;
-  }
-  grid.z = static_cast<unsigned>((spread.tiles_a_unit + kWeighTiles - 1) / kWeighTiles);
-  if (absl::Status status =
-          LaunchKernel("AttentionWeights", WeighKernel<Order>, grid, kWeighTiles * 32,
-                       sizeof(float[kWeighTiles][kColumns]), LaunchOrder::kOverlapped, stream, spread);
       !status.ok()) {
     return status;
   }
