@@ -15,9 +15,9 @@
 namespace lockstep {
 
 struct BackendOptions {
-  std::string name = "cpu";              // "cpu" or "cuda"
-  int device = 0;                        // CUDA device ordinal
-  bool cuda_graphs = true;               // record decode steps and replay them
+  std::string name = "cpu";             // "cpu" or "cuda"
+  int device = 0;                       // CUDA device ordinal
+  bool cuda_graphs = true;              // record decode steps and replay them
   bool shared_prefix_attention = true;  // cuda: decode reads the keys and values that sequences share once for all
 };
 
