@@ -54,14 +54,6 @@ AttentionArgs MakeAttentionArgs(const AttentionParams& params);
 // Blocks of the decode kernels' first dimension: a kv head and up to 8 of its query heads each.
 int64_t DecodeUnits(int64_t heads, int64_t kv_heads);
 
-// Lets `kernel` have `bytes` of shared memory.
-template <class Kernel>
-absl::Status AllowSharedMemory(const char* name, Kernel* kernel, int bytes) {
-  const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes);
-  if (error == cudaSuccess) return absl::OkStatus();
-  return absl::InternalError(std::string(name) + ": " + cudaGetErrorString(error));
-}
-
 // What LaunchAttentionDecodeSpread needs: the tiles' scores.
 int64_t SpreadWorkspaceBytes(int64_t decode_pieces, int64_t heads, int64_t kv_heads, int64_t max_positions);
 

@@ -5,6 +5,7 @@
 #include "kernels/cuda/attention_math.cuh"
 #include "kernels/cuda/attention_ptx.cuh"
 #include "kernels/cuda/attention_wgmma.cuh"
+#include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/params.h"
 
 namespace lockstep::cuda {
@@ -251,11 +252,11 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
   __syncthreads();
 
   if (threadIdx.x < kGroup) {
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kLoadRegisters));
+    ReleaseRegisters<kLoadRegisters>();
     if (threadIdx.x < 32) Load(args, work, head / args.group, shared);
     return;
   }
-  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kMathRegisters));
+  ClaimRegisters<kMathRegisters>();
   const int which = static_cast<int>(threadIdx.x) / kGroup - 1;
   if (which >= work.tiles) return;
   const DeviceTile tile = which == 0 ? work.tile[0] : work.tile[1];
@@ -365,11 +366,8 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
 template <class Order>
 absl::Status Launch(const AttentionParams& params, cudaStream_t stream) {
   const dim3 grid(static_cast<unsigned>(params.batch.tile_count), static_cast<unsigned>(params.heads));
-  constexpr int kBytes = static_cast<int>(sizeof(PrefillShared<Order>));
-  if (absl::Status status = AllowSharedMemory("AttentionPrefill", PrefillKernel<Order>, kBytes); !status.ok())
-    return status;
-  PrefillKernel<Order><<<grid, kThreads, kBytes, stream>>>(MakeAttentionArgs(params));
-  return LaunchStatus("AttentionPrefill");
+  return LaunchKernel("AttentionPrefill", PrefillKernel<Order>, grid, kThreads, sizeof(PrefillShared<Order>),
+                      LaunchOrder::kAfter, stream, MakeAttentionArgs(params));
 }
 
 }  // namespace

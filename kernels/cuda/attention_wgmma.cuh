@@ -4,7 +4,7 @@
 
 #include <cstdint>
 
-#include "kernels/cuda/attention_ptx.cuh"
+#include "kernels/cuda/attention_wgmma_descriptor.cuh"
 
 namespace lockstep::cuda {
 
@@ -29,21 +29,14 @@ __device__ inline void KeepRegisters(float (&r)[kCount]) {
   for (int i = 0; i < kCount; ++i) asm volatile("" : "+f"(r[i])::"memory");
 }
 
-// How an operand's lines are stored: the length of a line, and the descriptor's code for it.
-enum class WgmmaSwizzle : uint64_t { k128Bytes = 1, k64Bytes = 2 };
-
-// Descriptor of an operand in shared memory: atoms of 8 lines, one behind the other; `plane_step` bytes between planes
-// of lines, for an operand whose inner dimension runs along the lines' order (else not used).
-template <WgmmaSwizzle kSwizzle>
-__device__ uint64_t WgmmaDescriptor(const void* data, uint32_t plane_step) {
-  constexpr uint64_t kAtomBytes = 8 * (kSwizzle == WgmmaSwizzle::k128Bytes ? 128 : 64);
-  return static_cast<uint64_t>((SharedAddress(data) & 0x3FFFF) >> 4) | static_cast<uint64_t>(plane_step >> 4) << 16 |
-         (kAtomBytes >> 4) << 32 | static_cast<uint64_t>(kSwizzle) << 62;
+// Of the registers that a block was launched with, its warpgroups keep, or come to have, so many a thread.
+template <int kRegisters>
+__device__ inline void ReleaseRegisters() {
+  asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
-
-// The descriptor `bytes` further on.
-__device__ inline uint64_t Advanced(uint64_t descriptor, uint32_t bytes) {
-  return descriptor + (bytes >> 4);
+template <int kRegisters>
+__device__ inline void ClaimRegisters() {
+  asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(kRegisters));
 }
 
 // d = (or += with `accumulate`) a b^T: a [64, 16] and b [128, 16] in shared memory, the inner dimension along the row.

@@ -17,10 +17,6 @@
 
 namespace lockstep::cuda {
 
-absl::Status LaunchAttentionPrefill(const AttentionParams&, cudaStream_t) {
-  return absl::UnimplementedError("wgmma does not run on a CPU");
-}
-
 namespace {
 
 constexpr int kDim = 128;

@@ -6,6 +6,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <memory>
 #include <random>
@@ -45,6 +46,10 @@ struct Thread {
   std::function<bool()> condition;  // null: can run
   const char* waits_for = "";
   bool done = false;
+  using Products = std::vector<std::function<void()>>;  // those that have run are gone
+  Products issued;                                      // since the last commit
+  std::deque<Products> groups;
+  uint32_t products = 0;  // issued so far
 };
 
 struct Copy {
@@ -65,6 +70,7 @@ struct Block {
   std::map<int, NamedBarrier> named;
   std::vector<Copy> copies;
   std::mt19937 random;
+  bool late = false;  // copies land when no thread can go on without; else any time
   ucontext_t engine = {};
   Thread* running = nullptr;
 
@@ -108,6 +114,7 @@ Block* g_block = nullptr;
 void Enter() {
   Block* block = g_block;
   (*block->body)();
+  Check(block->running->issued.empty() && block->running->groups.empty(), "a thread ended before its products");
   block->running->done = true;
   swapcontext(&block->running->context, &block->engine);
 }
@@ -135,7 +142,7 @@ void Block::Run() {
       swapcontext(&engine, &thread.context);
       going = true;
     }
-    if (!copies.empty() && (!going || random() % 2 == 0)) {
+    if (!copies.empty() && (!going || (!late && random() % 2 == 0))) {
       RunCopy();
       going = true;
     }
@@ -155,6 +162,7 @@ void RunGrid(const char* name, dim3 grid, int threads, std::span<std::byte> shar
         for (int i = 0; i < threads; ++i) block.threads[i].index.x = static_cast<unsigned>(i);
         block.warps.resize((threads + kWarp - 1) / kWarp);
         block.random.seed(at.x + 1000 * at.y + 1000000 * at.z);
+        block.late = block.random() % 3 == 0;
         block.Run();
       }
     }
@@ -236,6 +244,32 @@ void WaitBarrier(const void* barrier, uint32_t parity) {
 void CopyLater(std::byte* to, size_t bytes, const void* barrier, std::function<void()> copy) {
   std::memset(to, 0xFF, bytes);
   g_block->copies.push_back({std::move(copy), barrier, static_cast<int64_t>(bytes)});
+}
+
+void RunProducts(Thread::Products& products) {
+  for (const std::function<void()>& run : std::exchange(products, {})) run();
+}
+
+void IssueProduct(std::function<void()> run) {
+  Thread& self = *g_block->running;
+  self.issued.push_back(std::move(run));
+  const uint32_t turn = ++self.products * 0x9E3779B9u + self.index.x / kWarp * 0x85EBCA6Bu + g_block->index.x;
+  if ((turn >> 16) % 3 != 0) return;
+  for (Thread::Products& group : self.groups) RunProducts(group);
+  RunProducts(self.issued);
+}
+
+void CommitProducts() {
+  Thread& self = *g_block->running;
+  self.groups.push_back(std::exchange(self.issued, {}));
+}
+
+void AwaitProducts(int pending) {
+  Thread& self = *g_block->running;
+  // So that others go on meanwhile, who may be about to overwrite an operand.
+  bool waited = false;
+  WaitUntil("its products", [&] { return std::exchange(waited, true); });
+  for (; static_cast<int>(self.groups.size()) > pending; self.groups.pop_front()) RunProducts(self.groups.front());
 }
 
 }  // namespace lockstep::host_run

@@ -53,4 +53,12 @@ void WaitBarrier(const void* barrier, uint32_t parity);
 // Calls `copy` at some later time, then counts `bytes` at the barrier. [to, to + bytes) is NaN until then.
 void CopyLater(std::byte* to, size_t bytes, const void* barrier, std::function<void()> copy);
 
+// Matrix products that run beside their thread, in order: `run` is called at once or when the thread waits for its
+// group, the earliest and the latest time that a device may choose; the engine takes turns, alike for a warp's lanes.
+// What it writes is the caller's to poison until then. A thread waits for all before it ends.
+void IssueProduct(std::function<void()> run);
+void CommitProducts();  // those issued since the last call are a group
+// Until at most `pending` groups are left.
+void AwaitProducts(int pending);
+
 }  // namespace lockstep::host_run

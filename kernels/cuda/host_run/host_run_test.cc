@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <array>
 #include <cstring>
 #include <vector>
@@ -58,6 +59,32 @@ TEST(HostRun, ACopyIsPoisonUntilItsBarrierIsComplete) {
     WaitBarrier(&barrier, 0);
     EXPECT_EQ(g_shared[15], std::byte{7});
   });
+}
+
+TEST(HostRun, ProductsRunInOrderBeforeTheyAreWaitedFor) {
+  std::vector<int> done;
+  RunGrid("kernel", dim3(1), 1, g_shared, [&] {
+    for (int group = 0; group < 20; ++group) {
+      IssueProduct([&, group] { done.push_back(2 * group); });
+      IssueProduct([&, group] { done.push_back(2 * group + 1); });
+      CommitProducts();
+      AwaitProducts(1);
+      EXPECT_GE(done.size(), 2u * group);
+    }
+    AwaitProducts(0);
+  });
+  EXPECT_EQ(done.size(), 40u);
+  EXPECT_TRUE(std::is_sorted(done.begin(), done.end()));
+}
+
+TEST(HostRunDeathTest, AThreadWaitsForItsProducts) {
+  EXPECT_DEATH(RunGrid("kernel", dim3(1), 1, g_shared,
+                       [] {
+                         IssueProduct([] {});
+                         CommitProducts();
+                         AwaitProducts(1);
+                       }),
+               "a thread ended before its products");
 }
 
 TEST(HostRunDeathTest, SaysWhatThreadsWaitForThatCannotGoOn) {
