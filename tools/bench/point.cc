@@ -60,9 +60,9 @@ bool Prefilling(const LocalLoop& local, const PointShape& shape) {
 
 // Bytes of a decode step of the point. What samples share of a prompt, whole pages, counts once.
 double StepBytes(const Traffic& traffic, const PointShape& shape) {
-  const int64_t shared = shape.context / kPageSize * kPageSize;
+  const int64_t own = shape.context % kPageSize;  // the positions after them, which a window sees first
   return traffic.DecodeStepBytes(shape.batch, shape.context) -
-         static_cast<double>(shape.batch - shape.prompts()) * traffic.KvBytes(shared);
+         static_cast<double>(shape.batch - shape.prompts()) * (traffic.KvBytes(shape.context) - traffic.KvBytes(own));
 }
 
 // What the step between two loads worked on. Prompts are prefilled one after the other; a decode row's context is taken
