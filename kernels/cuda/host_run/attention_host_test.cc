@@ -220,6 +220,18 @@ TEST(AttentionDecodeOnACpu, ALongSpreadRowHasTheGpusBits) {
   EXPECT_EQ(cache.Run(AttentionProgram::kFa2, true, false), cache.Oracle(oracle::kFlash2Order));
 }
 
+// As many blocks as are two and three to a multiprocessor: shorter rings, which the long row goes round.
+TEST(AttentionDecodeOnACpu, ShorterRingsHaveTheGpusBits) {
+  for (const int others : {11, 22}) {  // with one of padding 156 and 288 blocks
+    SCOPED_TRACE(others);
+    Cache cache(12, 192, 270);  // of its first tile the long row sees a half
+    cache.Add(470);
+    for (int i = 0; i < others; ++i) cache.Add(i);
+    EXPECT_EQ(cache.Run(AttentionProgram::kCudnn, false, false), cache.Oracle(oracle::kCudnnOrder));
+    EXPECT_EQ(cache.Run(AttentionProgram::kFa2, false, false), cache.Oracle(oracle::kFlash2Order));
+  }
+}
+
 // 12 pieces of 7 heads: too many to be spread.
 void AddGroups(Cache& cache) {
   cache.Add(520);
