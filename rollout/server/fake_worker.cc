@@ -115,8 +115,10 @@ WorkerLoad FakeWorker::Load() const {
 }
 
 absl::Status FakeWorker::Health() const {
-  if (absl::Now() - start_ < options_.stuck_after) return absl::OkStatus();
-  return absl::DeadlineExceededError("a step does not end");
+  const absl::Duration age = absl::Now() - start_;
+  if (age >= options_.stuck_after) return absl::DeadlineExceededError("a step does not end");
+  if (age >= options_.failed_after) return absl::InternalError("the device failed");
+  return absl::OkStatus();
 }
 
 WeightVersion FakeWorker::weight_version() const {

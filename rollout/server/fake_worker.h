@@ -29,6 +29,8 @@ struct FakeWorkerOptions {
   absl::Duration next_version_after = absl::InfiniteDuration();
   // From this long after construction on no step ends.
   absl::Duration stuck_after = absl::InfiniteDuration();
+  // From this long after construction on the device counts as failed; requests go on.
+  absl::Duration failed_after = absl::InfiniteDuration();
 };
 
 class FakeWorker final : public WorkerInterface {

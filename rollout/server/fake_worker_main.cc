@@ -7,6 +7,7 @@
 ABSL_FLAG(double, fake_step_ms, 1, "Duration of a step, which gives every running sequence one token.");
 ABSL_FLAG(double, fake_next_version_seconds, -1, "When the weights become version (0, 1); negative: never.");
 ABSL_FLAG(double, fake_stuck_seconds, -1, "When steps no longer end; negative: never.");
+ABSL_FLAG(double, fake_failed_seconds, -1, "When the device counts as failed; negative: never.");
 ABSL_FLAG(int64_t, fake_vocab_size, 1000, "Vocabulary size.");
 
 namespace {
@@ -18,7 +19,8 @@ absl::StatusOr<lockstep::ServingModel> MakeFake(const lockstep::WorkerOptions& o
                                   .max_waiting_sequences = options.max_waiting_sequences,
                                   .step = absl::Milliseconds(absl::GetFlag(FLAGS_fake_step_ms)),
                                   .next_version_after = after(absl::GetFlag(FLAGS_fake_next_version_seconds)),
-                                  .stuck_after = after(absl::GetFlag(FLAGS_fake_stuck_seconds))});
+                                  .stuck_after = after(absl::GetFlag(FLAGS_fake_stuck_seconds)),
+                                  .failed_after = after(absl::GetFlag(FLAGS_fake_failed_seconds))});
 }
 
 }  // namespace

@@ -91,7 +91,7 @@ class StepWatch {
   std::thread thread_;
 };
 
-// Until a signal has been answered with a drain. What the worker's device failed with, if it did.
+// Until a signal has been answered with a drain. What the worker's device failed with, if it did, before or meanwhile.
 absl::Status Serve(RolloutServer& server, TerminationSignals& signals, absl::Duration drain) {
   const StepWatch watch(server);
   while (!signals.WaitUntilRequested(kHealthInterval)) {
@@ -103,7 +103,7 @@ absl::Status Serve(RolloutServer& server, TerminationSignals& signals, absl::Dur
   }
   spdlog::info("draining for at most {} s; a second signal ends the process at once", absl::ToDoubleSeconds(drain));
   server.Drain(absl::Now() + drain, kDelivery);
-  return absl::OkStatus();
+  return server.WorkerHealth();
 }
 
 bool IsLoopback(const std::string& address) {

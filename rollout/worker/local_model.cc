@@ -49,9 +49,9 @@ absl::StatusOr<LoopConfig> FitMemory(const LocalModel& model, LoopConfig config,
                                        std::max(at_least_one, std::min(bytes / 2, bytes - pages_needed * page) / slot));
   const int64_t pages = (bytes - slots * slot) / page;
   if (slots < 1 || pages < pages_needed) {
-    return absl::InvalidArgumentError(absl::StrCat("a sequence of ", min_tokens, " tokens takes ",
-                                                   slot + pages_needed * page,
-                                                   " bytes of state and KV cache; there are ", bytes));
+    return absl::InvalidArgumentError(
+        absl::StrCat("a sequence of ", min_tokens, " tokens takes ", slot + pages_needed * page,
+                     " bytes of KV cache and of what a sequence has besides; there are ", bytes));
   }
   config.max_sequences = slots;
   // More than every slot could fill is of no use.

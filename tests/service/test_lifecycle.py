@@ -124,7 +124,7 @@ def test_a_step_that_never_ends_ends_the_process(start_fake, pb):
 
 
 def test_a_step_that_never_ends_ends_a_drain(start_fake, pb):
-    worker = start_fake("--fake_step_ms", "10", "--fake_stuck_seconds", "3", "--drain_seconds", "600")
+    worker = start_fake("--fake_step_ms", "10", "--fake_stuck_seconds", "5", "--drain_seconds", "600")
     call = worker.stub.Generate(request(pb))
     result = Result()
     started(call, result)
@@ -133,6 +133,15 @@ def test_a_step_that_never_ends_ends_a_drain(start_fake, pb):
     assert "draining" in worker.log() and "a step does not end" in worker.log()
     with fails_with(grpc.StatusCode.UNAVAILABLE):
         finish(call, result)
+
+
+def test_a_device_that_fails_in_a_drain_is_an_exit_status(start_fake, pb):
+    worker = start_fake("--fake_step_ms", "10", "--fake_failed_seconds", "5", "--drain_seconds", "6")
+    call = worker.stub.Generate(request(pb))
+    started(call, Result())
+    worker.terminate()
+    assert worker.wait() == 1
+    assert "draining" in worker.log() and "the device failed" in worker.log()
 
 
 def test_idle_worker_stops_at_once(start_fake):

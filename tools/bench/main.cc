@@ -110,16 +110,17 @@ absl::Status RunGrid(LocalModel& model, const std::string& name, double bandwidt
   LOCKSTEP_ASSIGN_OR_RETURN(const std::vector<int64_t> contexts, Numbers("context", absl::GetFlag(FLAGS_context)));
   const int64_t samples = absl::GetFlag(FLAGS_samples_a_prompt);
   LOCKSTEP_RETURN_IF_ERROR(CheckNumber("samples_a_prompt", static_cast<double>(samples), 1));
+  for (const int64_t batch : batches) {
+    if (batch % samples == 0) continue;
+    return absl::InvalidArgumentError(
+        absl::StrCat("--samples_a_prompt: value ", samples, " does not divide ", batch, " of --batch"));
+  }
   PrintPointHeader();
   std::vector<PointShape> shapes;
   std::vector<PointTimes> times;
   nlohmann::json results = nlohmann::json::array();
   for (const int64_t context : contexts) {
     for (const int64_t batch : batches) {
-      if (batch % samples != 0) {
-        return absl::InvalidArgumentError(
-            absl::StrCat("--samples_a_prompt: value ", samples, " does not divide ", batch, " of --batch"));
-      }
       shapes.push_back({.batch = batch,
                         .context = context,
                         .samples = samples,
