@@ -7,6 +7,8 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "kernels/cuda/bf16_rows_ptx.cuh"
+
 namespace lockstep::cuda {
 
 constexpr unsigned kAllLanes = 0xFFFFFFFFu;
@@ -39,7 +41,7 @@ __device__ __forceinline__ Bf16s<kCount> Pack(const Floats<kCount>& floats) {
   Bf16s<kCount> bf16s;
 #pragma unroll
   for (int i = 0; i < kCount / 2; ++i) {
-    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(bf16s.words[i]) : "f"(floats.v[2 * i + 1]), "f"(floats.v[2 * i]));
+    bf16s.words[i] = PackWord(floats.v[2 * i], floats.v[2 * i + 1]);
   }
   return bf16s;
 }
@@ -135,9 +137,8 @@ __device__ __forceinline__ float Softplus(float x) {
 // so that the reciprocal is no subnormal number before the exponential overflows.
 __device__ __forceinline__ float SiluOfBf16(float x) {
   constexpr float kLog2E = 1.4426950408889634f;
-  float e, inverse;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(e) : "f"(__fmul_rn(x, -kLog2E)));
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(__fmaf_rn(e, 0x1p-4f, 0x1p-4f)));
+  const float e = Exp2ApproxFtz(__fmul_rn(x, -kLog2E));
+  const float inverse = ReciprocalApprox(__fmaf_rn(e, 0x1p-4f, 0x1p-4f));
   return __fmul_rn(__fmul_rn(x, 0x1p-4f), inverse);
 }
 
@@ -146,29 +147,9 @@ __device__ __forceinline__ float SiluOfBf16(float x) {
 constexpr float kSiluRange = 80.0f;
 __device__ __forceinline__ float SiluInRange(float x) {
   const float divisor = __fadd_rn(1.0f, expf(-x));
-  float inverse;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(divisor));
+  const float inverse = ReciprocalApprox(divisor);
   const float quotient = __fmul_rn(x, inverse);
   return copysignf(__fmaf_rn(__fmaf_rn(-divisor, quotient, x), inverse, quotient), x);  // x = -0
-}
-
-// The instructions that Triton compiles exp, division and square root to.
-__device__ __forceinline__ float Exp2Approx(float x) {
-  float y;
-  asm("ex2.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
-  return y;
-}
-
-__device__ __forceinline__ float DivideFull(float x, float y) {
-  float quotient;
-  asm("div.full.f32 %0, %1, %2;" : "=f"(quotient) : "f"(x), "f"(y));
-  return quotient;
-}
-
-__device__ __forceinline__ float SqrtApprox(float x) {
-  float root;
-  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
-  return root;
 }
 
 __device__ __forceinline__ float TritonSigmoid(float x) {

@@ -1,4 +1,5 @@
 #include <cmath>
+#include <cstddef>
 #include <type_traits>
 
 #include "kernels/cuda/gdn_decode.h"
@@ -485,8 +486,8 @@ __global__ void __launch_bounds__(kThreads, 3)
     GdnDecodeKernel(const __grid_constant__ GdnParams params, const __grid_constant__ GdnOutputNorm output_norm) {
   constexpr bool kNormed = !std::is_same_v<Norm, NoNorm>;
   FollowPreviousKernel();
-  extern __shared__ __align__(128) char memory[];
-  DecodeShared& shared = *reinterpret_cast<DecodeShared*>(memory);
+  extern __shared__ __align__(128) std::byte raw[];
+  DecodeShared& shared = *reinterpret_cast<DecodeShared*>(raw);
   const DevicePiece piece = params.batch.pieces[blockIdx.y];
   if (piece.row_count == 0) return;
   const int head = blockIdx.x;
