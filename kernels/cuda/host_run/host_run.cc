@@ -2,6 +2,7 @@
 
 #include <ucontext.h>
 
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <cstdlib>
@@ -9,6 +10,7 @@
 #include <deque>
 #include <map>
 #include <memory>
+#include <numeric>
 #include <random>
 #include <string>
 #include <utility>
@@ -70,7 +72,6 @@ struct Block {
   std::map<int, NamedBarrier> named;
   std::vector<Copy> copies;
   std::mt19937 random;
-  bool late = false;  // copies land when no thread can go on without; else any time
   ucontext_t engine = {};
   Thread* running = nullptr;
 
@@ -106,6 +107,8 @@ struct Block {
     barrier.bytes -= copy.bytes;
     Settle(barrier);
   }
+  // Its threads that can go on, each up to its next wait, in some order; false if there are none.
+  bool RunWarp(int warp);
   void Run();
 };
 
@@ -119,6 +122,22 @@ void Enter() {
   swapcontext(&block->running->context, &block->engine);
 }
 
+bool Block::RunWarp(int warp) {
+  bool going = false;
+  const unsigned turn = random() % kWarp;
+  for (unsigned lane = 0; lane < kWarp; ++lane) {
+    const size_t at = warp * kWarp + (lane ^ turn);
+    if (at >= threads.size()) continue;
+    Thread& thread = threads[at];
+    if (thread.done || (thread.condition && !thread.condition())) continue;
+    thread.condition = nullptr;
+    running = &thread;
+    swapcontext(&engine, &thread.context);
+    going = true;
+  }
+  return going;
+}
+
 void Block::Run() {
   g_block = this;
   std::memset(shared.data(), 0xFF, shared.size());
@@ -130,30 +149,28 @@ void Block::Run() {
     thread.context.uc_link = nullptr;
     makecontext(&thread.context, Enter, 0);
   }
+  // One warp goes as far ahead of the others as it can, then another; half of the blocks get their copies only when
+  // nothing else can happen. So a wait that is missing shows in some block.
+  const bool late_copies = random() % 2 == 0;
+  std::vector<int> order(warps.size());
+  std::iota(order.begin(), order.end(), 0);
+  std::ranges::shuffle(order, random);
   for (bool going = true; going;) {
-    going = false;
-    bool waiting = false;
-    for (Thread& thread : threads) {
-      if (thread.done) continue;
-      waiting = true;
-      if (thread.condition && !thread.condition()) continue;
-      thread.condition = nullptr;
-      running = &thread;
-      swapcontext(&engine, &thread.context);
-      going = true;
-    }
-    if (!copies.empty() && (!going || (!late && random() % 2 == 0))) {
+    if (random() % 16 == 0) std::ranges::shuffle(order, random);
+    going = std::ranges::any_of(order, [&](int warp) { return RunWarp(warp); });
+    if (!copies.empty() && (!going || (!late_copies && random() % 4 == 0))) {
       RunCopy();
       going = true;
     }
-    if (waiting && !going) Die("no thread can go on");
   }
+  if (!std::ranges::all_of(threads, &Thread::done)) Die("no thread can go on");
   g_block = nullptr;
 }
 
 }  // namespace
 
 void RunGrid(const char* name, dim3 grid, int threads, std::span<std::byte> shared, const std::function<void()>& body) {
+  static std::mt19937 seeds;  // every block of a program has another order
   for (uint3 at = {}; at.z < grid.z; ++at.z) {
     for (at.y = 0; at.y < grid.y; ++at.y) {
       for (at.x = 0; at.x < grid.x; ++at.x) {
@@ -161,8 +178,7 @@ void RunGrid(const char* name, dim3 grid, int threads, std::span<std::byte> shar
         block.threads.resize(threads);
         for (int i = 0; i < threads; ++i) block.threads[i].index.x = static_cast<unsigned>(i);
         block.warps.resize((threads + kWarp - 1) / kWarp);
-        block.random.seed(at.x + 1000 * at.y + 1000000 * at.z);
-        block.late = block.random() % 3 == 0;
+        block.random.seed(seeds());
         block.Run();
       }
     }

@@ -1,7 +1,7 @@
-// Runs kernels on a CPU, from their own source: a block's threads are fibers that take turns, a warp's collective
-// instructions wait for all 32 lanes, copies into shared memory land at a time of the engine's choosing and are poison
-// before that. So machines without a GPU test which bits a kernel gives, and find waits that are missing or never end.
-// Not shown by it: the memory model beyond barriers, registers, speed.
+// Runs kernels on a CPU, from their own source: a block's threads are fibers, of which a random warp's run ahead as far
+// as they can; a warp's collective instructions wait for all 32 lanes; copies into shared memory land at a time of the
+// engine's choosing and are poison before that. So machines without a GPU test which bits a kernel gives, and find
+// waits that are missing or never end. Not shown by it: the memory model beyond barriers, registers, speed.
 //
 // A kernel's file is compiled as C++ after prelude.h, with instructions/ ahead of the include path: headers of the same
 // names, whose instructions are made of what is declared here. Matrix products are the oracle's, so the bits are a
