@@ -3,8 +3,7 @@
 #include <gtest/gtest.h>
 
 #include <cmath>
-#include <cstdlib>
-#include <memory>
+#include <cstring>
 #include <random>
 #include <span>
 #include <string>
@@ -12,6 +11,7 @@
 
 #include "kernels/cuda/attention.h"
 #include "kernels/cuda/batch_shares.h"
+#include "kernels/cuda/host_run/poisoned_memory.h"
 #include "kernels/float_bits.h"
 #include "kernels/oracle/attention.h"
 
@@ -25,16 +25,8 @@ const float kScale = 1.0f / std::sqrt(128.0f);
 
 using Bits = std::vector<uint16_t>;
 
-struct Free {
-  void operator()(std::byte* memory) const { std::free(memory); }
-};
-using Memory = std::unique_ptr<std::byte, Free>;
-
-Memory Allocate(size_t bytes) {
-  Memory memory(static_cast<std::byte*>(std::aligned_alloc(1024, (bytes + 1023) / 1024 * 1024)));
-  std::memset(memory.get(), 0xFF, bytes);  // NaN
-  return memory;
-}
+using host_run::Allocate;
+using host_run::Memory;
 
 // Sequences of random keys and values in pages; a sequence may begin with the pages of an earlier one.
 class Cache {

@@ -11,6 +11,7 @@
 #include <cstring>
 
 #include "kernels/cuda/host_run/host_run.h"
+#include "kernels/oracle/special_functions.h"
 
 #undef __device__
 #undef __forceinline__
@@ -60,10 +61,26 @@ inline float __fmaf_rn(float a, float b, float c) {
   return std::fma(a, b, c);
 }
 
+// CUDA's, not the C library's.
+inline float expf(float x) {
+  return oracle::Exp(x);
+}
+inline float log1pf(float x) {
+  return oracle::Log1p(x);
+}
+inline float rsqrtf(float x) {
+  return oracle::Rsqrt(x);
+}
+
 inline float __uint_as_float(unsigned bits) {
   float x;
   std::memcpy(&x, &bits, sizeof(x));
   return x;
+}
+
+template <class T>
+T __ldcs(const T* from) {
+  return *from;
 }
 
 inline void __syncthreads() {
@@ -94,6 +111,11 @@ T __shfl_sync(unsigned, T value, int lane) {
 template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int distance) {
   return __shfl_sync(mask, value, static_cast<int>(threadIdx.x % 32) ^ distance);
+}
+template <class T>
+T __shfl_up_sync(unsigned mask, T value, int distance) {
+  const int lane = static_cast<int>(threadIdx.x % 32);
+  return __shfl_sync(mask, value, lane < distance ? lane : lane - distance);
 }
 
 }  // namespace lockstep::cuda

@@ -1,0 +1,3 @@
+#include "kernels/cuda/host_run/prelude.h"
+//
+#include "kernels/cuda/gated_rms_norm.cu"
