@@ -16,7 +16,6 @@
 #include "kernels/oracle/attention.h"
 
 namespace lockstep::cuda {
-
 namespace {
 
 constexpr int kDim = 128;

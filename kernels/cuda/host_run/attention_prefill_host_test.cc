@@ -4,13 +4,12 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <random>
 #include <vector>
 
 #include "kernels/cuda/attention.h"
+#include "kernels/cuda/host_run/poisoned_memory.h"
 #include "kernels/float_bits.h"
 #include "kernels/oracle/attention.h"
 
@@ -38,8 +37,7 @@ class Prefill {
     const int64_t page_bytes = KvPageBytes(shape.kv_heads, shape.page_size) + 256;
     int64_t pages = 0;
     for (const Rows& piece : pieces_) pages += (piece.position + piece.rows + shape.page_size - 1) / shape.page_size;
-    cache_.reset(static_cast<std::byte*>(std::aligned_alloc(1024, (pages * page_bytes + 1023) / 1024 * 1024)));
-    std::memset(cache_.get(), 0xFF, pages * page_bytes);  // NaN
+    cache_ = host_run::Allocate(pages * page_bytes);
     kv_ = {.base = cache_.get(),
            .page_count = pages,
            .page_bytes = page_bytes,
@@ -126,10 +124,6 @@ class Prefill {
   }
 
  private:
-  struct Free {
-    void operator()(std::byte* memory) const { std::free(memory); }
-  };
-
   Bits Random(int64_t count) {
     std::normal_distribution<float> normal;
     Bits bits(count);
@@ -140,7 +134,7 @@ class Prefill {
   const Shape shape_;
   const std::vector<Rows> pieces_;
   std::mt19937 random_{3};
-  std::unique_ptr<std::byte, Free> cache_;
+  host_run::Memory cache_;
   KvPages kv_;
   std::vector<Bits> k_, v_, q_;
   std::vector<DevicePiece> device_pieces_;
