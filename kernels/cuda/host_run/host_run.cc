@@ -48,8 +48,13 @@ struct Thread {
   std::function<bool()> condition;  // null: can run
   const char* waits_for = "";
   bool done = false;
-  using Products = std::vector<std::function<void()>>;  // those that have run are gone
-  Products issued;                                      // since the last commit
+  struct Product {
+    uint32_t number;  // of the thread's, from 1 on
+    int together;
+    std::function<void()> run;
+  };
+  using Products = std::vector<Product>;  // those that have run are gone
+  Products issued;                        // since the last commit
   std::deque<Products> groups;
   uint32_t products = 0;  // issued so far
 };
@@ -263,13 +268,21 @@ void CopyLater(std::byte* to, size_t bytes, const void* barrier, std::function<v
 }
 
 void RunProducts(Thread::Products& products) {
-  for (const std::function<void()>& run : std::exchange(products, {})) run();
+  const size_t thread = g_block->running->index.x;
+  for (const Thread::Product& product : std::exchange(products, {})) {
+    const size_t first = thread / product.together * product.together;
+    WaitUntil("its warpgroup's products", [&] {
+      return std::all_of(&g_block->threads[first], &g_block->threads[first] + product.together,
+                         [&](const Thread& other) { return other.products >= product.number; });
+    });
+    product.run();
+  }
 }
 
-void IssueProduct(std::function<void()> run) {
+void IssueProduct(int together, std::function<void()> run) {
   Thread& self = *g_block->running;
-  self.issued.push_back(std::move(run));
-  const uint32_t turn = ++self.products * 0x9E3779B9u + self.index.x / kWarp * 0x85EBCA6Bu + g_block->index.x;
+  self.issued.push_back({++self.products, together, std::move(run)});
+  const uint32_t turn = self.products * 0x9E3779B9u + self.index.x / kWarp * 0x85EBCA6Bu + g_block->index.x;
   if ((turn >> 16) % 3 != 0) return;
   for (Thread::Products& group : self.groups) RunProducts(group);
   RunProducts(self.issued);

@@ -54,9 +54,10 @@ void WaitBarrier(const void* barrier, uint32_t parity);
 void CopyLater(std::byte* to, size_t bytes, const void* barrier, std::function<void()> copy);
 
 // Matrix products that run beside their thread, in order: `run` is called at once or when the thread waits for its
-// group, the earliest and the latest time that a device may choose; the engine takes turns, alike for a warp's lanes.
-// What it writes is the caller's to poison until then. A thread waits for all before it ends.
-void IssueProduct(std::function<void()> run);
+// group, the earliest and the latest time that a device may choose (the engine takes turns, alike for a warp's lanes);
+// but not before all of `together` neighbouring threads, a warpgroup, have issued theirs, so that none of its warps is
+// ahead of another by more. What it writes is the caller's to poison until then. A thread waits for all before it ends.
+void IssueProduct(int together, std::function<void()> run);
 void CommitProducts();  // those issued since the last call are a group
 // Until at most `pending` groups are left.
 void AwaitProducts(int pending);

@@ -65,8 +65,8 @@ TEST(HostRun, ProductsRunInOrderBeforeTheyAreWaitedFor) {
   std::vector<int> done;
   RunGrid("kernel", dim3(1), 1, g_shared, [&] {
     for (int group = 0; group < 20; ++group) {
-      IssueProduct([&, group] { done.push_back(2 * group); });
-      IssueProduct([&, group] { done.push_back(2 * group + 1); });
+      IssueProduct(1, [&, group] { done.push_back(2 * group); });
+      IssueProduct(1, [&, group] { done.push_back(2 * group + 1); });
       CommitProducts();
       AwaitProducts(1);
       EXPECT_GE(done.size(), 2u * group);
@@ -80,7 +80,7 @@ TEST(HostRun, ProductsRunInOrderBeforeTheyAreWaitedFor) {
 TEST(HostRunDeathTest, AThreadWaitsForItsProducts) {
   EXPECT_DEATH(RunGrid("kernel", dim3(1), 1, g_shared,
                        [] {
-                         IssueProduct([] {});
+                         IssueProduct(1, [] {});
                          CommitProducts();
                          AwaitProducts(1);
                        }),

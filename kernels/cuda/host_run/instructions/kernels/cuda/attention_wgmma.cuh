@@ -1,6 +1,6 @@
 // The instructions of kernels/cuda/attention_wgmma.cuh on a CPU. A warp's part of a product, 16 rows, depends on no
-// other warp's. A product runs when it is waited for; its output is NaN until then, and its operands, those in
-// registers too, are what they are by then.
+// other warp's, but takes place when all four have issued theirs. A product runs when it is waited for; its output is
+// NaN until then, and its operands, those in registers too, are what they are by then.
 #pragma once
 
 #include <algorithm>
@@ -114,7 +114,7 @@ inline void IssueWgmma(const WgmmaLane& lane) {
     before.assign(lane.d, lane.d + lane.count);
     std::fill_n(lane.d, lane.count, NAN);
   }
-  host_run::IssueProduct([=] {
+  host_run::IssueProduct(128, [=] {
     std::copy(before.begin(), before.end(), lane.d);
     RunWgmma(lane);
     if (--UnfinishedWgmma()[key] > 0) return;
