@@ -13,9 +13,8 @@ constexpr int kBlock = kDecodeBlock;
 constexpr int kColumns = kDecodeColumns;
 constexpr int kMathWarps = 4;
 constexpr int kThreads = (kMathWarps + 1) * 32;
-// Of 16 KB: a multiprocessor's blocks have so many in flight together, three blocks, two or one.
+// Of 16 KB each: what a multiprocessor's blocks have in flight together, whether they are three, two or one.
 constexpr int kSlotsPerSm = 12;
-constexpr int kMultiprocessors = 132;
 constexpr int kScorePad = 8;  // floats: keeps the columns' rows of scores in different banks
 
 template <class Order, int kSlots>

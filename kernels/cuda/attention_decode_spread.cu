@@ -13,8 +13,9 @@ namespace {
 constexpr int kHeadDim = kDecodeHeadDim;
 constexpr int kBlock = kDecodeBlock;
 constexpr int kColumns = kDecodeColumns;
-constexpr int64_t kScoreBlocks = 3 * 132;  // at once on the card
-constexpr int64_t kSpreadUnits = 66;       // two blocks each, or four of half as many, are one for a multiprocessor
+constexpr int64_t kScoreBlocks = 3 * kMultiprocessors;  // at once on the card
+// Two blocks each, or four of half as many, are one for a multiprocessor.
+constexpr int64_t kSpreadUnits = kMultiprocessors / 2;
 
 struct SpreadArgs {
   AttentionArgs attention;
@@ -183,7 +184,7 @@ struct ValueStage {
   float rescale[kColumns];
 };
 
-// From a stage's copies to its last product some 3.5 us go by; 15 stages of a quarter last that long.
+// As many stages as there is room for.
 template <class Order>
 struct ValueShared {
   static constexpr int kStages = static_cast<int>(kRingBytes / sizeof(ValueStage<Order>));

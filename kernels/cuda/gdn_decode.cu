@@ -216,11 +216,12 @@ __device__ void StartLoads(const Row& row, const HeadState& state, DecodeShared&
   const int finished = row.r * (row.r + 1) / 2;
   const uint32_t open_bytes = row.i * kBlock * 4;
   const int open_blocks = 1 + row.r + (row.t == kGdnChunk - 1 ? row.r : 0);
-  BarrierExpect(&shared.rows_full, row.t * kKeyRowBytes + finished * kBlockFloats * 4 + open_blocks * open_bytes);
-  BarrierExpect(&shared.values_full, 2 * row.t * kValueRowBytes);
-  if (row.t > 0) BulkLoad(shared.k, state.k_rows, row.t * kKeyRowBytes, &shared.rows_full);
+  BarrierArriveExpectBytes(&shared.rows_full,
+                           row.t * kKeyRowBytes + finished * kBlockFloats * 4 + open_blocks * open_bytes);
+  BarrierArriveExpectBytes(&shared.values_full, 2 * row.t * kValueRowBytes);
+  if (row.t > 0) BulkCopy(state.k_rows, shared.k, &shared.rows_full, row.t * kKeyRowBytes);
   const auto load_solve = [&](int block, uint32_t bytes) {
-    BulkLoad(shared.solve[block], state.solve + block * kBlockFloats, bytes, &shared.rows_full);
+    BulkCopy(state.solve + block * kBlockFloats, shared.solve[block], &shared.rows_full, bytes);
   };
   if (row.r > 0) load_solve(0, finished * kBlockFloats * 4);
   if (row.i > 0) {
@@ -231,8 +232,8 @@ __device__ void StartLoads(const Row& row, const HeadState& state, DecodeShared&
     }
   }
   if (row.t > 0) {
-    BulkLoad(shared.bv, state.bv_rows, row.t * kValueRowBytes, &shared.values_full);
-    BulkLoad(shared.vp, state.vp_rows, row.t * kValueRowBytes, &shared.values_full);
+    BulkCopy(state.bv_rows, shared.bv, &shared.values_full, row.t * kValueRowBytes);
+    BulkCopy(state.vp_rows, shared.vp, &shared.values_full, row.t * kValueRowBytes);
   }
 }
 

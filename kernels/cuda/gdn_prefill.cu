@@ -541,9 +541,9 @@ __global__ void __launch_bounds__(kScanThreads, 2)
       const int stage = n % kStages;
       if (n >= kStages) BarrierWait(&shared.empty[stage], (n / kStages - 1) & 1);
       const char* record = records + n * record_stride;
-      BarrierExpect(&shared.full[stage], kSliceUBytes + kStageOperands);
-      BulkLoad(shared.stages[stage] + kSliceUBytes, record + kRecordW, kStageOperands, &shared.full[stage]);
-      BulkLoad(shared.stages[stage], record + kRecordU + slice * kSliceUBytes, kSliceUBytes, &shared.full[stage]);
+      BarrierArriveExpectBytes(&shared.full[stage], kSliceUBytes + kStageOperands);
+      BulkCopy(record + kRecordW, shared.stages[stage] + kSliceUBytes, &shared.full[stage], kStageOperands);
+      BulkCopy(record + kRecordU + slice * kSliceUBytes, shared.stages[stage], &shared.full[stage], kSliceUBytes);
     }
     return;
   }

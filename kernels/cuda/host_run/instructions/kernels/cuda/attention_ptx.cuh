@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-#include "kernels/cuda/host_run/ptx.h"
+#include "kernels/cuda/ptx.cuh"
 
 namespace lockstep::cuda {
 

@@ -1,11 +1,11 @@
-// The instructions of kernels/cuda/gdn_ptx.cuh on a CPU: ptx.h's, and those of other names.
+// The instructions of kernels/cuda/gdn_ptx.cuh on a CPU.
 #pragma once
 
 #include <bit>
 #include <cstdint>
 #include <cstring>
 
-#include "kernels/cuda/host_run/ptx.h"
+#include "kernels/cuda/ptx.cuh"
 
 namespace lockstep::cuda::gdn {
 
@@ -16,13 +16,6 @@ inline void MmaTf32(float (&d)[4], const float (&a)[4], float b0, float b1) {
   uint32_t words[4];
   std::memcpy(words, a, sizeof(words));
   MmaStep<1>("mma of tf32", d, words, std::bit_cast<uint32_t>(b0), std::bit_cast<uint32_t>(b1), oracle::MakeTf32Factor);
-}
-
-inline void BarrierExpect(uint64_t* barrier, uint32_t bytes) {
-  BarrierArriveExpectBytes(barrier, bytes);
-}
-inline void BulkLoad(void* shared, const void* global, uint32_t bytes, uint64_t* barrier) {
-  BulkCopy(global, shared, barrier, bytes);
 }
 
 }  // namespace lockstep::cuda::gdn
