@@ -7,6 +7,7 @@
 #include "kernels/cuda/attention_wgmma.cuh"
 #include "kernels/cuda/overlap.cuh"
 #include "kernels/cuda/params.h"
+#include "kernels/cuda/warp_arrive.cuh"
 
 namespace lockstep::cuda {
 namespace {
@@ -14,7 +15,9 @@ namespace {
 constexpr int kHeadDim = 128;
 constexpr int kBlock = static_cast<int>(kKvBlock);
 constexpr int kGroup = 128;  // threads of a warpgroup
-constexpr int kTiles = 2;    // query tiles of a block, a warpgroup each
+// Of a warpgroup's threads, those that arrive where a stage is free again: one, or for racecheck's eyes all.
+constexpr int kGroupArrivals = kWarpArrivals == 1 ? 1 : kGroup;
+constexpr int kTiles = 2;  // query tiles of a block, a warpgroup each
 constexpr int kThreads = (1 + kTiles) * kGroup;
 constexpr int kRows = 64;             // of a query tile
 constexpr int kQPlane = kRows * 128;  // 64 rows x 64 dims, in the 128-byte swizzle
@@ -244,8 +247,8 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
     for (int i = 0; i < Shared::kStages; ++i) {
       BarrierInit(&shared.k_full[i], Shared::kCopies);
       BarrierInit(&shared.v_full[i], Shared::kCopies);
-      BarrierInit(&shared.k_empty[i], work.tiles);
-      BarrierInit(&shared.v_empty[i], work.tiles);
+      BarrierInit(&shared.k_empty[i], work.tiles * kGroupArrivals);
+      BarrierInit(&shared.v_empty[i], work.tiles * kGroupArrivals);
     }
     BarrierInitFence();
   }
@@ -290,7 +293,7 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
     IssueScores<Order>(r, q, WgmmaDescriptor<WgmmaSwizzle::k64Bytes>(shared.k[k_at.stage], 0));
   };
   const auto release_k = [&] {
-    if (thread == 0) BarrierArrive(&shared.k_empty[k_at.stage]);
+    if (thread < kGroupArrivals) BarrierArrive(&shared.k_empty[k_at.stage]);
     k_at.Next();
   };
   // Only a row's first and last tiles have keys that no row sees.
@@ -306,7 +309,7 @@ __global__ void __launch_bounds__(kThreads, 1) PrefillKernel(const __grid_consta
     IssueValues<Order>(r, WgmmaDescriptor<WgmmaSwizzle::k64Bytes>(shared.v[v_at.stage], Shared::kPlane));
   };
   const auto release_v = [&] {
-    if (thread == 0) BarrierArrive(&shared.v_empty[v_at.stage]);
+    if (thread < kGroupArrivals) BarrierArrive(&shared.v_empty[v_at.stage]);
     v_at.Next();
   };
   const auto softmax = [&](int step, float(&rescale)[2]) {
