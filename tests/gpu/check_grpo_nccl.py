@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""python/examples/grpo.py on two GPUs: the learner on the first, a worker on the second, weights by NCCL.
+"""python/examples/grpo.py on two GPUs: the learner on the first, a worker on the second, weights by NCCL. With
+--one_gpu both are on the first (one_gpu.py).
 
     tests/gpu/check_grpo_nccl.py --binary build/cuda/bin/lockstep-worker --json OUT
 
@@ -24,6 +25,7 @@ import time
 import traceback
 
 import numpy
+import one_gpu
 from lockstep_client import ROOT, Worker
 
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "python" / "examples")]
@@ -77,7 +79,10 @@ def run(arguments):
     import trainer
 
     flags = [*shlex.split(arguments.worker_flags), "--nccl_library", arguments.nccl_library]
-    with Worker.start(arguments.binary, arguments.model, flags) as worker:
+    environment = one_gpu.environment("worker") if arguments.one_gpu else None
+    if arguments.one_gpu:
+        one_gpu.enter("learner")
+    with Worker.start(arguments.binary, arguments.model, flags, environment=environment) as worker:
         info = worker.info()
         example = ["--model", arguments.model, "--worker", worker.address, "--control", worker.control]
         example += ["--device", arguments.device, "--align", "--transport", "nccl", "--seed", str(arguments.seed)]
@@ -98,7 +103,8 @@ def run(arguments):
     return {
         "commit": commit_text(),
         "command": shlex.join(["tests/gpu/check_grpo_nccl.py", *sys.argv[1:]]),
-        "device": f"2 x {info.build.device}" if on_gpu else "cpu",
+        "device": f"{1 if arguments.one_gpu else 2} x {info.build.device}" if on_gpu else "cpu",
+        **({"note": one_gpu.NOTE} if arguments.one_gpu else {}),
         "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
         "versions": versions,
         "profile": info.numerics.profile,
@@ -125,11 +131,8 @@ def parse_arguments(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--binary", required=True, help="lockstep-worker to start")
     parser.add_argument("--model", default=str(ROOT / "tests" / "data" / "tiny"), help="default: the tiny checkpoint")
-    parser.add_argument(
-        "--worker_flags",
-        default=f"--backend cuda --numerics hf --cuda_device {WORKER_GPU}",
-        help="default: %(default)s",
-    )
+    parser.add_argument("--worker_flags", help="default: --backend cuda --numerics hf --cuda_device N, its GPU")
+    parser.add_argument("--one_gpu", action="store_true", help="learner and worker share GPU 0")
     parser.add_argument("--device", default=f"cuda:{LEARNER_GPU}", help="the learner's (default: %(default)s)")
     parser.add_argument("--nccl_library", default=torch_nccl(), help="the worker's (default: that of torch's wheel)")
     parser.add_argument("--steps", type=int, default=50)
@@ -138,6 +141,11 @@ def parse_arguments(argv=None):
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", help="where the result goes")
     arguments = parser.parse_args(argv)
+    if arguments.worker_flags is None:
+        gpu = LEARNER_GPU if arguments.one_gpu else WORKER_GPU
+        arguments.worker_flags = f"--backend cuda --numerics hf --cuda_device {gpu}"
+        if arguments.one_gpu:
+            arguments.worker_flags += " " + shlex.join(one_gpu.WORKER_FLAGS)
     if arguments.steps < 2:
         parser.error(f"--steps {arguments.steps}: want 2 at least")
     return arguments

@@ -10,7 +10,11 @@ then one more update, after which the worker must compute what a worker started 
 All of it once for each of --modes, which are values of the worker's --weights_receive. Needs the lockstep package, torch
 and two GPUs.
 
-Exit status: 0 every bit and digest is equal and every kill was survived; 1 not; 2 it could not run.
+With --one_gpu both are on one (one_gpu.py), which shows the same of NCCL's code path, of deaths and of bits; rates,
+pauses and the slowdown are then recorded, but are not those of two GPUs.
+
+Exit status: 0 every bit and digest is equal, every kill was survived and left no memory behind; 1 not; 2 it could not
+run.
 """
 
 import argparse
@@ -30,6 +34,7 @@ import traceback
 
 import grpc
 import numpy
+import one_gpu
 import torch
 from check_weights import Load, Sender, answers, spread
 from lockstep_client import ROOT, Worker
@@ -42,8 +47,12 @@ from build_tree import commit_text  # noqa: E402
 # Children begin with torch imported, no CUDA and no gRPC threads: a learner is there in a second.
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["torch", "lockstep", "check_weights"])
-WORKER_GPU, LEARNER_GPU = 0, 1
+WORKER_GPU = 0
 SETTLE_S = 0.4
+# For the learner's next result; sockets and turns on one GPU may take minutes for 15 GB.
+RESULT_S = {1: 500, 2: 120}
+LEAK_MIB = 64
+LEAK_WAIT_S = 5
 PIECE_BYTES = 1 << 30
 PAUSE_GOAL_MS = {"staged": 20, "direct": 100}  # for which an update stops generation, at most
 
@@ -55,7 +64,9 @@ def torch_nccl():
     except ModuleNotFoundError:  # no wheel of nvidia's at all
         spec = None
     folders = spec.submodule_search_locations if spec else []
-    return next((str(p) for f in folders for p in [pathlib.Path(f) / "lib" / "libnccl.so.2"] if p.exists()), "libnccl.so.2")
+    return next(
+        (str(p) for f in folders for p in [pathlib.Path(f) / "lib" / "libnccl.so.2"] if p.exists()), "libnccl.so.2"
+    )
 
 
 def load_tensors(directory, device):
@@ -70,7 +81,7 @@ def load_tensors(directory, device):
 
 def nccl_rank(rank, port, out):
     """NCCL's own rate: broadcasts of 1 GiB from the learner's GPU, the best of three times fifteen."""
-    torch.cuda.set_device(LEARNER_GPU if rank == 0 else WORKER_GPU)
+    torch.cuda.set_device(1 if rank == 0 else WORKER_GPU)
     torch.distributed.init_process_group("nccl", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     data = torch.zeros(PIECE_BYTES, dtype=torch.uint8, device="cuda")
     torch.distributed.broadcast(data, 0)
@@ -139,17 +150,27 @@ def gathered(tensors):
         yield name, torch.cat(tensor.chunk(8)) if tensor.dim() > 1 else tensor.clone()
 
 
+def enter_learner(arguments):
+    if arguments.one_gpu:
+        one_gpu.enter("learner")
+    torch.cuda.set_device(learner_gpu(arguments))
+
+
+def learner_gpu(arguments):
+    return 0 if arguments.one_gpu else 1
+
+
 def learner(arguments, control, jobs, results):
     """The learner's process: publishes what `jobs` says. Its failure is its last result."""
     try:
+        enter_learner(arguments)
         publish_jobs(arguments, control, jobs, results)
     except Exception:
         results.put(traceback.format_exc())
 
 
 def publish_jobs(arguments, control, jobs, results):
-    torch.cuda.set_device(LEARNER_GPU)
-    sets = [load_tensors(directory, f"cuda:{LEARNER_GPU}") for directory in (arguments.old, arguments.new)]
+    sets = [load_tensors(directory, f"cuda:{learner_gpu(arguments)}") for directory in (arguments.old, arguments.new)]
     manifest = [(name, tensor.dtype, tensor.shape) for name, tensor in sets[0].items()]
     publishers = {}
     while (job := jobs.get()) is not None:
@@ -157,7 +178,9 @@ def publish_jobs(arguments, control, jobs, results):
         if ctas not in publishers:
             for old in publishers.values():
                 old.close()
-            publishers = {ctas: lockstep.WeightPublisher(control, manifest_from=manifest, transport="nccl", max_ctas=ctas)}
+            publishers = {
+                ctas: lockstep.WeightPublisher(control, manifest_from=manifest, transport="nccl", max_ctas=ctas)
+            }
         tensors = sets[which]
         torch.cuda.synchronize()
         begin = time.perf_counter()
@@ -168,9 +191,9 @@ def publish_jobs(arguments, control, jobs, results):
     results.put(None)
 
 
-def victim(control, manifest, step, ready):
+def victim(arguments, control, manifest, step, ready):
     """A learner that dies in mid-broadcast. Its tensors are whatever the memory holds: they must never serve."""
-    torch.cuda.set_device(LEARNER_GPU)
+    enter_learner(arguments)
 
     def tensors():
         for i, (name, dtype, shape) in enumerate(manifest):
@@ -186,6 +209,23 @@ def memory_used():
     return int(subprocess.run(query, capture_output=True, text=True, check=True).stdout)
 
 
+def memory_after(before):
+    """In use once what died has given back its own, or after LEAK_WAIT_S."""
+    deadline = time.monotonic() + LEAK_WAIT_S
+    while (used := memory_used()) > before + LEAK_MIB and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return used
+
+
+def leaked(used):
+    """`used`: MiB before the first death and after each."""
+    return used[-1] > used[0] + LEAK_MIB
+
+
+def gpus(arguments):
+    return 1 if arguments.one_gpu else 2
+
+
 class Check:
     def __init__(self, arguments, mode, worker, nccl_gb_s):
         self.arguments, self.mode, self.worker, self.nccl_gb_s = arguments, mode, worker, nccl_gb_s
@@ -198,7 +238,7 @@ class Check:
         self.load = Arrivals(worker, arguments.load, self.vocab_size)
 
     def result(self):
-        result = self.results.get(timeout=120)
+        result = self.results.get(timeout=RESULT_S[gpus(self.arguments)])
         if isinstance(result, str):
             raise RuntimeError(f"the learner failed: {result}")
         return result
@@ -225,23 +265,37 @@ class Check:
     def series(self, count, ctas, gather=False):
         """Updates in one group; the first, which makes it, does not count."""
         rows = [self.update(ctas, gather) for _ in range(count + 1)][1:]
-        result = {"transport": "nccl", "mode": self.mode, "gpus": 2, "shape": self.arguments.shape, "bytes": self.bytes}
+        result = {
+            "transport": "nccl",
+            "mode": self.mode,
+            "gpus": gpus(self.arguments),
+            "shape": self.arguments.shape,
+            "bytes": self.bytes,
+        }
         result |= {"updates": count, "max_ctas": ctas, "sender": "gathers shards" if gather else "has whole tensors"}
         result |= {"load": self.arguments.load, "nccl_gb_s": self.nccl_gb_s}
         result |= {key: spread([row[key] for row in rows]) for key in rows[0]}
         before, during = (sum(row[key] for row in rows) for key in ("tok_s_before", "tok_s_while_receiving"))
         result["slowdown_while_receiving"] = 1 - during / before
         # Of decoding, in all: what the slowdown costs while bytes arrive, and the pause.
-        result["lost_ms"] = result["slowdown_while_receiving"] * result["push_ms"]["median"] + result["pause_ms"]["median"]
-        result["pause_goal_ms"] = PAUSE_GOAL_MS[self.mode]
-        result["pause_goal_met"] = result["pause_ms"]["max"] <= PAUSE_GOAL_MS[self.mode]
-        print(", ".join(f"{k} {v['median']:.4g}" if isinstance(v, dict) else f"{k} {v}" for k, v in result.items()), flush=True)
+        result["lost_ms"] = (
+            result["slowdown_while_receiving"] * result["push_ms"]["median"] + result["pause_ms"]["median"]
+        )
+        if not self.arguments.one_gpu:
+            result["pause_goal_ms"] = PAUSE_GOAL_MS[self.mode]
+            result["pause_goal_met"] = result["pause_ms"]["max"] <= PAUSE_GOAL_MS[self.mode]
+        print(
+            ", ".join(f"{k} {v['median']:.4g}" if isinstance(v, dict) else f"{k} {v}" for k, v in result.items()),
+            flush=True,
+        )
         return result
 
     def stop_learner(self):
         self.jobs.put(None)
         self.result()
         self.process.join(60)
+        if self.process.exitcode is None:
+            raise RuntimeError("the learner did not end within 60 s")
 
     def kills(self, count):
         """Learners killed in mid-broadcast; what the worker says and does meanwhile."""
@@ -254,7 +308,7 @@ class Check:
         survived, recovery_ms, gaps_ms, used = 0, [], [], [memory]
         for k in range(count):
             ready, other = FORK.Pipe()
-            child = FORK.Process(target=victim, args=(self.worker.control, manifest, (1 + k, 0), other))
+            child = FORK.Process(target=victim, args=(self.arguments, self.worker.control, manifest, (1 + k, 0), other))
             child.start()
             began = time.perf_counter()
             if not ready.poll(60):
@@ -272,7 +326,7 @@ class Check:
             time.sleep(0.3)
             gaps_ms.append(self.load.longest_gap_ms(began, recovered + 0.25))
             serving = (status.weight_version.epoch, status.weight_version.step)
-            used.append(memory_used())
+            used.append(memory_after(memory))
             survived += serving == (0, self.step) and status.state == sender.m.UPDATE_STATE_SERVING
         same = sender.digests() == before
         return {
@@ -288,13 +342,17 @@ class Check:
 def run_mode(arguments, mode, rate):
     flags = [*shlex.split(arguments.worker_flags), "--cuda_device", str(WORKER_GPU)]
     flags += ["--nccl_library", arguments.nccl_library, "--weights_receive", mode]
+    environment = None
+    if arguments.one_gpu:
+        flags += one_gpu.WORKER_FLAGS
+        environment = one_gpu.environment("worker")
     rows = []
-    with Worker.start(arguments.binary, arguments.old, flags) as worker:
+    with Worker.start(arguments.binary, arguments.old, flags, environment=environment) as worker:
         check = Check(arguments, mode, worker, rate)
         for ctas in arguments.ctas:
             rows.append(check.series(5, ctas))
         rows.append(check.series(arguments.updates, arguments.max_ctas))
-        rows.append(check.series(4, arguments.max_ctas, gather=True))
+        rows.append(check.series(arguments.gathered, arguments.max_ctas, gather=True))
         check.stop_learner()
         kills = check.kills(arguments.kills)
         print(kills, flush=True)
@@ -320,11 +378,12 @@ def run_mode(arguments, mode, rate):
     return device, rows, kills, bits
 
 
-def write(path, device, found):
+def write(path, device, found, arguments):
     measurement = {
         "commit": commit_text(),
         "command": shlex.join(["tests/gpu/check_weights_nccl.py", *sys.argv[1:]]),
-        "device": f"2 x {device}",
+        "device": f"{gpus(arguments)} x {device}",
+        **({"note": one_gpu.NOTE} if arguments.one_gpu else {}),
         "versions": {
             "python": platform.python_version(),
             "grpcio": grpc.__version__,
@@ -345,7 +404,9 @@ def main():
     parser.add_argument("--nccl_library", default=torch_nccl(), help="the worker's (default: that of torch's wheel)")
     parser.add_argument("--shape", required=True, help="its name in the table")
     parser.add_argument("--modes", nargs="+", default=["staged"], choices=tuple(PAUSE_GOAL_MS))
+    parser.add_argument("--one_gpu", action="store_true", help="learner and worker share GPU 0")
     parser.add_argument("--updates", type=int, default=20)
+    parser.add_argument("--gathered", type=int, default=4, help="updates from shards (default: 4)")
     parser.add_argument("--ctas", type=int, nargs="*", default=[0, 4, 8, 16], help="numbers of thread blocks to try")
     parser.add_argument("--max_ctas", type=int, default=0, help="for the --updates")
     parser.add_argument("--kills", type=int, default=20)
@@ -353,14 +414,16 @@ def main():
     parser.add_argument("--json", help="where the result goes")
     arguments = parser.parse_args()
     try:
-        rate = nccl_rate()
-        print(f"NCCL's own broadcasts: {rate:.1f} GB/s", flush=True)
+        rate = None
+        if not arguments.one_gpu:
+            rate = nccl_rate()
+            print(f"NCCL's own broadcasts: {rate:.1f} GB/s", flush=True)
         rows, kills, bits = [], {}, {}
         for mode in arguments.modes:
             device, more, kills[mode], bits[mode] = run_mode(arguments, mode, rate)
             rows += more
             if arguments.json:
-                write(arguments.json, device, {"results": rows, "kills": kills, "bits": bits})
+                write(arguments.json, device, {"results": rows, "kills": kills, "bits": bits}, arguments)
     except Exception:
         traceback.print_exc()
         return 2
@@ -372,6 +435,9 @@ def main():
             broken = True
         if kills[mode]["survived"] < kills[mode]["kills"] or not kills[mode]["digests_as_before"]:
             print(f"BROKEN ({mode}): a learner's death touched what serves")
+            broken = True
+        if leaked(kills[mode]["device_memory_mib"]):
+            print(f"BROKEN ({mode}): memory of the dead is still held: {kills[mode]['device_memory_mib']} MiB")
             broken = True
     return int(broken)
 

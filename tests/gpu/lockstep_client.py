@@ -6,6 +6,7 @@ elsewhere protoc makes it), so that any protobuf runtime will do.
 
 import concurrent.futures
 import dataclasses
+import os
 import pathlib
 import re
 import subprocess
@@ -99,12 +100,13 @@ class Worker:
         self.rollout = self.messages.stub(self.channel)
 
     @classmethod
-    def start(cls, binary, model, flags=(), ready_timeout=300):
-        """Starts `binary` on free ports and waits for its ready line."""
+    def start(cls, binary, model, flags=(), ready_timeout=300, environment=None):
+        """Starts `binary` on free ports, with `environment` beside this process's, and waits for its ready line."""
         free_port = "127.0.0.1:0"
         command = [str(binary), "--model", str(model), "--listen", free_port, "--control_listen", free_port, *flags]
         log = tempfile.TemporaryFile(mode="w+")
-        process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=log, text=True)
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": log}
+        process = subprocess.Popen(command, **pipes, text=True, env=os.environ | (environment or {}))
         timer = threading.Timer(ready_timeout, process.kill)
         timer.start()
         line = process.stdout.readline().rstrip("\n")

@@ -34,3 +34,10 @@ def test_a_few_steps(build_dir, tmp_path):
     found = json.loads(out.read_text())
     assert len(found["rows"]) == 2 and found["tokens"] > 0 and found["sync_ms"]["max"] >= found["sync_ms"]["median"] > 0
     assert {"commit", "command", "device", "versions", "date"} < set(found)
+
+
+def test_one_gpu():
+    arguments = check_grpo_nccl.parse_arguments(["--binary", "worker", "--one_gpu"])
+    assert arguments.worker_flags == "--backend cuda --numerics hf --cuda_device 0 --memory_fraction 0.4"
+    assert "--cuda_device 1" in check_grpo_nccl.parse_arguments(["--binary", "worker"]).worker_flags
+    assert check_grpo_nccl.one_gpu.environment("a")["NCCL_HOSTID"] == "a"
