@@ -103,7 +103,7 @@ def update(worker, sequences, tensor, step, policy):
 
 
 def run(arguments):
-    tensor = load_tensors(arguments.model, "cpu")[TENSOR]
+    tensor = load_tensors(arguments.model, "cpu", {TENSOR})[TENSOR]
     with Worker.start(arguments.binary, arguments.model, shlex.split(arguments.worker_flags)) as worker:
         info = worker.info()
         rng = numpy.random.default_rng(11)

@@ -69,13 +69,15 @@ def torch_nccl():
     )
 
 
-def load_tensors(directory, device):
+def load_tensors(directory, device, names=None):
+    """By name; `names`: those alone."""
     from safetensors import safe_open
 
     tensors = {}
     for path in sorted(pathlib.Path(directory).glob("*.safetensors")):
         with safe_open(path, framework="pt", device=str(device)) as file:
-            tensors |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            here = file.keys() if names is None else names & set(file.keys())
+            tensors |= {name: file.get_tensor(name) for name in here}
     return tensors
 
 

@@ -3,6 +3,7 @@
 import json
 
 import check_grpo_nccl
+import check_weights_nccl
 import pytest
 
 
@@ -41,3 +42,8 @@ def test_one_gpu():
     assert arguments.worker_flags == "--backend cuda --numerics hf --cuda_device 0 --memory_fraction 0.4"
     assert "--cuda_device 1" in check_grpo_nccl.parse_arguments(["--binary", "worker"]).worker_flags
     assert check_grpo_nccl.one_gpu.environment("a")["NCCL_HOSTID"] == "a"
+
+
+def test_memory_of_the_dead():
+    assert not check_weights_nccl.leaked([1000, 1900, 1000 + check_weights_nccl.LEAK_MIB])
+    assert check_weights_nccl.leaked([1000, 1000, 1001 + check_weights_nccl.LEAK_MIB])
