@@ -24,10 +24,12 @@ struct SpreadArgs {
   int32_t columns;       // of a record
 };
 
-// A tile's scores [columns, kKeys], -infinity where the row sees no key, and their maxima [8].
+// A tile's scores [columns, kKeys], -infinity where the row sees no key, and their maxima [8]; whole lines of 128
+// bytes, so that a bulk copy of it begins and ends with a line.
 template <class Order>
 __host__ __device__ constexpr int64_t RecordFloats(int64_t columns) {
-  return columns * Order::kKeys + kColumns;
+  constexpr int64_t kLineFloats = 128 / sizeof(float);
+  return (columns * Order::kKeys + kColumns + kLineFloats - 1) / kLineFloats * kLineFloats;
 }
 
 template <class Order>
@@ -159,8 +161,11 @@ __global__ void __launch_bounds__(kScoreThreads, 3) ScoreKernel(const __grid_con
 }
 
 constexpr int kWeightWarps = 4;
-// Warps: loading, summing, weights, values.
-constexpr int kSumWarp = 1;
+// Warps: loading records, loading values, summing, weights, values.
+constexpr int kLoadRecordsWarp = 0;
+constexpr int kLoadValuesWarp = 1;
+constexpr int kLoadValuesWarps = 4;
+constexpr int kSumWarp = kLoadValuesWarp + kLoadValuesWarps;
 constexpr int kFirstWeightWarp = kSumWarp + 1;
 constexpr int kFirstValueWarp = kFirstWeightWarp + kWeightWarps;
 constexpr size_t kRingBytes = 222 << 10;
@@ -198,21 +203,35 @@ struct ValueShared {
   uint64_t summed;  // `inverse` is there
 };
 
-// The loading warp: of every tile its part of each block of values, and the record, which comes from L2 and is weighed
-// while the values are on their way. A lane for each copy: one thread issues 8 copies in a microsecond, a warp 32. A
-// block of threads gets 57 GB/s at most.
+// A warp: every tile's record, which comes from L2 and is weighed while the values are on their way.
 template <class Order>
-__device__ void LoadValues(const SpreadArgs& spread, const Unit& unit, const KeyRange<Order>& range,
-                           ValueShared<Order>& shared) {
-  const AttentionArgs& args = spread.attention;
+__device__ void LoadRecords(const SpreadArgs& spread, const KeyRange<Order>& range, ValueShared<Order>& shared) {
+  if (threadIdx.x % 32 != 0) return;
   const auto record_bytes = static_cast<uint32_t>(RecordFloats<Order>(spread.columns) * sizeof(float));
+  RingIndex<ValueShared<Order>::kStages> ring;
+  for (int step = 0; step < range.tiles; ++step) {
+    uint64_t* scored = &shared.scored[ring.slot];
+    BarrierWait(&shared.empty[ring.slot], ring.phase ^ 1);
+    BarrierArriveExpectBytes(scored, record_bytes);
+    BulkCopy(Record<Order>(spread, step), shared.stages[ring.slot].scores, scored, record_bytes);
+    ring.Next();
+  }
+}
+
+// A warp of kLoadValuesWarps: of every kLoadValuesWarps-th tile its part of each block of values. One lane announces
+// the bytes of all, then a lane for each copy. A warp alone takes 0.35 us a tile for that, most of it waiting for its
+// own barriers and shuffles, where memory gives a tile in 0.24.
+template <class Order>
+__device__ void LoadValues(const AttentionArgs& args, const Unit& unit, const KeyRange<Order>& range,
+                           ValueShared<Order>& shared) {
   const std::byte* values = args.kv + (args.kv_heads + unit.kv_head) * args.page_size * kKvRowBytes +
                             static_cast<int>(blockIdx.z) * Order::kBytes;
   const int lane = static_cast<int>(threadIdx.x % 32);
-  const bool of_record = lane == Order::kBlocks;
+  const int which = static_cast<int>(threadIdx.x / 32) - kLoadValuesWarp;
   PageCursor<Order> cursor(args, unit.piece, range);
   RingIndex<ValueShared<Order>::kStages> ring;
-  for (int step = 0; step < range.tiles; ++step) {
+  for (int step = 0; step < range.tiles; ++step, ring.Next()) {
+    if (step % kLoadValuesWarps != which) continue;
     const int first_block = range.Tile(step) * Order::kBlocks;
     int row = 0;  // of this lane's block
 #pragma unroll
@@ -220,18 +239,18 @@ __device__ void LoadValues(const SpreadArgs& spread, const Unit& unit, const Key
       const int at = cursor.Row(first_block + i);
       if (i == lane) row = at;
     }
-    if (lane <= Order::kBlocks) {
-      auto& stage = shared.stages[ring.slot];
-      const void* from = of_record ? static_cast<const void*>(Record<Order>(spread, step)) : values + row * kKvRowBytes;
-      void* to = of_record ? static_cast<void*>(stage.scores) : stage.v[lane];
-      uint64_t* arrived = of_record ? &shared.scored[ring.slot] : &shared.full[ring.slot];
-      uint32_t bytes = of_record ? record_bytes : Order::kBytes;
-      if (!of_record && !range.HasBlock(first_block + lane)) bytes = 0;
-      BarrierWait(&shared.empty[ring.slot], ring.phase ^ 1);
-      BarrierArriveExpectBytes(arrived, bytes);
-      if (bytes > 0) BulkCopy(from, to, arrived, bytes);
+    uint64_t* full = &shared.full[ring.slot];
+    BarrierWait(&shared.empty[ring.slot], ring.phase ^ 1);
+    if (lane == 0) {
+      uint32_t bytes = 0;
+#pragma unroll
+      for (int i = 0; i < Order::kBlocks; ++i) bytes += range.HasBlock(first_block + i) ? Order::kBytes : 0;
+      BarrierArriveExpectBytes(full, bytes);
     }
-    ring.Next();
+    __syncwarp();  // no copy may end before its bytes are announced
+    if (lane < Order::kBlocks && range.HasBlock(first_block + lane)) {
+      BulkCopy(values + row * kKvRowBytes, shared.stages[ring.slot].v[lane], full, Order::kBytes);
+    }
   }
 }
 
@@ -400,8 +419,8 @@ __device__ void SumValues(const AttentionArgs& args, const Unit& unit, const Key
   }
 }
 
-// Grid: (kv_heads * groups of 8 query heads, decode_pieces, parts of the head dimension), 8 or 10 warps with four
-// duties. Traffic: the piece's values once; the scores once from memory, by the other parts from L2.
+// Grid: (kv_heads * groups of 8 query heads, decode_pieces, parts of the head dimension), 12 or 14 warps with
+// five duties. Traffic: the piece's values once; the scores once from memory, by the other parts from L2.
 template <class Order>
 __global__ void __launch_bounds__(Order::kThreads, 1) ValueKernel(const __grid_constant__ SpreadArgs spread) {
   using Shared = ValueShared<Order>;
@@ -415,7 +434,7 @@ __global__ void __launch_bounds__(Order::kThreads, 1) ValueKernel(const __grid_c
   if (threadIdx.x == 0) {
     for (int i = 0; i < Shared::kStages; ++i) {
       BarrierInit(&shared.scored[i], 1);
-      BarrierInit(&shared.full[i], Order::kBlocks);
+      BarrierInit(&shared.full[i], 1);
       BarrierInit(&shared.weighed[i], kWarpArrivals);
       BarrierInit(&shared.empty[i], (kWeightWarps + Order::kValueWarps + 1) * kWarpArrivals);
     }
@@ -424,8 +443,10 @@ __global__ void __launch_bounds__(Order::kThreads, 1) ValueKernel(const __grid_c
   }
   __syncthreads();
   const int warp = static_cast<int>(threadIdx.x / 32);
-  if (warp < kSumWarp) {
-    LoadValues(spread, unit, range, shared);
+  if (warp == kLoadRecordsWarp) {
+    LoadRecords(spread, range, shared);
+  } else if (warp < kSumWarp) {
+    LoadValues(args, unit, range, shared);
   } else if (warp == kSumWarp) {
     Sum(unit, range, shared);
   } else if (warp < kFirstValueWarp) {
