@@ -30,6 +30,7 @@ class Documents:
     boundaries: torch.Tensor  # int64 [n + 1] from 0 to T, on the model's device
     boundaries_cpu: torch.Tensor
     positions: torch.Tensor  # int64 [1, T]: of each token in its document
+    known: dict[int, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)  # first_tokens()'
 
     @classmethod
     def of(cls, lengths: list[int], device: torch.device) -> Documents:
@@ -37,6 +38,20 @@ class Documents:
         starts = ends[:-1].repeat_interleave(torch.tensor(lengths))
         positions = (torch.arange(int(ends[-1])) - starts)[None]
         return cls(tuple(lengths), ends.to(device), ends, positions.to(device))
+
+    def first_tokens(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of each document's first `count` tokens, or of all if it has fewer: their places in the row, and their places
+        in a row of such beginnings with `count` zeros behind each. Both int64 [n], on the model's device.
+        """
+        if count in self.known:
+            return self.known[count]
+        lengths = torch.tensor(self.lengths).clamp(max=count)
+        index = torch.arange(int(lengths.sum()))
+        document = torch.arange(len(lengths)).repeat_interleave(lengths)
+        within = index - (lengths.cumsum(0) - lengths)[document]
+        first = self.boundaries_cpu[:-1][document] + within
+        places = first.to(self.boundaries.device), (index + count * document).to(self.boundaries.device)
+        return self.known.setdefault(count, places)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,18 +96,19 @@ def _band(length: int, window: int, device: torch.device) -> torch.Tensor | None
 def _convolution(stock: Callable) -> Callable:
     @functools.wraps(stock)
     def forward(hidden_states: torch.Tensor, weight: torch.Tensor, **options: Any) -> torch.Tensor:
-        """hidden_states: [1, channels, T]. Documents are set apart by zeros, with which a convolution begins."""
+        """hidden_states: [1, channels, T]. A document's first tokens are the only ones that see another document: they
+        are computed once more, behind the zeros with which a convolution begins.
+        """
         documents = options.pop("documents", None)
+        result = stock(hidden_states, weight=weight, **options)
         if documents is None:
-            return stock(hidden_states, weight=weight, **options)
-        rows = hidden_states.transpose(1, 2)  # contiguous as the layer makes it
-        gap = rows.new_zeros(1, weight.shape[-1] - 1, rows.shape[2])
-        apart, sizes = [], []
-        for document in rows.split(documents.lengths, 1):
-            apart += [document, gap]
-            sizes += [document.shape[1], gap.shape[1]]
-        result = stock(torch.cat(apart, 1).transpose(1, 2), weight=weight, **options)
-        return torch.cat(result.split(sizes, 2)[::2], 2)
+            return result
+        first, apart = documents.first_tokens(weight.shape[-1] - 1)
+        count = int(apart.shape[0]) + (weight.shape[-1] - 1) * len(documents.lengths)
+        heads = hidden_states.new_zeros(1, hidden_states.shape[1], count)
+        heads = heads.index_copy(2, apart, hidden_states.index_select(2, first))
+        heads = stock(heads, weight=weight, **options)
+        return result.index_copy_(2, first, heads.index_select(2, apart))  # no backward pass reads it
 
     return forward
 

@@ -99,8 +99,9 @@ void KernelTable::AddStep(const ProfiledStep& step, std::span<const KernelLaunch
   uint64_t last_end = 0;
   for (size_t i = 0; i < launches.size(); ++i) {
     const uint64_t begin = std::max(launches[i].start, last_end);
-    last_end = std::max(last_end, launches[i].end);
     Sum& sum = sums_[{names[i], work[i].operation}];
+    if (i > 0) sum.idle_ns += static_cast<double>(begin - last_end);
+    last_end = std::max(last_end, launches[i].end);
     ++sum.calls;
     sum.ns += static_cast<double>(last_end - begin);
     sum.bytes += work[i].bytes;
@@ -117,7 +118,8 @@ std::vector<KernelTable::Row> KernelTable::Top(size_t count) const {
     Row row{.kernel = key.first,
             .operation = key.second,
             .calls = static_cast<double>(sum.calls) / steps,
-            .us = sum.ns * 1e-3 / steps};
+            .us = sum.ns * 1e-3 / steps,
+            .idle_us = sum.idle_ns * 1e-3 / steps};
     if (sum.every_bytes && sum.ns > 0) row.gb_s = sum.bytes / sum.ns;
     if (sum.every_flops && sum.ns > 0) row.tflop_s = sum.flops / sum.ns * 1e-3;
     rows.push_back(std::move(row));
@@ -130,6 +132,12 @@ std::vector<KernelTable::Row> KernelTable::Top(size_t count) const {
 double KernelTable::busy_us() const {
   double ns = 0;
   for (const auto& [key, sum] : sums_) ns += sum.ns;
+  return ns * 1e-3 / static_cast<double>(steps_);
+}
+
+double KernelTable::idle_us() const {
+  double ns = 0;
+  for (const auto& [key, sum] : sums_) ns += sum.idle_ns;
   return ns * 1e-3 / static_cast<double>(steps_);
 }
 

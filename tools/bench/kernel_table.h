@@ -50,12 +50,14 @@ class KernelTable {
     std::string operation;  // empty: not known
     double calls = 0;       // a step
     double us = 0;          // a step
+    double idle_us = 0;     // a step: before it, while no kernel ran; the host's time between two steps is left out
     std::optional<double> gb_s;
     std::optional<double> tflop_s;
   };
   // Those that take longest, at most `count`.
   std::vector<Row> Top(size_t count) const;
   double busy_us() const;  // a step: all kernels
+  double idle_us() const;  // a step: all idle times
   int64_t steps() const { return steps_; }
 
  private:
@@ -65,7 +67,7 @@ class KernelTable {
   };
   struct Sum {
     int64_t calls = 0;
-    double ns = 0, bytes = 0, flops = 0;
+    double ns = 0, idle_ns = 0, bytes = 0, flops = 0;
     bool every_bytes = true, every_flops = true;  // known for every launch
   };
   // By launch: what it does. A family of kernels that was not launched as often as the model has layers for it is not

@@ -126,6 +126,19 @@ TEST(KernelTable, AnEarlyStartCountsFromTheEndOfTheKernelBefore) {
   EXPECT_DOUBLE_EQ(table.busy_us(), 13);
 }
 
+TEST(KernelTable, TimeInWhichNoKernelRanIsTheNextOnes) {
+  KernelTable table = MakeTable();
+  table.AddStep(kStep, std::vector<KernelLaunch>{{"A", 5000, 10000}, {"B", 12000, 13000}, {"C", 12500, 14000}});
+  table.AddStep(kStep, std::vector<KernelLaunch>{{"A", 90000, 95000}, {"B", 95000, 96000}, {"A", 99000, 99500}});
+  const std::vector<KernelTable::Row> rows = table.Top(10);
+  EXPECT_EQ(rows[0].kernel, "A");
+  EXPECT_DOUBLE_EQ(rows[0].idle_us, 1.5);  // not what lies between the steps
+  EXPECT_EQ(rows[1].kernel, "B");
+  EXPECT_DOUBLE_EQ(rows[1].idle_us, 1);
+  EXPECT_DOUBLE_EQ(rows[2].idle_us, 0);
+  EXPECT_DOUBLE_EQ(table.idle_us(), 2.5);
+}
+
 TEST(KernelTable, FiguresAreOfOneStepAndTheSlowestComeFirst) {
   KernelTable table = MakeTable();
   for (int step = 0; step < 4; ++step) {

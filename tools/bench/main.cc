@@ -99,6 +99,7 @@ void Profile(LocalModel& model, const std::vector<PointShape>& shapes, const std
     PrintKernels(absl::StrCat(title, ", prefill"), kernels->prefill, 0);
     results[i]["kernels"] = KernelsJson(kernels->decode, times[i].step_ms);
     results[i]["kernels_us"] = kernels->decode.busy_us();
+    results[i]["idle_us"] = kernels->decode.idle_us();
     results[i]["prefill_kernels"] = KernelsJson(kernels->prefill, 0);
   }
 }

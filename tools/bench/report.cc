@@ -76,12 +76,13 @@ nlohmann::json PointJson(const std::string& model, const PointShape& shape, cons
 void PrintKernels(const std::string& title, const KernelTable& table, double step_ms) {
   std::printf("\n%s: kernels %.1f us a step", title.c_str(), table.busy_us());
   if (step_ms > 0) std::printf(" of %.1f timed", step_ms * 1e3);
-  std::printf("\n  %-48s %-14s %8s %10s %6s %7s %8s\n", "kernel", "operation", "calls", "us", "share", "GB/s",
-              "TFLOP/s");
+  std::printf("; recorded, %.1f between them", table.idle_us());
+  std::printf("\n  %-48s %-14s %8s %10s %6s %7s %8s %9s\n", "kernel", "operation", "calls", "us", "share", "GB/s",
+              "TFLOP/s", "idle us");
   for (const KernelTable::Row& row : table.Top(kKernels)) {
-    std::printf("  %-48s %-14s %8.1f %10.1f %5.1f%% %7s %8s\n", row.kernel.c_str(), row.operation.c_str(), row.calls,
-                row.us, 100 * ShareOf(row.us, table, step_ms), Rate(row.gb_s, "%.0f").c_str(),
-                Rate(row.tflop_s, "%.1f").c_str());
+    std::printf("  %-48s %-14s %8.1f %10.1f %5.1f%% %7s %8s %9.1f\n", row.kernel.c_str(), row.operation.c_str(),
+                row.calls, row.us, 100 * ShareOf(row.us, table, step_ms), Rate(row.gb_s, "%.0f").c_str(),
+                Rate(row.tflop_s, "%.1f").c_str(), row.idle_us);
   }
   std::fflush(stdout);
 }
@@ -93,6 +94,7 @@ nlohmann::json KernelsJson(const KernelTable& table, double step_ms) {
                                                                 {"operation", row.operation},
                                                                 {"calls", row.calls},
                                                                 {"us", row.us},
+                                                                {"idle_us", row.idle_us},
                                                                 {"share", ShareOf(row.us, table, step_ms)}});
     if (row.gb_s) entry["gb_s"] = *row.gb_s;
     if (row.tflop_s) entry["tflop_s"] = *row.tflop_s;
