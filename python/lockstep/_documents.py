@@ -22,6 +22,11 @@ MODEL_TYPES = ("olmo_hybrid", "olmo3")
 _KINDS = {"full_attention", "sliding_attention", "linear_attention"}
 
 
+def _sent(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """x on the device, without waiting for what that has to do before (CUDA has read pageable memory on return)."""
+    return x.to(device, non_blocking=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class Documents:
     """Sequences one behind the other in one row of T tokens."""
@@ -37,7 +42,7 @@ class Documents:
         ends = torch.tensor([0, *lengths]).cumsum(0)
         starts = ends[:-1].repeat_interleave(torch.tensor(lengths))
         positions = (torch.arange(int(ends[-1])) - starts)[None]
-        return cls(tuple(lengths), ends.to(device), ends, positions.to(device))
+        return cls(tuple(lengths), _sent(ends, device), ends, _sent(positions, device))
 
     def first_tokens(self, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Of each document's first `count` tokens, or of all if it has fewer: their places in the row, and their places
@@ -50,8 +55,8 @@ class Documents:
         document = torch.arange(len(lengths)).repeat_interleave(lengths)
         within = index - (lengths.cumsum(0) - lengths)[document]
         first = self.boundaries_cpu[:-1][document] + within
-        places = first.to(self.boundaries.device), (index + count * document).to(self.boundaries.device)
-        return self.known.setdefault(count, places)
+        device = self.boundaries.device
+        return self.known.setdefault(count, (_sent(first, device), _sent(index + count * document, device)))
 
 
 @dataclasses.dataclass(frozen=True)
