@@ -372,7 +372,7 @@ def main():
     yarn = {"rope_theta": 500000.0, "rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 8192}
     check_rope(report, 8, 8, yarn)
     if not args.no_bench:
-        for sequences, context in ((32, 8192), (8, 32768), (1, 32768), (128, 1024), (4, 32768)):
+        for sequences, context in ((32, 8192), (8, 32768), (1, 32768), (128, 1024), (2, 32768), (4, 32768)):
             bench_decode(report, sequences, context, 30)
         for context in (8192, 32768):
             bench_prefill(report, context, 30)
