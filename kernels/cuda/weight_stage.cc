@@ -10,7 +10,7 @@
 namespace lockstep::cuda {
 namespace {
 
-constexpr int64_t kBufferBytes = int64_t{32} << 20;
+constexpr int64_t kBufferBytes = int64_t{4} << 20;  // the wire takes one while the host copies another
 
 }  // namespace
 
