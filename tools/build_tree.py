@@ -1,8 +1,12 @@
-"""What a build or a bundle holds, and which commit it is of."""
+"""What a build or a bundle holds, which commit it is of, and what every measurement says of itself."""
 
+import datetime
 import json
 import pathlib
+import platform
+import shlex
 import subprocess
+import sys
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 MANIFEST = ROOT / "bundle.json"  # in a bundle only
@@ -29,3 +33,15 @@ def commit_text():
 
     changed = git("status", "--porcelain", "--untracked-files=no")
     return git("rev-parse", "HEAD") + ("+changes" if changed else "")
+
+
+def measurement(program, device, versions=None):
+    """What a measurement's JSON begins with. program: the __file__ of what measured; device: the text that names it."""
+    path = pathlib.Path(program).resolve().relative_to(ROOT)
+    return {
+        "commit": commit_text(),
+        "command": shlex.join([str(path), *sys.argv[1:]]),
+        "device": device,
+        "versions": {"python": platform.python_version()} | (versions or {}),
+        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+    }

@@ -18,7 +18,6 @@ is a promise: the exit status is 0 unless a call fails.
 """
 
 import argparse
-import datetime
 import json
 import pathlib
 import re
@@ -31,7 +30,7 @@ import numpy
 from lockstep_client import ROOT, Worker
 
 sys.path.append(str(ROOT / "tools"))
-from build_tree import commit_text  # noqa: E402
+from build_tree import measurement  # noqa: E402
 
 LOAD = re.compile(r"^(\d+)x(\d+)\+(\d+):(\d+)$")
 
@@ -98,15 +97,10 @@ def main():
     else:
         worker = Worker.start(arguments.binary, arguments.model, shlex.split(arguments.worker_flags))
     rng = numpy.random.default_rng(1)
-    found = {
-        "commit": commit_text(),
-        "command": shlex.join(["tests/gpu/bench_serving.py", *sys.argv[1:]]),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "serving": [],
-    }
     with worker:
         info = worker.info()
-        found |= {"device": info.build.device, "model": info.model.name, "profile": info.numerics.profile}
+        found = measurement(__file__, info.build.device)
+        found |= {"model": info.model.name, "profile": info.numerics.profile, "serving": []}
         vocab_size = info.model.vocab_size
         found["first_token_ms"] = first_token_ms(worker, rng, vocab_size, arguments.first_prompt)
         print(f"first token of {arguments.first_prompt} on an idle worker: {found['first_token_ms']:.1f} ms", flush=True)

@@ -15,7 +15,6 @@ most 1e-5 in every step); 2 it could not run.
 """
 
 import argparse
-import datetime
 import importlib.util
 import json
 import pathlib
@@ -31,7 +30,7 @@ from lockstep_client import ROOT, Worker
 sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "python" / "examples")]
 if importlib.util.find_spec("lockstep") is None:
     sys.path.append(str(ROOT / "python"))
-from build_tree import commit_text  # noqa: E402
+from build_tree import measurement  # noqa: E402
 from check_weights import spread  # noqa: E402
 from check_weights_nccl import torch_nccl  # noqa: E402
 
@@ -100,13 +99,10 @@ def run(arguments):
     versions = trainer.versions() | ({"gdn_backward": backward} if backward else {})
     if on_gpu:
         versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+    device = f"{1 if arguments.one_gpu else 2} x {info.build.device}" if on_gpu else "cpu"
     return {
-        "commit": commit_text(),
-        "command": shlex.join(["tests/gpu/check_grpo_nccl.py", *sys.argv[1:]]),
-        "device": f"{1 if arguments.one_gpu else 2} x {info.build.device}" if on_gpu else "cpu",
+        **measurement(__file__, device, versions),
         **({"note": one_gpu.NOTE} if arguments.one_gpu else {}),
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "versions": versions,
         "profile": info.numerics.profile,
         "steps": arguments.steps,
         "seconds": seconds,

@@ -11,10 +11,8 @@ Exit status: 0 measured; 2 it could not run.
 """
 
 import argparse
-import datetime
 import json
 import pathlib
-import platform
 import shlex
 import sys
 import threading
@@ -30,7 +28,7 @@ from lockstep_client import ROOT, Worker
 import lockstep
 
 sys.path.append(str(ROOT / "tools"))
-from build_tree import commit_text  # noqa: E402
+from build_tree import measurement  # noqa: E402
 
 TENSOR = "model.norm.weight"
 STEADY_S = 2.0
@@ -120,11 +118,7 @@ def run(arguments):
         for s in sequences:
             s.call.cancel()
     return {
-        "commit": commit_text(),
-        "command": shlex.join(["tests/gpu/check_recompute.py", *sys.argv[1:]]),
-        "device": info.build.device,
-        "versions": {"python": platform.python_version(), "grpcio": grpc.__version__},
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+        **measurement(__file__, info.build.device, {"grpcio": grpc.__version__}),
         "shape": arguments.shape or pathlib.Path(arguments.model).name,
         "sequences": arguments.sequences,
         "context": arguments.context,

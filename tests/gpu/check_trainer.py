@@ -22,7 +22,6 @@ Exit status: 0 every promise holds; 1 one is broken (on a CPU, where no bits are
 import argparse
 import contextlib
 import dataclasses
-import datetime
 import importlib.util
 import json
 import pathlib
@@ -41,7 +40,7 @@ from parity_metrics import Difference, table
 sys.path.append(str(ROOT / "tools"))
 if importlib.util.find_spec("lockstep") is None:
     sys.path.append(str(ROOT / "python"))
-from build_tree import commit_text  # noqa: E402
+from build_tree import measurement  # noqa: E402
 
 PARTS = ("parity", "gradients", "cost")
 LAYOUTS = ("unpadded", "packed", "left_padded")
@@ -385,15 +384,9 @@ def run(arguments):
     generator = torch.Generator().manual_seed(arguments.seed)
     shape = (arguments.batch, arguments.batch_length)
     ids = torch.randint(0, info.model.vocab_size, shape, generator=generator).to(model.device)
-    found = {
-        "commit": commit_text(),
-        "command": shlex.join(["tests/gpu/check_trainer.py", *sys.argv[1:]]),
-        "device": torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu",
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-        "versions": trainer.versions() | kernels,
-        "profile": info.numerics.profile,
-        "dtype": arguments.dtype,
-    }
+    device = torch.cuda.get_device_name() if arguments.device == "cuda" else "cpu"
+    found = measurement(__file__, device, trainer.versions() | kernels)
+    found |= {"profile": info.numerics.profile, "dtype": arguments.dtype}
     rows_of = {
         "parity": lambda: parity_rows(arguments, modes, sequences, scores),
         "gradients": lambda: gradient_rows(arguments, modes, ids),

@@ -13,13 +13,11 @@ Exit status: 0 every bit and digest is equal; 1 not; 2 it could not run.
 
 import argparse
 import concurrent.futures
-import datetime
 import importlib.util
 import itertools
 import json
 import mmap
 import pathlib
-import platform
 import shlex
 import sys
 import threading
@@ -31,7 +29,7 @@ import numpy
 from lockstep_client import ROOT, WEIGHTS_PROTO, Worker, load_messages
 
 sys.path.append(str(ROOT / "tools"))
-from build_tree import commit_text  # noqa: E402
+from build_tree import measurement  # noqa: E402
 
 # By its file: the package itself wants generated stubs.
 _spec = importlib.util.spec_from_file_location("lockstep_digest", ROOT / "python" / "lockstep" / "_digest.py")
@@ -251,15 +249,8 @@ def main():
         return 2
     print(json.dumps(result, indent=1))
     if arguments.json:
-        measurement = {
-            "commit": commit_text(),
-            "command": shlex.join(["tests/gpu/check_weights.py", *sys.argv[1:]]),
-            "device": result["device"],
-            "versions": {"python": platform.python_version(), "grpcio": grpc.__version__},
-            "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
-            "results": [result],
-        }
-        pathlib.Path(arguments.json).write_text(json.dumps(measurement, indent=1) + "\n")
+        found = measurement(__file__, result["device"], {"grpcio": grpc.__version__}) | {"results": [result]}
+        pathlib.Path(arguments.json).write_text(json.dumps(found, indent=1) + "\n")
     broken = result["logprobs_differing"] or result["tokens_differ"] or result["digests_differing"]
     if broken:
         print("BROKEN: the updated worker is not the worker started from the new weights")

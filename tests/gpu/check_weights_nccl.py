@@ -18,13 +18,11 @@ run.
 """
 
 import argparse
-import datetime
 import importlib.util
 import json
 import multiprocessing
 import os
 import pathlib
-import platform
 import shlex
 import signal
 import subprocess
@@ -42,7 +40,7 @@ from lockstep_client import ROOT, Worker
 import lockstep
 
 sys.path.append(str(ROOT / "tools"))
-from build_tree import commit_text  # noqa: E402
+from build_tree import measurement  # noqa: E402
 
 # Children begin with torch imported, no CUDA and no gRPC threads: a learner is there in a second.
 FORK = multiprocessing.get_context("forkserver")
@@ -381,20 +379,14 @@ def run_mode(arguments, mode, rate):
 
 
 def write(path, device, found, arguments):
-    measurement = {
-        "commit": commit_text(),
-        "command": shlex.join(["tests/gpu/check_weights_nccl.py", *sys.argv[1:]]),
-        "device": f"{gpus(arguments)} x {device}",
-        **({"note": one_gpu.NOTE} if arguments.one_gpu else {}),
-        "versions": {
-            "python": platform.python_version(),
-            "grpcio": grpc.__version__,
-            "torch": torch.__version__,
-            "nccl": ".".join(map(str, torch.cuda.nccl.version())),
-        },
-        "date": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d"),
+    versions = {
+        "grpcio": grpc.__version__,
+        "torch": torch.__version__,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
     }
-    pathlib.Path(path).write_text(json.dumps(measurement | found, indent=1) + "\n")
+    header = measurement(__file__, f"{gpus(arguments)} x {device}", versions)
+    note = {"note": one_gpu.NOTE} if arguments.one_gpu else {}
+    pathlib.Path(path).write_text(json.dumps(header | note | found, indent=1) + "\n")
 
 
 def main():
