@@ -106,7 +106,7 @@ def _convolution(stock: Callable) -> Callable:
         """
         documents = options.pop("documents", None)
         result = stock(hidden_states, weight=weight, **options)
-        if documents is None:
+        if documents is None or weight.shape[-1] == 1:
             return result
         first, apart = documents.first_tokens(weight.shape[-1] - 1)
         count = int(apart.shape[0]) + (weight.shape[-1] - 1) * len(documents.lengths)
