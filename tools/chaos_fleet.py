@@ -147,18 +147,21 @@ class Worker:
         self.thread = threading.Thread(target=self.watch, daemon=True)
 
     def start(self):
-        self.read, self.fatal, self.external, self.stopped_at = 0, None, False, None
+        self.fatal, self.external, self.stopped_at = None, False, None
         armed = self.campaign.faults and self.index in self.campaign.armed
         self.plan = self.campaign.coverage.plan() if armed else []
         ports = ("127.0.0.1:0", "127.0.0.1:0")
         if self.generation and self.rng.random() < 0.7:  # else the fleet's list changes
             ports = (self.data, self.control)
         for _ in range(2):
-            self.log_path = self.campaign.scratch / f"worker{self.index}.{self.generation}.log"
+            log_path = self.campaign.scratch / f"worker{self.index}.{self.generation}.log"
+            with self.lock:
+                log_path.write_text("")
+                self.log_path, self.read = log_path, 0
             command = [str(self.campaign.binary), "--model", str(self.campaign.versions.model), "--threads", "1"]
             command += ["--listen", ports[0], "--control_listen", ports[1], *self.campaign.worker_flags]
             environment = {**os.environ, "LOCKSTEP_FAILPOINTS": ";".join(self.plan)}
-            with open(self.log_path, "w") as log:
+            with open(self.log_path, "a") as log:
                 process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=log, text=True)
             self.campaign.pids[process.pid] = start_time(process.pid)
             match = READY.match(process.stdout.readline().rstrip("\n"))
@@ -183,11 +186,16 @@ class Worker:
             return (self.generation, self.data, self.control) if self.ready.is_set() else None
 
     def scan_log(self):
-        with open(self.log_path) as log:
-            log.seek(self.read)
-            text = log.read()
-            whole = text.rpartition("\n")[0]
-            self.read += len(whole) + (1 if whole else 0)
+        """Counts the faults that the process has logged since the last call. By any thread."""
+        with self.lock:
+            with open(self.log_path) as log:
+                log.seek(self.read)
+                text = log.read()
+                whole = text.rpartition("\n")[0]
+                self.read += len(whole) + (1 if whole else 0)
+            self.count_faults(whole)
+
+    def count_faults(self, whole):
         for name, action, _ in FIRED.findall(whole):
             if action.startswith("kill") or (name in DEVICE and action.startswith("error")):
                 self.fatal, self.fatal_at = (name, action), time.monotonic()

@@ -500,9 +500,11 @@ class _Update:
 
     def report(self) -> PublishReport:
         def ask(worker: str) -> None:
+            # One that has done all it was asked for may stand still for a moment like any other.
+            left = self.until - time.monotonic() if self.reports[worker].error is None else 0.0
             try:
                 stub = self.publisher._stub(worker)
-                status = stub.GetStatus(weights_pb2.GetStatusRequest(), timeout=self.afterwards_s)
+                status = stub.GetStatus(weights_pb2.GetStatusRequest(), timeout=max(self.afterwards_s, left))
                 self.reports[worker].version = Version(status.weight_version.epoch, status.weight_version.step)
             except grpc.RpcError:
                 self.reports[worker].version = None

@@ -239,6 +239,12 @@ def test_the_others_commit_in_time_when_one_hangs(fleet, stage):
     assert all(holds(w, tensors(1)) for w in fleet[1:])
 
 
+def test_one_that_stands_still_after_its_commit_is_waited_for(fleet):
+    fleet[1].delay = {"GetStatus": 2.5}  # of timeout_s a quarter is kept for questions after a failure
+    report = make(fleet, timeout_s=8).publish((0, 1), tensors(1).items())
+    assert [w.version for w in report.workers] == [(0, 1)] * 3
+
+
 def test_a_long_call_is_made_again_when_its_connection_breaks_late(fleet):
     fleet[1].delay, fleet[1].fail = {"Commit": 1.5}, {"Commit": (Code.UNAVAILABLE, 1)}
     report = make(fleet, retry_s=1.0).publish((0, 1), tensors(1).items())
