@@ -566,9 +566,9 @@ TEST(CudaParams, AttentionNamesTheBadField) {
 
 TEST(CudaParams, AttentionWorkspaceIsForFewSequencesAndForShares) {
   EXPECT_EQ(AttentionWorkspaceBytes(Pieces(32), 30, 30, 8192), 0);
-  // Per head and 64 positions, 64 scores and 8 maxima.
+  // Per head and 64 positions, 64 scores and 8 maxima, in whole lines of 32.
   EXPECT_EQ(AttentionWorkspaceBytes(Pieces(1), 30, 30, 8192), 30 * 128 * 96 * 4);
-  // 12 query heads of a kv head are two units of up to 8.
+  // 12 query heads of a kv head are two units of up to 8; 8 times 64 scores and 8 maxima, likewise.
   EXPECT_EQ(AttentionWorkspaceBytes(Pieces(1), 12, 1, 1), 2 * 2 * 544 * 4);
   // Per row and head, 128 outputs, 4 sums, a maximum, 3 of padding.
   EXPECT_EQ(AttentionWorkspaceBytes(Pieces(32, 4), 30, 30, 8192), 32 * 30 * (128 + 8) * 4);

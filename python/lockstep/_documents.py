@@ -35,7 +35,10 @@ class Documents:
     boundaries: torch.Tensor  # int64 [n + 1] from 0 to T, on the model's device
     boundaries_cpu: torch.Tensor
     positions: torch.Tensor  # int64 [1, T]: of each token in its document
-    known: dict[int, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(default_factory=dict)  # first_tokens()'
+    # first_tokens()' answers: every layer asks the same.
+    known: dict[int, tuple[torch.Tensor, torch.Tensor]] = dataclasses.field(
+        default_factory=dict, init=False, compare=False, repr=False
+    )
 
     @classmethod
     def of(cls, lengths: list[int], device: torch.device) -> Documents:

@@ -379,7 +379,8 @@ class _Update:
         finish = commit_request.finish_timeout_ms / 1000
         self.deadline = self.began + publisher._timeout_s + finish
         self.until = self.deadline  # of the stage under way
-        self.afterwards_s = min(10.0, publisher._timeout_s / 4)  # for Rollback, and for the report: past the deadline
+        # For Rollback, and at least for the report: past the deadline.
+        self.afterwards_s = min(10.0, publisher._timeout_s / 4)
         self.reports = {worker: WorkerReport(worker) for worker in publisher.workers}
         self.chunk_bytes: dict[str, int] = {}
         # Bytes of each tensor, as Begin answered: not 0 where a learner that died had sent them.
