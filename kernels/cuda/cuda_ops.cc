@@ -534,8 +534,8 @@ void CudaOps::RoundResidual(Rows x, Rows out) {
 
 namespace {
 
-// Weights are written by copies of the operations' stream, or of others while no step runs; and each step begins with a
-// copy.
+// Weights are written by copies of the operations' stream, or of others while no step runs; slots by copies, and by
+// one kernel a layer in a step; and each step begins with a copy.
 constexpr bool kEarlyStart = true;
 
 }  // namespace
@@ -766,7 +766,8 @@ GdnParams GdnParamsOf(Rows qkv, Rows beta, Rows g, const GdnShape& shape, const 
           .state = reinterpret_cast<char*>(layer.base),
           .slot_stride = layer.slot_stride,
           .layout = LayoutOf(shape),
-          .batch = batch};
+          .batch = batch,
+          .early_start = kEarlyStart};
 }
 
 // The profile's weight of the gated norm.

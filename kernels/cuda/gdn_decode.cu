@@ -509,11 +509,15 @@ template <class Norm>
 __global__ void __launch_bounds__(kThreads, 3)
     GdnDecodeKernel(const __grid_constant__ GdnParams params, const __grid_constant__ GdnOutputNorm output_norm) {
   constexpr bool kNormed = !std::is_same_v<Norm, NoNorm>;
-  FollowPreviousKernel();
+  LetNextKernelStart();
+  if (!params.early_start) AwaitPreviousKernel();
   extern __shared__ __align__(128) std::byte raw[];
   DecodeShared& shared = *reinterpret_cast<DecodeShared*>(raw);
   const DevicePiece piece = params.batch.pieces[blockIdx.y];
-  if (piece.row_count == 0) return;
+  if (piece.row_count == 0) {
+    if (params.early_start) AwaitPreviousKernel();
+    return;
+  }
   const int head = blockIdx.x;
   const int t = piece.position % kGdnChunk;
   const int lane = threadIdx.x % 32;
@@ -533,6 +537,7 @@ __global__ void __launch_bounds__(kThreads, 3)
   if (row.warp == 0) StartLoads(row, state, shared);
   uint32_t image[kTiles][kKeySteps][4] = {};
   if (!row.first_chunk) LoadImage(row, state, image);
+  if (params.early_start) AwaitPreviousKernel();
   [[maybe_unused]] Norm norm;
   [[maybe_unused]] const NormPlace place = {.thread = row.thread - kNormWarp * 32, .lane = lane};
   if constexpr (kNormed) {

@@ -36,6 +36,11 @@ struct GdnParams {
 
   DeviceBatch batch;
 
+  // Decode: reads the batch and what the slots hold before the stream's previous kernel has ended, all else after. Not
+  // where a kernel that writes them can still be running: since such a kernel there must have been a copy or a wait of
+  // the stream.
+  bool early_start = false;
+
   absl::Status Validate() const;
 };
 

@@ -10,11 +10,21 @@
 
 namespace lockstep::cuda {
 
-// The first statement of a kernel launched kOverlapped: lets the next kernel start (it waits in turn), then waits for
-// the previous one's results.
-__device__ __forceinline__ void FollowPreviousKernel() {
+// Of a kernel launched kOverlapped: lets the next kernel start, which waits in turn.
+__device__ __forceinline__ void LetNextKernelStart() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+}
+
+// Waits for the previous kernel's results. In every block, even one with nothing to do: the next kernel waits for this
+// one's end, and must not see it before the previous one's.
+__device__ __forceinline__ void AwaitPreviousKernel() {
   asm volatile("griddepcontrol.wait;" ::: "memory");
+}
+
+// The first statement of a kernel launched kOverlapped that has nothing to do before the previous one's end.
+__device__ __forceinline__ void FollowPreviousKernel() {
+  LetNextKernelStart();
+  AwaitPreviousKernel();
 }
 
 enum class LaunchOrder {

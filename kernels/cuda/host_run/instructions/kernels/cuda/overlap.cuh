@@ -8,6 +8,8 @@
 
 namespace lockstep::cuda {
 
+inline void LetNextKernelStart() {}
+inline void AwaitPreviousKernel() {}
 inline void FollowPreviousKernel() {}
 
 enum class LaunchOrder { kOverlapped, kAfter };
