@@ -11,7 +11,6 @@ namespace lockstep::cuda {
 
 constexpr int kDecodeHeadDim = 128;
 constexpr int kDecodeBlock = static_cast<int>(kKvBlock);
-constexpr int kMultiprocessors = 132;  // of an H100 or H200
 constexpr int kDecodeBlockBytes = static_cast<int>(kKvBlockBytes);
 
 // The keys that the query at `position` sees, the blocks of 64 and the tiles they lie in.

@@ -15,6 +15,7 @@ using namespace gdn;  // NOLINT(google-build-using-namespace): this file is that
 
 constexpr int kWarps = 6;  // each two tiles of 16 columns of d_v and one of d_k
 constexpr int kThreads = kWarps * 32;
+constexpr int kBlocksAMultiprocessor = 3;
 constexpr int kTiles = kValueTiles / kWarps;
 static_assert(kKeySteps == kWarps);
 constexpr int kNormWarp = 4;  // the first of two, which have no part in a row's scores and in the solve
@@ -48,7 +49,7 @@ struct DecodeShared {
   uint64_t rows_full;                    // k and the solve cache
   uint64_t values_full;                  // bv and vp
 };
-static_assert(sizeof(DecodeShared) <= (228 - 3) * 1024 / 3, "three blocks a multiprocessor, each with 1 KB of its own");
+static_assert(sizeof(DecodeShared) + 1024 <= 228 * 1024 / kBlocksAMultiprocessor, "each block has 1 KB of its own");
 
 // Row t = 16 r + i of its chunk, and the thread's place.
 struct Row {
@@ -506,7 +507,7 @@ __device__ void FinishRow(const Row& row, const HeadState& state, const uint32_t
 // block and 64 i (1 + r) of the block row, 0.8 KB of scalars, 1.2 KB of inputs; written 1.3 KB and 64 (1 + 2 r). At
 // t = 63 also S read and written and the image written, 184 KB. With a norm also 0.8 KB of gates and weights.
 template <class Norm>
-__global__ void __launch_bounds__(kThreads, 3)
+__global__ void __launch_bounds__(kThreads, kBlocksAMultiprocessor)
     GdnDecodeKernel(const __grid_constant__ GdnParams params, const __grid_constant__ GdnOutputNorm output_norm) {
   constexpr bool kNormed = !std::is_same_v<Norm, NoNorm>;
   LetNextKernelStart();
@@ -580,8 +581,12 @@ template <class Norm>
 absl::Status LaunchDecode(const GdnParams& params, const GdnOutputNorm& norm, cudaStream_t stream) {
   if (params.batch.decode_pieces == 0) return absl::OkStatus();
   const dim3 grid(params.value_heads, params.batch.decode_pieces);
+  // Blocks that are all there at once hide their slots' latency. Those of more only take memory's rate from the kernels
+  // ahead, and at 128 sequences and more a step took longer.
+  GdnParams launched = params;
+  launched.early_start &= grid.x * grid.y <= kBlocksAMultiprocessor * kMultiprocessors;
   return LaunchKernel("GdnDecode", GdnDecodeKernel<Norm>, grid, kThreads, sizeof(DecodeShared),
-                      LaunchOrder::kOverlapped, stream, params, norm);
+                      LaunchOrder::kOverlapped, stream, launched, norm);
 }
 
 }  // namespace

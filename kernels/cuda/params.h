@@ -1,4 +1,4 @@
-// What every launcher of this folder checks in the same way. Host code only.
+// What every launcher of this folder checks in the same way, and the device that it counts on. Host code only.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -11,6 +11,8 @@
 #include "kernels/numerics.h"
 
 namespace lockstep::cuda {
+
+constexpr int kMultiprocessors = 132;  // of an H100 or H200
 
 template <class Value>
 absl::Status BadField(const char* field, const Value& seen, const char* wanted) {
