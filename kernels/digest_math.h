@@ -1,7 +1,11 @@
 // The arithmetic of weights_sync/digest.h, for the host and the device.
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <span>
 
 #if defined(__CUDACC__)
 #define LOCKSTEP_HOST_DEVICE __host__ __device__
@@ -28,6 +32,18 @@ LOCKSTEP_HOST_DEVICE inline uint64_t DigestTerm(uint64_t word, uint64_t index) {
 
 LOCKSTEP_HOST_DEVICE inline uint64_t DigestOfSum(uint64_t sum, uint64_t bytes) {
   return DigestMix(sum + bytes);
+}
+
+// The sum over a piece of a tensor that begins with its word `first_word`; only the tensor's last piece may end within
+// a word. The sums of all pieces add up to the tensor's.
+inline uint64_t DigestSum(std::span<const std::byte> piece, uint64_t first_word) {
+  uint64_t sum = 0;
+  for (size_t at = 0; at < piece.size(); at += 8) {
+    uint64_t word = 0;
+    std::memcpy(&word, piece.data() + at, std::min<size_t>(8, piece.size() - at));
+    sum += DigestTerm(word, first_word++);
+  }
+  return sum;
 }
 
 }  // namespace lockstep

@@ -208,6 +208,8 @@ class LiveWeights : public WeightStage {
   // Whole values of one tensor, as they are in use; waits for them. By any one thread, while nothing is written; steps
   // may run.
   virtual absl::Status Read(int64_t offset, std::span<std::byte> to) = 0;
+  // DigestSum (kernels/digest_math.h) of what Read would give, computed where the values are. While no step runs.
+  virtual absl::StatusOr<uint64_t> SumInUse(int64_t offset, int64_t bytes, uint64_t first_word) = 0;
 };
 
 // Values of one tensor in an inbox, on their way into a stage. Indices of values are multiples of 4, and so is `count`

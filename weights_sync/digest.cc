@@ -13,20 +13,6 @@ static_assert(std::endian::native == std::endian::little, "words are little-endi
 
 }  // namespace
 
-uint64_t DigestSum(std::span<const std::byte> piece, uint64_t first_word) {
-  uint64_t sum = 0;
-  const size_t whole = piece.size() / 8;
-  for (size_t i = 0; i < whole; ++i) {
-    uint64_t word;
-    std::memcpy(&word, piece.data() + i * 8, 8);
-    sum += DigestTerm(word, first_word + i);
-  }
-  if (piece.size() % 8 == 0) return sum;
-  uint64_t partial = 0;
-  std::memcpy(&partial, piece.data() + whole * 8, piece.size() % 8);
-  return sum + DigestTerm(partial, first_word + whole);
-}
-
 void Digester::Add(std::span<const std::byte> bytes) {
   const uint64_t held = bytes_ % 8;
   bytes_ += bytes.size();

@@ -29,8 +29,4 @@ class Digester {
 
 uint64_t Digest(std::span<const std::byte> bytes);
 
-// The sum over a piece of a tensor that begins with its word `first_word`; only the tensor's last piece may end within
-// a word. The sums of all pieces add up to the tensor's, which DigestOfSum (kernels/digest_math.h) makes a digest.
-uint64_t DigestSum(std::span<const std::byte> piece, uint64_t first_word);
-
 }  // namespace lockstep

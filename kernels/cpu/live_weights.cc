@@ -1,9 +1,12 @@
 #include "kernels/cpu/live_weights.h"
 
 #include <algorithm>
+#include <atomic>
 #include <cstring>
 #include <utility>
+#include <vector>
 
+#include "kernels/digest_math.h"
 #include "kernels/host_values.h"
 #include "rollout/base/check.h"
 
@@ -89,6 +92,20 @@ absl::Status CpuLiveWeights::Read(int64_t offset, std::span<std::byte> to) {
     });
   }
   return absl::OkStatus();
+}
+
+absl::StatusOr<uint64_t> CpuLiveWeights::SumInUse(int64_t offset, int64_t bytes, uint64_t first_word) {
+  constexpr int64_t kSlice = int64_t{1} << 20;  // whole words and values
+  std::atomic<uint64_t> sum = 0;
+  context_.threads.ParallelFor((bytes + kSlice - 1) / kSlice, 1, [&](int64_t begin, int64_t end, int) {
+    std::vector<std::byte> values;
+    for (int64_t at = begin * kSlice; at < std::min(end * kSlice, bytes); at += kSlice) {
+      values.resize(std::min(kSlice, bytes - at));
+      LOCKSTEP_CHECK(Read(offset + at, values).ok(), "{} bytes at {}", values.size(), offset + at);
+      sum += DigestSum(values, first_word + static_cast<uint64_t>(at) / 8);
+    }
+  });
+  return sum;
 }
 
 }  // namespace lockstep

@@ -25,7 +25,8 @@ struct CpuWeightPlace {
 
 class CpuLiveWeights final : public LiveWeights {
  public:
-  // `places` in ascending order of offset. Write uses the context's threads, Read none: steps may run beside it.
+  // `places` in ascending order of offset. Write and SumInUse use the context's threads, Read none: steps may run
+  // beside it.
   CpuLiveWeights(const CpuContext& context, std::vector<CpuWeightPlace> places)
       : context_(context), places_(std::move(places)) {}
 
@@ -34,6 +35,7 @@ class CpuLiveWeights final : public LiveWeights {
   absl::Status Finish() override { return absl::OkStatus(); }
   std::byte* Address(int64_t, int64_t) override { return nullptr; }
   absl::Status Read(int64_t offset, std::span<std::byte> to) override;
+  absl::StatusOr<uint64_t> SumInUse(int64_t offset, int64_t bytes, uint64_t first_word) override;
 
  private:
   // That which has the bytes; CHECKs that there is one.

@@ -11,6 +11,7 @@
 #include "kernels/cpu/linear.h"
 #include "kernels/cpu/test_util.h"
 #include "kernels/cpu/weight_stage.h"
+#include "kernels/digest_math.h"
 #include "kernels/host_values.h"
 
 namespace lockstep {
@@ -77,6 +78,8 @@ TEST_P(LiveWeightsTest, WritesWhatPackingTheWholeGivesAndReadsItBack) {
     done += count;
   }
   EXPECT_EQ(read, new_b);
+  EXPECT_EQ(*live.SumInUse(At(), total * size, 0), DigestSum(new_b, 0));
+  EXPECT_EQ(*live.SumInUse(At() + 8, total * size - 8, 1), DigestSum(std::span(new_b).subspan(8), 1));
   std::vector<std::byte> other(old_a.size());
   ASSERT_TRUE(live.Read(0, other).ok());
   EXPECT_EQ(other, old_a);

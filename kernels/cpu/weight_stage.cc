@@ -12,17 +12,6 @@ namespace {
 
 constexpr int64_t kBlock = int64_t{1} << 16;  // values at a time; a multiple of 4
 
-// Of the bytes, padded with zeros to whole words, of which the first is word `index`.
-uint64_t DigestSum(const std::byte* data, int64_t bytes, uint64_t index) {
-  uint64_t sum = 0;
-  for (int64_t at = 0; at < bytes; at += 8) {
-    uint64_t word = 0;
-    std::memcpy(&word, data + at, std::min<int64_t>(8, bytes - at));
-    sum += DigestTerm(word, index++);
-  }
-  return sum;
-}
-
 }  // namespace
 
 absl::StatusOr<std::unique_ptr<CpuWeightInbox>> CpuWeightInbox::Create(int64_t buffer_bytes, int64_t tallies) {
@@ -55,8 +44,10 @@ absl::Status CpuWeightInbox::Store(const InboxValues& values, WeightStage& stage
     }
     if (values.tally < 0) continue;
     ValueTally& tally = tallies_[values.tally];
-    tally.sent_sum += DigestSum(from, count * sent_bytes, (values.sent_index + done) * sent_bytes / 8);
-    tally.held_sum += DigestSum(held.data(), count * held_bytes, (values.held_index + done) * held_bytes / 8);
+    tally.sent_sum +=
+        DigestSum({from, static_cast<size_t>(count * sent_bytes)}, (values.sent_index + done) * sent_bytes / 8);
+    tally.held_sum +=
+        DigestSum({held.data(), static_cast<size_t>(count * held_bytes)}, (values.held_index + done) * held_bytes / 8);
     tally.non_finite += static_cast<uint64_t>(CountNonFinite(from, values.sent, count));
   }
   return absl::OkStatus();

@@ -15,7 +15,6 @@ constexpr int kThreads = 256;
 constexpr int kMaxBlocks = 128;
 constexpr int kUnroll = 8;
 constexpr int kGroup = 4;  // values a thread takes at once: 8 or 16 bytes
-constexpr uintptr_t kAlignment = 16;
 
 static_assert(sizeof(unsigned long long) == sizeof(uint64_t));
 
@@ -126,7 +125,7 @@ __device__ void StoreGroup(const StoreValuesParams& params, const Raw& raw, int6
   const bool same = params.sent == params.held && params.sent_index == params.held_index;
   sums.held += same ? sent : WordSum(words, params.held, params.held_index + group * kGroup, count);
   if (params.stored != params.held) PackWords(v, params.stored, words);
-  StoreWords(words, params.to, params.stored, group, count);
+  if (params.to != nullptr) StoreWords(words, params.to, params.stored, group, count);
 }
 
 // Grid: at most kMaxBlocks, each thread kUnroll groups of 4 values in turn: their loads are under way together.
@@ -174,8 +173,8 @@ absl::Status StoreValuesParams::Validate() const {
   if (held_index < 0 || held_index % kGroup != 0) {
     return BadField("StoreValuesParams.held_index", held_index, "a multiple of 4");
   }
-  absl::Status status = CheckPointer("StoreValuesParams.from", from, kAlignment);
-  status.Update(CheckPointer("StoreValuesParams.to", to, sizeof(uint64_t)));
+  absl::Status status = CheckPointer("StoreValuesParams.from", from, kGroup * DTypeBytes(sent));
+  if (to != nullptr) status.Update(CheckPointer("StoreValuesParams.to", to, sizeof(uint64_t)));
   status.Update(CheckBf16OrF32("StoreValuesParams.held", held));
   status.Update(CheckBf16OrF32("StoreValuesParams.stored", stored));
   if (held == DType::kF32 && stored != DType::kF32) {

@@ -14,13 +14,13 @@
 namespace lockstep::cuda {
 
 struct StoreValuesParams {
-  const std::byte* from = nullptr;  // device, 16-byte aligned
+  const std::byte* from = nullptr;  // device, aligned to 4 values
   DType sent = DType::kF32;
   int64_t count = 0;
   int64_t sent_index = 0;
   int64_t held_index = 0;
   DType held = DType::kF32;
-  std::byte* to = nullptr;  // device, 8-byte aligned
+  std::byte* to = nullptr;  // device, 8-byte aligned; null: the values are only counted
   DType stored = DType::kF32;
   ValueTally* tally = nullptr;  // device; null: none
 

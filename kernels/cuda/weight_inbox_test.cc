@@ -290,6 +290,15 @@ TEST_F(LiveWeightsTest, LongTensorsComeAndGoWhole) {
   ASSERT_TRUE((*live)->Finish().ok());
   ASSERT_TRUE((*live)->Read(0, read).ok());
   EXPECT_EQ(std::memcmp(read.data(), values.data(), read.size()), 0);
+  // Any bits, an end within a word, a beginning that is not the tensor's.
+  const int64_t bytes = static_cast<int64_t>(values.size());
+  for (const int64_t begin : {int64_t{0}, int64_t{8}, int64_t{1} << 20}) {
+    for (const int64_t end : {bytes, bytes - 2, bytes - 6, begin + 2, begin}) {
+      const auto sum = (*live)->SumInUse(begin, end - begin, begin / 8);
+      ASSERT_TRUE(sum.ok()) << sum.status();
+      EXPECT_EQ(*sum, DigestSum(std::span(values).subspan(begin, end - begin), begin / 8)) << begin << " to " << end;
+    }
+  }
 }
 
 TEST_F(WeightInboxTest, RefusesWhatItCannotRead) {

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <utility>
 
+#include "kernels/cuda/store_values.h"
 #include "rollout/base/check.h"
 #include "rollout/base/status.h"
 
@@ -45,6 +46,7 @@ absl::StatusOr<std::unique_ptr<CudaWeightStage>> CudaWeightStage::CreateLive(std
   std::unique_ptr<CudaWeightStage> stage(new CudaWeightStage);
   LOCKSTEP_RETURN_IF_ERROR(stage->Init());
   LOCKSTEP_RETURN_IF_ERROR(Open(stage->down_));
+  LOCKSTEP_ASSIGN_OR_RETURN(stage->tally_, CudaMemory::Allocate(sizeof(ValueTally)));
   stage->regions_ = std::move(regions);
   return stage;
 }
@@ -120,6 +122,28 @@ absl::Status CudaWeightStage::Read(int64_t offset, std::span<std::byte> to) {
     std::memcpy(to.data() + piece * kBufferBytes, buffer.memory.data(), bytes_of(piece));
   }
   return absl::OkStatus();
+}
+
+absl::StatusOr<uint64_t> CudaWeightStage::SumInUse(int64_t offset, int64_t bytes, uint64_t first_word) {
+  LOCKSTEP_CHECK(tally_ != nullptr, "only weights in use are summed");
+  LOCKSTEP_RETURN_IF_ERROR(CudaStatus(cudaSetDevice(device_), "cudaSetDevice"));
+  auto* const tally = reinterpret_cast<ValueTally*>(tally_->data());
+  LOCKSTEP_RETURN_IF_ERROR(CudaStatus(cudaMemsetAsync(tally, 0, sizeof(*tally), down_.stream), "SumInUse"));
+  // Of words alone: values of 2 bytes, whatever they are.
+  LOCKSTEP_RETURN_IF_ERROR(LaunchStoreValues({.from = Address(offset, bytes),
+                                              .sent = DType::kBF16,
+                                              .count = bytes / 2,
+                                              .sent_index = static_cast<int64_t>(first_word) * 4,
+                                              .held_index = static_cast<int64_t>(first_word) * 4,
+                                              .held = DType::kBF16,
+                                              .stored = DType::kBF16,
+                                              .tally = tally},
+                                             down_.stream));
+  auto* const host = reinterpret_cast<ValueTally*>(down_.buffers[0].memory.data());
+  LOCKSTEP_RETURN_IF_ERROR(
+      CudaStatus(cudaMemcpyAsync(host, tally, sizeof(*host), cudaMemcpyDeviceToHost, down_.stream), "SumInUse"));
+  LOCKSTEP_RETURN_IF_ERROR(CudaStatus(cudaStreamSynchronize(down_.stream), "SumInUse"));
+  return host->sent_sum;
 }
 
 }  // namespace lockstep::cuda

@@ -34,6 +34,7 @@ class CudaWeightStage final : public LiveWeights {
   absl::Status Finish() override;
   std::byte* Address(int64_t offset, int64_t bytes) override;
   absl::Status Read(int64_t offset, std::span<std::byte> to) override;
+  absl::StatusOr<uint64_t> SumInUse(int64_t offset, int64_t bytes, uint64_t first_word) override;
 
  private:
   CudaWeightStage() = default;
@@ -54,6 +55,7 @@ class CudaWeightStage final : public LiveWeights {
   int device_ = 0;
   Way up_, down_;
   std::unique_ptr<CudaMemory> memory_;  // of its own; null: the weights in use
+  std::unique_ptr<CudaMemory> tally_;   // of the weights in use: one ValueTally
   std::vector<StageRegion> regions_;
 };
 

@@ -15,9 +15,7 @@
 namespace lockstep {
 namespace {
 
-// Moved between two looks at `cancelled`; whole words of digests. Small enough that malloc keeps what is freed: fresh
-// pages for everything read back come at 1.5 GB a second.
-constexpr int64_t kPieceBytes = int64_t{16} << 20;
+constexpr int64_t kPieceBytes = int64_t{16} << 20;  // moved between two looks at `cancelled`; whole words of digests
 constexpr size_t kDigestThreads = 8;
 
 // Digests of tensors whose pieces come one after the other, by threads of their own: one takes some 2 GB a second, less
@@ -26,10 +24,10 @@ class TensorDigests {
  public:
   explicit TensorDigests(size_t tensors) : sums_(tensors) {}
 
-  // `piece` begins at byte `at`; `owner` keeps its memory, if nobody else does.
-  void Add(size_t tensor, int64_t at, std::span<const std::byte> piece, std::shared_ptr<void> owner = nullptr) {
+  // `piece` begins at byte `at`, and stays where it is.
+  void Add(size_t tensor, int64_t at, std::span<const std::byte> piece) {
     if (under_way_.size() == kDigestThreads) TakeOldest();
-    auto sum = [piece, at, owner = std::move(owner)] { return DigestSum(piece, static_cast<uint64_t>(at) / 8); };
+    auto sum = [piece, at] { return DigestSum(piece, static_cast<uint64_t>(at) / 8); };
     under_way_.push_back({tensor, std::async(std::launch::async, std::move(sum))});
   }
   // Of a tensor of which every piece was added; waits for all that is under way.
@@ -117,20 +115,17 @@ absl::Status WeightShadow::Restore(std::span<const size_t> tensors, const std::a
     }));
   }
   LOCKSTEP_RETURN_IF_ERROR(live_.Finish());
-  TensorDigests digests(tensors_.size());
   for (const size_t t : tensors) {
     const Tensor& tensor = tensors_[t];
-    const absl::Status back = ForEachPiece(tensor, cancelled, done_, [&](int64_t at, int64_t bytes) -> absl::Status {
-      const auto read = std::make_shared_for_overwrite<std::byte[]>(bytes);
-      const std::span<std::byte> piece(read.get(), bytes);
-      LOCKSTEP_RETURN_IF_ERROR(live_.Read(tensor.offset + at, piece));
-      digests.Add(t, at, piece, read);
+    uint64_t sum = 0;
+    const absl::Status counted = ForEachPiece(tensor, cancelled, done_, [&](int64_t at, int64_t bytes) -> absl::Status {
+      LOCKSTEP_ASSIGN_OR_RETURN(const uint64_t part,
+                                live_.SumInUse(tensor.offset + at, bytes, static_cast<uint64_t>(at) / 8));
+      sum += part;
       return absl::OkStatus();
     });
-    LOCKSTEP_RETURN_IF_ERROR(back);
-  }
-  for (const size_t t : tensors) {
-    const uint64_t digest = digests.Finish(t, tensors_[t].bytes);
+    LOCKSTEP_RETURN_IF_ERROR(counted);
+    const uint64_t digest = DigestOfSum(sum, static_cast<uint64_t>(tensor.bytes));
     if (digest == digests_[t]) continue;
     return absl::DataLossError(absl::StrCat(tensors_[t].name, ": digest ", absl::Hex(digest, absl::kZeroPad16),
                                             " after restoring, want ", absl::Hex(digests_[t], absl::kZeroPad16)));

@@ -35,7 +35,8 @@ class WeightShadow {
 
   // Copies these tensors from the weights that serve. CANCELLED: as asked.
   absl::Status Write(std::span<const size_t> tensors, const std::atomic<bool>& cancelled);
-  // Puts them back as they were copied, reads them again and compares digests. No step may run. CANCELLED: as asked.
+  // Puts them back as they were copied, and compares the digests of what is in use then. No step may run. CANCELLED: as
+  // asked.
   absl::Status Restore(std::span<const size_t> tensors, const std::atomic<bool>& cancelled);
 
   // Bytes of the Write or Restore that goes on, or went on last.

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "absl/strings/match.h"
+#include "kernels/digest_math.h"
 
 namespace lockstep {
 namespace {
@@ -25,6 +26,9 @@ class FakeLive final : public LiveWeights {
   absl::Status Read(int64_t offset, std::span<std::byte> to) override {
     std::memcpy(to.data(), memory.data() + offset, to.size());
     return absl::OkStatus();
+  }
+  absl::StatusOr<uint64_t> SumInUse(int64_t offset, int64_t bytes, uint64_t first_word) override {
+    return DigestSum(std::span(memory).subspan(offset, bytes), first_word);
   }
 
   std::vector<std::byte> memory = std::vector<std::byte>(1024, std::byte{1});
