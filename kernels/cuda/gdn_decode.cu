@@ -16,6 +16,7 @@ using namespace gdn;  // NOLINT(google-build-using-namespace): this file is that
 constexpr int kWarps = 6;  // each two tiles of 16 columns of d_v and one of d_k
 constexpr int kThreads = kWarps * 32;
 constexpr int kBlocksAMultiprocessor = 3;
+constexpr int kBlocksAtOnce = kBlocksAMultiprocessor * kMultiprocessors;
 constexpr int kTiles = kValueTiles / kWarps;
 static_assert(kKeySteps == kWarps);
 constexpr int kNormWarp = 4;  // the first of two, which have no part in a row's scores and in the solve
@@ -268,6 +269,17 @@ __device__ void LoadImage(const Row& row, const HeadState& state, uint32_t (&ima
 #pragma unroll
     for (int k = 0; k < kKeySteps; ++k) Unpack(image[m][k], __ldcs(operands + (m * kKeySteps + k) * 32));
   }
+}
+
+// One thread: the image of the block that takes this one's place into L2, so that memory is busy while the blocks that
+// are there solve. Not its rows as well: with them it is slower, since L2 has to hold them for as long.
+__device__ void PrefetchNextImage(const GdnParams& params) {
+  const int next = static_cast<int>(blockIdx.y) * params.value_heads + static_cast<int>(blockIdx.x) + kBlocksAtOnce;
+  const int index = next / params.value_heads;
+  if (index >= params.batch.decode_pieces) return;
+  const DevicePiece piece = params.batch.pieces[index];
+  if (piece.row_count == 0 || piece.position < kGdnChunk) return;
+  BulkPrefetch(StateOf(params, piece.slot, next % params.value_heads).image, kGdnImageBytes);
 }
 
 // The row's own inputs, and the scalars, into shared memory and the slot; each warp its part.
@@ -547,6 +559,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksAMultiprocessor)
     if (row.warp >= kNormWarp) norm.Load(output_norm, gate, place);
   }
   LoadInputs(params, row, piece.row_begin, head, state, shared);
+  if (row.thread == kThreads - 1) {
+    if (t == kGdnChunk - 1 && !row.first_chunk) BulkPrefetch(state.state_f32, kGdnStateF32Bytes);  // for CloseChunk
+    PrefetchNextImage(params);
+  }
   ZeroMissing(row, shared);
   __syncthreads();
   BarrierWait(&shared.rows_full, 0);
@@ -584,7 +600,7 @@ absl::Status LaunchDecode(const GdnParams& params, const GdnOutputNorm& norm, cu
   // Blocks that are all there at once hide their slots' latency. Those of more only take memory's rate from the kernels
   // ahead, and at 128 sequences and more a step took longer.
   GdnParams launched = params;
-  launched.early_start &= grid.x * grid.y <= kBlocksAMultiprocessor * kMultiprocessors;
+  launched.early_start &= grid.x * grid.y <= kBlocksAtOnce;
   return LaunchKernel("GdnDecode", GdnDecodeKernel<Norm>, grid, kThreads, sizeof(DecodeShared),
                       LaunchOrder::kOverlapped, stream, launched, norm);
 }

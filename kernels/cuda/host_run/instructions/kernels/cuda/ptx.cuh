@@ -41,6 +41,10 @@ inline void BulkCopy(const void* from, void* to, uint64_t* barrier, uint32_t byt
   host_run::CopyLater(to_bytes, bytes, barrier, [=] { std::memcpy(to_bytes, from, bytes); });
 }
 
+inline void BulkPrefetch(const void*, uint32_t bytes) {
+  host_run::Check(bytes % 16 == 0, "a prefetch of no multiple of 16 bytes");
+}
+
 // Four matrices of 8 x 8: lane i gives the address of row i % 8 of matrix i / 8.
 inline void LoadFourMatrices(uint32_t (&r)[4], uint32_t address, bool transposed) {
   std::array<uint32_t, 4> result;
