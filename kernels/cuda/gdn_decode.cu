@@ -559,10 +559,7 @@ __global__ void __launch_bounds__(kThreads, kBlocksAMultiprocessor)
     if (row.warp >= kNormWarp) norm.Load(output_norm, gate, place);
   }
   LoadInputs(params, row, piece.row_begin, head, state, shared);
-  if (row.thread == kThreads - 1) {
-    if (t == kGdnChunk - 1 && !row.first_chunk) BulkPrefetch(state.state_f32, kGdnStateF32Bytes);  // for CloseChunk
-    PrefetchNextImage(params);
-  }
+  if (row.thread == kThreads - 1) PrefetchNextImage(params);
   ZeroMissing(row, shared);
   __syncthreads();
   BarrierWait(&shared.rows_full, 0);
@@ -574,6 +571,10 @@ __global__ void __launch_bounds__(kThreads, kBlocksAMultiprocessor)
   SolveInner(row, state, shared);
   __syncthreads();
   if (row.warp < row.r) SolveOuter(row, state, shared);
+  // What CloseChunk reads, no earlier than that: L2 has 396 blocks' to hold where all sequences close a chunk at once.
+  if (t == kGdnChunk - 1 && !row.first_chunk && row.thread == kThreads - 1) {
+    BulkPrefetch(state.state_f32, kGdnStateF32Bytes);
+  }
   BarrierWait(&shared.values_full, 0);
   __syncthreads();
   float u[kTiles][4] = {};
