@@ -272,13 +272,14 @@ __device__ void LoadImage(const Row& row, const HeadState& state, uint32_t (&ima
 }
 
 // One thread: the image of the block that takes this one's place into L2, so that memory is busy while the blocks that
-// are there solve. Not its rows as well: with them it is slower, since L2 has to hold them for as long.
+// are there solve. Not its rows as well: with them it is slower, since L2 has to hold them for as long. And none for a
+// block that ends its chunk: where all sequences do so at once, what they read and write pushes it out again.
 __device__ void PrefetchNextImage(const GdnParams& params) {
   const int next = static_cast<int>(blockIdx.y) * params.value_heads + static_cast<int>(blockIdx.x) + kBlocksAtOnce;
   const int index = next / params.value_heads;
   if (index >= params.batch.decode_pieces) return;
   const DevicePiece piece = params.batch.pieces[index];
-  if (piece.row_count == 0 || piece.position < kGdnChunk) return;
+  if (piece.row_count == 0 || piece.position < kGdnChunk || piece.position % kGdnChunk == kGdnChunk - 1) return;
   BulkPrefetch(StateOf(params, piece.slot, next % params.value_heads).image, kGdnImageBytes);
 }
 
@@ -571,10 +572,6 @@ __global__ void __launch_bounds__(kThreads, kBlocksAMultiprocessor)
   SolveInner(row, state, shared);
   __syncthreads();
   if (row.warp < row.r) SolveOuter(row, state, shared);
-  // What CloseChunk reads, no earlier than that: L2 has 396 blocks' to hold where all sequences close a chunk at once.
-  if (t == kGdnChunk - 1 && !row.first_chunk && row.thread == kThreads - 1) {
-    BulkPrefetch(state.state_f32, kGdnStateF32Bytes);
-  }
   BarrierWait(&shared.values_full, 0);
   __syncthreads();
   float u[kTiles][4] = {};
