@@ -38,7 +38,10 @@ grpc::Status ControlService::Pause(grpc::ServerContext* context, const v1::Pause
     LOCKSTEP_RETURN_IF_ERROR(
         CheckRange("timeout_ms", request->timeout_ms(), 0, mode == PauseMode::kFinish ? kMaxTimeoutMs : 0));
     LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("control.pause.before"));
-    response->set_in_flight(control_.Pause(mode, absl::Now() + absl::Milliseconds(request->timeout_ms())));
+    LOCKSTEP_ASSIGN_OR_RETURN(const int64_t in_flight,
+                              control_.Pause(mode, absl::Now() + absl::Milliseconds(request->timeout_ms()),
+                                             [&] { return context->IsCancelled(); }));
+    response->set_in_flight(in_flight);
     return FailpointStatus("control.pause.answer");
   };
   return ToGrpc(run());

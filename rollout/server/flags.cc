@@ -80,7 +80,7 @@ ABSL_FLAG(int64_t, max_waiting_sequences, 4096,
           "Sequences accepted but not running; past it requests are RESOURCE_EXHAUSTED.");
 ABSL_FLAG(int64_t, max_prompt_tokens, 0,
           "Longest prompt of Generate, in tokens. 0: what the model and the memory allow.");
-ABSL_FLAG(int32_t, max_n, 128, "Samples per request.");
+ABSL_FLAG(int32_t, max_n, 128, "Samples per request; no more than --max_waiting_sequences.");
 ABSL_FLAG(int64_t, max_request_bytes, 16 << 20, "Largest request message, in bytes.");
 ABSL_FLAG(double, max_buffered_mb, 1024,
           "Undelivered results of all requests together, in MiB; past it the reader with the most is cut.");
@@ -254,6 +254,8 @@ absl::StatusOr<ServerOptions> ReadServerOptions() {
   limits.max_waiting_sequences = absl::GetFlag(FLAGS_max_waiting_sequences);
   LOCKSTEP_RETURN_IF_ERROR(CheckFlag<int64_t>("max_prompt_tokens", limits.max_prompt_tokens, 0, int64_t{1} << 32));
   LOCKSTEP_RETURN_IF_ERROR(CheckFlag("max_n", limits.max_n, 1, 1 << 16));
+  // More could not even wait: not a matter of trying again later.
+  if (limits.max_waiting_sequences < limits.max_n) limits.max_n = static_cast<int32_t>(limits.max_waiting_sequences);
   LOCKSTEP_RETURN_IF_ERROR(CheckFlag<int64_t>("max_request_bytes", limits.max_request_bytes, 1024, int64_t{INT32_MAX}));
   const double buffered = absl::GetFlag(FLAGS_max_buffered_mb);
   const double retained = absl::GetFlag(FLAGS_max_retained_mb);

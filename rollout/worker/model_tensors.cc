@@ -300,7 +300,17 @@ class ModelTensors::Shadow final : public TensorShadow {
 };
 
 ModelTensors::ModelTensors(std::filesystem::path dir, const ModelSpec& spec, Ops& ops)
-    : dir_(std::move(dir)), spec_(spec), ops_(ops) {}
+    : dir_(std::move(dir)), loaded_(FilesIn(dir_)), spec_(spec), ops_(ops) {}
+
+std::map<std::filesystem::path, ModelTensors::FileStamp> ModelTensors::FilesIn(const std::filesystem::path& dir) {
+  std::map<std::filesystem::path, FileStamp> files;
+  std::error_code error;
+  for (std::filesystem::directory_iterator file(dir, error), end; !error && file != end; file.increment(error)) {
+    if (file->path().extension() != ".safetensors") continue;
+    files[file->path()] = {.size = file->file_size(error), .written = file->last_write_time(error)};
+  }
+  return files;
+}
 
 absl::Status ModelTensors::MakeStage(int64_t bytes, bool direct) {
   if (!direct) {
@@ -482,6 +492,15 @@ absl::Status ModelTensors::ReadDigests() {
     return absl::FailedPreconditionError(absl::StrCat(
         "the checkpoint at ", dir_.string(), ", whose weights serve, cannot be read any more: ", status.message()));
   };
+  // Those of other weights would be worse than none.
+  const auto check_unchanged = [&] {
+    if (FilesIn(dir_) == loaded_) return absl::OkStatus();
+    return absl::FailedPreconditionError(
+        absl::StrCat("the checkpoint at ", dir_.string(), " has changed since the worker loaded it, so the digests of ",
+                     missing.size(),
+                     " tensors that no update has brought are not known; want files that stay, or an update of all"));
+  };
+  LOCKSTEP_RETURN_IF_ERROR(check_unchanged());
   const absl::StatusOr<Checkpoint> checkpoint = Checkpoint::Open(dir_);
   if (!checkpoint.ok()) return unreadable(checkpoint.status());
   const absl::StatusOr<ResolvedTensors> tensors = ResolveTensors(spec_, *checkpoint);
@@ -499,6 +518,7 @@ absl::Status ModelTensors::ReadDigests() {
     }
     read.push_back(digester.Finish());
   }
+  LOCKSTEP_RETURN_IF_ERROR(check_unchanged());
   absl::MutexLock lock(&mutex_);
   for (size_t i = 0; i < missing.size(); ++i) {
     std::optional<uint64_t>& digest = digests_[missing[i]];

@@ -6,6 +6,7 @@
 #include <atomic>
 #include <cstdint>
 #include <filesystem>
+#include <map>
 #include <memory>
 #include <optional>
 #include <span>
@@ -81,6 +82,15 @@ class ModelTensors final : public TensorTable {
   class Inbox;
   class Shadow;
 
+  // Tells a file from one that has taken its place.
+  struct FileStamp {
+    uintmax_t size;
+    std::filesystem::file_time_type written;
+
+    bool operator==(const FileStamp&) const = default;
+  };
+  static std::map<std::filesystem::path, FileStamp> FilesIn(const std::filesystem::path& dir);
+
   ModelTensors(std::filesystem::path dir, const ModelSpec& spec, Ops& ops);
   absl::Status MakeStage(int64_t bytes, bool direct);
   // Where values of the slot go: its place in the stage, and that of a tied one.
@@ -92,6 +102,7 @@ class ModelTensors final : public TensorTable {
   absl::Status ReadDigests();
 
   const std::filesystem::path dir_;
+  const std::map<std::filesystem::path, FileStamp> loaded_;  // the files there when this was made
   const ModelSpec& spec_;
   Ops& ops_;
   std::vector<TensorSlot> slots_;

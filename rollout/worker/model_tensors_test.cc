@@ -1,6 +1,7 @@
 // Tensors that arrive by both ways, the stream and an inbox: nothing that arrived is lost, and nothing is made up.
 #include "rollout/worker/model_tensors.h"
 
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include <algorithm>
@@ -143,6 +144,19 @@ TEST_P(ModelTensorsTest, InstallDoesNotWaitForDigestsThatAreReadFromFiles) {
   EXPECT_FALSE(done.HasBeenNotified()) << "the steps stood still for so long";
   reader.join();
   EXPECT_TRUE(absl::IsFailedPrecondition(status)) << status;
+  std::filesystem::remove_all(dir);
+}
+
+TEST_P(ModelTensorsTest, DigestsOfFilesThatHaveTakenTheCheckpointsPlaceAreRefused) {
+  const std::filesystem::path dir = std::filesystem::path(testing::TempDir()) / "replaced_checkpoint";
+  std::filesystem::create_directories(dir);
+  std::ofstream(dir / "model.safetensors") << "those that serve";
+  auto table = ModelTensors::Create(dir, model_->spec, model_->weights, model_->ops(), {.direct = GetParam()});
+  ASSERT_TRUE(table.ok()) << table.status();
+  std::ofstream(dir / "model.safetensors") << "the next ones";
+  const absl::Status status = (*table)->ServingDigests().status();
+  EXPECT_TRUE(absl::IsFailedPrecondition(status)) << status;
+  EXPECT_THAT(status.message(), testing::HasSubstr("has changed since the worker loaded it"));
   std::filesystem::remove_all(dir);
 }
 

@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "absl/functional/any_invocable.h"
+#include "absl/functional/function_ref.h"
 #include "absl/status/status.h"
 #include "absl/status/statusor.h"
 #include "absl/time/time.h"
@@ -205,14 +206,15 @@ class WorkerControl : public StepGate {
  public:
   // Runs `install`, which puts new weights in the place of those that serve, on the step loop's thread between two
   // steps, and goes on under the new version; steps that were held run again. DEADLINE_EXCEEDED: requests did not
-  // finish in time (while steps are held: at once, since none can) and there is no fallback; nothing changed.
+  // finish in time (while steps are held or paused: at once, since none can) and there is no fallback; nothing changed.
   // UNAVAILABLE: the worker is stopping or its device has failed. An error of `install` is returned; it is the
   // device's, and the worker has failed.
   virtual absl::StatusOr<WeightSwitchResult> SwitchWeights(const WeightSwitch& change,
                                                            absl::AnyInvocable<absl::Status()> install) = 0;
   // No step runs until Resume; returns the samples that stand still. kFinish: once they have finished, new ones
-  // waiting, or at `deadline` with what is left.
-  virtual int64_t Pause(PauseMode mode, absl::Time deadline) = 0;
+  // waiting, or at `deadline` (if it is paused already, at once) with what is left. CANCELLED: `given_up`, which is
+  // asked meanwhile and at the end; ABORTED: a Resume came while kFinish waited. Neither pauses.
+  virtual absl::StatusOr<int64_t> Pause(PauseMode mode, absl::Time deadline, absl::FunctionRef<bool()> given_up) = 0;
   virtual void Resume() = 0;
 };
 

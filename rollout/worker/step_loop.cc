@@ -79,14 +79,15 @@ void StepLoop::Submit(RequestSpec spec, std::shared_ptr<RequestSink> sink, absl:
   const bool scoring = s.n == 0;
   const bool penalties = NeedsCounts(s.sampling);
   const uint64_t group = s.n > 1 ? next_id_ : 0;
-  const StopMatcher stop(s.stop, s.sampling.min_tokens, token_bytes_);
+  StopMatcher stop(s.stop, s.sampling.min_tokens, token_bytes_);
+  // Counted once for all samples: no step runs meanwhile.
+  TokenHistory history(s.prompt, penalties);
+  for (int32_t token : s.generated_prefix) {
+    history.Append(token);
+    stop.Replay(token);
+  }
   for (int32_t i = 0; i < std::max(s.n, 1); ++i) {
-    auto sequence = std::unique_ptr<Sequence>(
-        new Sequence{next_id_++, request.get(), i, TokenHistory(s.prompt, penalties), stop, {}});
-    for (int32_t token : s.generated_prefix) {
-      sequence->history.Append(token);
-      sequence->stop.Replay(token);
-    }
+    auto sequence = std::unique_ptr<Sequence>(new Sequence{next_id_++, request.get(), i, history, stop, {}});
     int64_t known = static_cast<int64_t>(s.prompt.size() + s.generated_prefix.size());
     // Row p scores position p + 1, so the last position asked for needs the rows before it only.
     if (scoring) known = std::max<int64_t>(s.prompt_logprobs.end - 1, 1);
@@ -259,7 +260,8 @@ bool StepLoop::Step() {
       Sequence& follower = Get(fork.follower);
       follower.admitted = start;
       follower.state_version = sequence.state_version;
-      follower.counters.cached_prompt_tokens = piece.position + piece.count;
+      follower.counters.cached_prompt_tokens =
+          std::min(piece.position + piece.count, static_cast<int64_t>(spec.prompt.size()));
       PlanSample(follower, static_cast<int64_t>(i), piece);
       copies_.push_back({fork.from_slot, fork.to_slot, fork.from_page, fork.to_page});
     }

@@ -92,6 +92,15 @@ TEST_F(StepLoopTest, StopTokenEndsAndIsIncluded) {
   EXPECT_LE(s.tokens.size(), 3u);
 }
 
+TEST_F(StepLoopTest, WhatAGroupSharesOfItsGeneratedPrefixIsNotCountedAsPrompt) {
+  RequestSpec spec = Request("a", 100, 20, 2);
+  spec.generated_prefix = {1, 2, 3};
+  const auto sink = Submit(std::move(spec));
+  while (loop().Step()) {
+  }
+  EXPECT_EQ(sink->samples()[1].result.counters.cached_prompt_tokens, 100);
+}
+
 TEST_F(StepLoopTest, AGroupSharesItsPrefillAndDrawsDifferently) {
   const auto sink = Submit(Request("a", 100, 20, 4));
   while (loop().Step()) {

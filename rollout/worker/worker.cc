@@ -75,8 +75,9 @@ absl::Status Worker::Health() const {
   const absl::Duration age = absl::Nanoseconds(began == 0 ? 0 : SteadyNanos() - began);
   if (age > step_timeout_) {
     return absl::DeadlineExceededError(
-        absl::StrCat("a step has run for ", absl::ToInt64Seconds(age), " s, longer than --step_timeout_seconds, ",
-                     absl::ToDoubleSeconds(step_timeout_), ": the device does not end it"));
+        absl::StrCat("a step, or a Commit's copy, has run for ", absl::ToInt64Seconds(age),
+                     " s, longer than --step_timeout_seconds, ", absl::ToDoubleSeconds(step_timeout_),
+                     ": the device does not end it"));
   }
   absl::MutexLock lock(&mutex_);
   return failure_;
@@ -115,12 +116,16 @@ void Worker::HoldNew(bool hold) {
   loop_->HoldNew(holds_ > 0);
 }
 
-bool Worker::AwaitNoneInFlight(absl::Time deadline) {
+bool Worker::AwaitNoneInFlight(absl::Time deadline, absl::FunctionRef<bool()> given_up) {
+  constexpr absl::Duration kAsk = absl::Milliseconds(20);
   absl::MutexLock lock(&mutex_);
   const auto done = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     return (in_flight_ == 0 && commands_.empty()) || !failure_.ok() || stop_;
   };
-  return mutex_.AwaitWithDeadline(absl::Condition(&done), deadline) && failure_.ok() && !stop_;
+  while (!mutex_.AwaitWithDeadline(absl::Condition(&done), std::min(deadline, absl::Now() + kAsk))) {
+    if (absl::Now() >= deadline || given_up()) return false;
+  }
+  return failure_.ok() && !stop_;
 }
 
 absl::StatusOr<WeightSwitchResult> Worker::SwitchWeights(const WeightSwitch& change,
@@ -133,7 +138,7 @@ absl::StatusOr<WeightSwitchResult> Worker::SwitchWeights(const WeightSwitch& cha
     int64_t in_flight = 0;
     LOCKSTEP_RETURN_IF_ERROR(AtBoundary([&](absl::Time) {
       HoldNew(true);
-      held = held_since_.has_value();
+      held = held_since_.has_value() || paused_;
       in_flight = loop_->in_flight();
     }));
     Failpoint("weights.commit.policy");
@@ -142,7 +147,9 @@ absl::StatusOr<WeightSwitchResult> Worker::SwitchWeights(const WeightSwitch& cha
       LOCKSTEP_RETURN_IF_ERROR(AtBoundary([this](absl::Time) { HoldNew(false); }));
       LOCKSTEP_RETURN_IF_ERROR(Health());
       const std::string why =
-          held ? absl::StrCat(in_flight, " samples stand still and cannot finish: their weights are overwritten")
+          held ? absl::StrCat(in_flight,
+                              " samples stand still and cannot finish: their weights are overwritten, or the "
+                              "worker is paused")
                : absl::StrCat("samples were still in flight after ", absl::ToInt64Milliseconds(change.finish_timeout),
                               " ms");
       return absl::DeadlineExceededError(absl::StrCat("finish_timeout_ms: ", why, ", and there is no fallback"));
@@ -190,21 +197,38 @@ void Worker::FailSteps(absl::Status why) {
   AtBoundary([&](absl::Time) { loop_->Fail(std::move(why)); }).IgnoreError();
 }
 
-int64_t Worker::Pause(PauseMode mode, absl::Time deadline) {
+absl::StatusOr<int64_t> Worker::Pause(PauseMode mode, absl::Time deadline, absl::FunctionRef<bool()> given_up) {
   const bool finish = mode == PauseMode::kFinish;
-  if (finish && AtBoundary([this](absl::Time) { HoldNew(true); }).ok()) AwaitNoneInFlight(deadline);
-  int64_t in_flight = 0;
+  const int64_t resumes = resumes_;
+  const auto resumed = [&] { return resumes_ != resumes; };
+  bool paused = false;
+  const auto hold = [&](absl::Time) {
+    HoldNew(true);
+    paused = paused_;
+  };
+  if (finish && AtBoundary(hold).ok()) {
+    AwaitNoneInFlight(deadline, [&] { return paused || given_up() || resumed(); });
+  }
+  absl::StatusOr<int64_t> in_flight = 0;
   // A worker that is stopping runs no steps either.
   AtBoundary([&](absl::Time now) {
-    if (mode == PauseMode::kAbort) loop_->AbortAll(AbortReason::kClient, now);
     if (finish) HoldNew(false);
-    paused_ = true;
-    in_flight = loop_->in_flight();
+    if (given_up()) {
+      // Whoever does not hear of a pause does not end it either.
+      in_flight = absl::CancelledError("the client has gone, or its deadline has passed; the worker is not paused");
+    } else if (finish && resumed()) {
+      in_flight = absl::AbortedError("a Resume came while samples finished; the worker is not paused");
+    } else {
+      if (mode == PauseMode::kAbort) loop_->AbortAll(AbortReason::kClient, now);
+      paused_ = true;
+      in_flight = loop_->in_flight();
+    }
   }).IgnoreError();
   return in_flight;
 }
 
 void Worker::Resume() {
+  ++resumes_;
   AtBoundary([this](absl::Time) { paused_ = false; }).IgnoreError();
 }
 
@@ -226,7 +250,9 @@ void Worker::Run() {
       // Commands in hand count as work: a drain must not see an idle worker between the queue and the loop.
       if (!commands.empty()) idle_ = false;
     }
+    if (!commands.empty()) step_began_ = SteadyNanos();  // a Commit's copy is the device's too
     for (Command& command : commands) command(absl::Now());
+    step_began_ = 0;
     if (stop) loop_->AbortAll(AbortReason::kShutdown, absl::Now());
     next_expiry = loop_->Expire(absl::Now());
     // A failed loop's step runs nothing: it ends what is in flight.

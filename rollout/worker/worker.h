@@ -12,6 +12,7 @@
 
 #include "absl/base/thread_annotations.h"
 #include "absl/functional/any_invocable.h"
+#include "absl/functional/function_ref.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "rollout/worker/request.h"
@@ -37,7 +38,7 @@ class Worker : public WorkerInterface, public WorkerControl {
   absl::Status HoldSteps() override;
   void ReleaseSteps() override;
   void FailSteps(absl::Status why) override;
-  int64_t Pause(PauseMode mode, absl::Time deadline) override;
+  absl::StatusOr<int64_t> Pause(PauseMode mode, absl::Time deadline, absl::FunctionRef<bool()> given_up) override;
   void Resume() override;
   absl::Status Health() const override;
   void Drain(absl::Time deadline) override;
@@ -52,8 +53,10 @@ class Worker : public WorkerInterface, public WorkerControl {
   bool standing() const { return loop_->idle() || paused_ || held_since_ || loop_->stalled(); }
   // For one more, or one less, that waits for samples in flight to finish. At a boundary.
   void HoldNew(bool hold);
-  // Waits until no sample is in flight; false: not by `deadline`, or the device failed.
-  bool AwaitNoneInFlight(absl::Time deadline);
+  // Waits until no sample is in flight; false: not by `deadline`, or `given_up` (asked every 20 ms), or the device
+  // failed.
+  bool AwaitNoneInFlight(
+      absl::Time deadline, absl::FunctionRef<bool()> given_up = [] { return false; });
 
   std::shared_ptr<void> owned_;
   std::unique_ptr<StepLoop> loop_;  // the thread's alone, but for CheckFits, which reads constants
@@ -73,6 +76,7 @@ class Worker : public WorkerInterface, public WorkerControl {
   WeightVersion version_ ABSL_GUARDED_BY(mutex_);
   // No step runs while either is set; both the thread's alone.
   bool paused_ = false;                           // a client's Pause
+  std::atomic<int64_t> resumes_{0};               // so far
   std::optional<absl::Time> held_since_;          // HoldSteps
   int holds_ = 0;                                 // Pauses and Commits that hold new samples; likewise
   absl::Status failure_ ABSL_GUARDED_BY(mutex_);  // of the device

@@ -3,6 +3,7 @@
 
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <optional>
 #include <thread>
 
@@ -13,6 +14,8 @@
 
 namespace lockstep {
 namespace {
+
+constexpr auto kNever = [] { return false; };
 
 // Counts samples as they end.
 class CountingSink : public RequestSink {
@@ -126,6 +129,37 @@ TEST_F(WorkerTest, AStepThatDoesNotEndIsNoticed) {
   released.Notify();
   EXPECT_TRUE(absl::IsDeadlineExceeded(health)) << health;
   EXPECT_NE(health.message().find("--step_timeout_seconds, 0.2"), std::string::npos) << health;
+  EXPECT_TRUE(sink->WaitUntilDone());
+}
+
+TEST_F(WorkerTest, ACommitsCopyThatDoesNotEndIsNoticed) {
+  auto model = std::shared_ptr<LocalModel>(MakeRandomModel(ModelKind::kHybrid, "fp32", 1, 1));
+  Start(std::move(model), 100, /*step_timeout=*/absl::Milliseconds(200));
+  absl::Status health;
+  const auto result = worker_->SwitchWeights({.version = {0, 1}}, [&] {
+    for (int i = 0; i < 10000 && (health = worker_->Health()).ok(); ++i) absl::SleepFor(absl::Milliseconds(1));
+    return absl::OkStatus();
+  });
+  EXPECT_TRUE(absl::IsDeadlineExceeded(health)) << health;
+  EXPECT_TRUE(result.ok()) << result.status();
+  EXPECT_TRUE(worker_->Health().ok()) << "it has ended after all";
+}
+
+TEST_F(WorkerTest, NothingWaitsForSamplesOfAPausedWorkerToFinish) {
+  Start();
+  const auto sink = std::make_shared<CountingSink>(1);
+  ASSERT_TRUE(worker_->Submit(Request("a", 8000), sink).ok());
+  ASSERT_TRUE(sink->WaitForTokens());
+  const auto in_an_hour = [] { return absl::Now() + absl::Hours(1); };
+  ASSERT_TRUE(worker_->Pause(PauseMode::kKeep, in_an_hour(), kNever).ok());
+  const auto again = worker_->Pause(PauseMode::kFinish, in_an_hour(), kNever);
+  ASSERT_TRUE(again.ok()) << again.status();
+  EXPECT_EQ(*again, 1);
+  const WeightSwitch finish = {.version = {0, 1}, .policy = InFlightPolicy::kFinish, .finish_timeout = absl::Hours(1)};
+  const auto result = worker_->SwitchWeights(finish, [] { return absl::OkStatus(); });
+  EXPECT_TRUE(absl::IsDeadlineExceeded(result.status())) << result.status();
+  worker_->Resume();
+  worker_->Abort("a", std::nullopt, AbortReason::kClient);
   EXPECT_TRUE(sink->WaitUntilDone());
 }
 
@@ -245,7 +279,7 @@ TEST_F(WorkerTest, APauseDoesNotEndTheHoldOfACommitThatLetsSamplesFinish) {
   });
   absl::SleepFor(absl::Milliseconds(50));  // until it holds
   for (const PauseMode mode : {PauseMode::kFinish, PauseMode::kKeep}) {
-    worker_->Pause(mode, absl::Now());
+    EXPECT_TRUE(worker_->Pause(mode, absl::Now(), kNever).ok());
     worker_->Resume();
   }
   const auto fresh = std::make_shared<CountingSink>(1);
@@ -264,7 +298,10 @@ TEST_F(WorkerTest, ACommitDoesNotEndTheHoldOfAPauseThatLetsSamplesFinish) {
   const auto old = std::make_shared<CountingSink>(1);
   ASSERT_TRUE(worker_->Submit(Request("old", 8000), old).ok());
   ASSERT_TRUE(old->WaitForTokens());
-  std::thread pause([&] { EXPECT_EQ(worker_->Pause(PauseMode::kFinish, absl::Now() + absl::Minutes(2)), 0); });
+  std::thread pause([&] {
+    const auto in_flight = worker_->Pause(PauseMode::kFinish, absl::Now() + absl::Minutes(2), kNever);
+    EXPECT_TRUE(in_flight.ok() && *in_flight == 0) << in_flight.status();
+  });
   absl::SleepFor(absl::Milliseconds(50));  // until it holds
   const WeightSwitch finish = {.version = {0, 1}, .policy = InFlightPolicy::kFinish};
   EXPECT_TRUE(absl::IsDeadlineExceeded(worker_->SwitchWeights(finish, [] { return absl::OkStatus(); }).status()));
@@ -276,6 +313,34 @@ TEST_F(WorkerTest, ACommitDoesNotEndTheHoldOfAPauseThatLetsSamplesFinish) {
   EXPECT_FALSE(fresh->WaitUntilDone(absl::Milliseconds(50)));
   worker_->Resume();
   EXPECT_TRUE(fresh->WaitUntilDone());
+}
+
+TEST_F(WorkerTest, APauseThatNobodyWaitsForHasNoEffect) {
+  Start();
+  const auto old = std::make_shared<CountingSink>(1);
+  ASSERT_TRUE(worker_->Submit(Request("old", 8000), old).ok());
+  ASSERT_TRUE(old->WaitForTokens());
+  std::atomic<bool> gone = false;
+  for (const bool resumed : {false, true}) {
+    absl::StatusOr<int64_t> in_flight;
+    std::atomic<bool> asked = false;
+    std::thread pause([&] {
+      in_flight = worker_->Pause(PauseMode::kFinish, absl::Now() + absl::Minutes(2), [&] {
+        asked = true;
+        return gone && !resumed;
+      });
+    });
+    while (!asked) absl::SleepFor(absl::Milliseconds(1));  // it holds
+    resumed ? worker_->Resume() : void(gone = true);
+    pause.join();
+    EXPECT_EQ(in_flight.status().code(), resumed ? absl::StatusCode::kAborted : absl::StatusCode::kCancelled);
+    const auto fresh = std::make_shared<CountingSink>(1);
+    ASSERT_TRUE(worker_->Submit(Request(resumed ? "b" : "a", 5), fresh).ok());
+    EXPECT_TRUE(fresh->WaitUntilDone()) << "neither held nor paused";
+  }
+  EXPECT_TRUE(absl::IsCancelled(worker_->Pause(PauseMode::kKeep, absl::Now(), [] { return true; }).status()));
+  worker_->Abort("old", std::nullopt, AbortReason::kClient);
+  EXPECT_TRUE(old->WaitUntilDone());
 }
 
 TEST_F(WorkerTest, StepsThatFailWhileTheyAreHeldEndWhatIsInFlight) {
