@@ -21,6 +21,10 @@ def _version(message: pb.WeightVersion) -> Version:
     return Version(message.epoch, message.step)
 
 
+def _span(message: pb.VersionSpan) -> VersionSpan:
+    return VersionSpan(_version(message.weight_version), _version(message.state_version), message.begin, message.end)
+
+
 def _enum_name(enum: Any, value: int, prefix: str) -> str:
     return enum.Name(value).removeprefix(prefix).lower()
 
@@ -178,10 +182,7 @@ class Assembly:
     @staticmethod
     def _spans(partial: _Partial) -> list[VersionSpan]:
         new = partial.done.version_spans if partial.done is not None else ()
-        return partial.spans + [
-            VersionSpan(_version(span.weight_version), _version(span.state_version), span.begin, span.end)
-            for span in new
-        ]
+        return partial.spans + [_span(span) for span in new]
 
     def sample(self, index: int) -> Sample:
         partial = self.partials[index]
@@ -212,4 +213,5 @@ class Assembly:
             version_spans=self._spans(partial),
             counters=done.counters,
             worker=partial.worker,
+            prompt_span=_span(done.prompt_span) if done.HasField("prompt_span") else None,
         )

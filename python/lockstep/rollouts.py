@@ -47,6 +47,8 @@ class Sample:
     version_spans: list[VersionSpan]
     counters: Any  # rollout.proto's Counters, of the last request that the sample took
     worker: str  # HOST:PORT that finished it
+    # Of the prompt's log-probabilities, positions [begin, end): weights may change between them and the first token.
+    prompt_span: VersionSpan | None = None
 
     def __len__(self) -> int:
         return len(self.tokens)

@@ -98,13 +98,14 @@ void FillDone(const SampleResult& result, int64_t end_offset, v1::Done* out) {
       out->set_finish_reason(v1::FINISH_REASON_SCORED);
       break;
   }
-  for (const VersionSpan& span : result.spans) {
-    v1::VersionSpan* to = out->add_version_spans();
+  const auto fill = [](const VersionSpan& span, v1::VersionSpan* to) {
     FillWeightVersion(span.weights, to->mutable_weight_version());
     FillWeightVersion(span.state, to->mutable_state_version());
     to->set_begin(span.begin);
     to->set_end(span.end);
-  }
+  };
+  for (const VersionSpan& span : result.spans) fill(span, out->add_version_spans());
+  if (result.prompt_span) fill(*result.prompt_span, out->mutable_prompt_span());
   v1::Counters* counters = out->mutable_counters();
   counters->set_preemptions(result.counters.preemptions);
   counters->set_cached_prompt_tokens(result.counters.cached_prompt_tokens);

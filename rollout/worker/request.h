@@ -109,6 +109,7 @@ struct SampleResult {
   AbortReason abort = AbortReason::kClient;        // kAborted
   std::string abort_message;                       // kAborted
   std::vector<VersionSpan> spans;
+  std::optional<VersionSpan> prompt_span;  // positions whose prompt log-probabilities were handed over
   SampleCounters counters;
 };
 

@@ -20,6 +20,7 @@ struct StepLoop::Request {
   int64_t next_prompt_logprob = 0;     // first position of the range not delivered yet
   int64_t planned_prompt_logprob = 0;  // the same, the step in preparation included
   PromptLogprobs step_prompt_logprobs;
+  std::optional<VersionSpan> prompt_span;  // of what was delivered
   std::vector<SequenceId> live;
 
   bool partly_scored() const {
@@ -302,6 +303,9 @@ bool StepLoop::Step() {
       PromptLogprobs batch = std::exchange(request.step_prompt_logprobs, {});
       batch.begin = request.next_prompt_logprob;
       request.next_prompt_logprob += static_cast<int64_t>(batch.logprobs.size());
+      // One span: a request that is partly scored does not outlive its weights.
+      request.prompt_span = {weight_version_, sequence.state_version, request.spec.prompt_logprobs.begin,
+                             request.next_prompt_logprob};
       outbox_.Add(request.sink, std::move(batch));
     }
   }
@@ -367,6 +371,7 @@ void StepLoop::FinishAborted(Sequence& sequence, AbortReason reason, std::string
 void StepLoop::Finish(Sequence& sequence, SampleResult result, absl::Time now) {
   Request& request = *sequence.request;
   result.spans = std::move(sequence.spans);
+  result.prompt_span = request.prompt_span;
   const bool admitted = sequence.admitted != absl::InfinitePast();
   const bool started = sequence.first_token != absl::InfinitePast();
   sequence.counters.queue_time = (admitted ? sequence.admitted : now) - request.submitted;

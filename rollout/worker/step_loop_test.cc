@@ -458,6 +458,36 @@ TEST_F(StepLoopTest, AHalfDeliveredScoreEndsWithTheSwitch) {
   EXPECT_TRUE(loop().idle());
 }
 
+// Whoever pairs them must be able to tell: the second sample starts after the switch.
+TEST_F(StepLoopTest, APromptsScoresSayTheirWeights) {
+  MakeLoop({.max_batch_tokens = 128, .max_sequences = 1, .max_kv_tokens = 512});
+  RequestSpec r = Request("a", 100, 5, 2);
+  r.logprobs.raw = true;
+  r.prompt_logprobs = {1, 100};
+  const auto sink = Submit(r);
+  RequestSpec score = Request("b", 100, 0);
+  score.n = 0;
+  score.logprobs.raw = true;
+  score.prompt_logprobs = {1, 50};
+  const auto scored = Submit(score);
+  while (sink->prompt_logprobs().size() < 99) ASSERT_TRUE(loop().Step());
+  loop().SwitchWeights({0, 1}, InFlightPolicy::kRecompute, absl::Now());
+  while (loop().Step()) {
+  }
+  const SampleResult& second = sink->samples()[1].result;
+  ASSERT_TRUE(second.prompt_span);
+  EXPECT_EQ(second.prompt_span->weights, (WeightVersion{0, 0}));
+  EXPECT_EQ(second.prompt_span->state, (WeightVersion{0, 0}));
+  EXPECT_EQ(second.prompt_span->begin, 1);
+  EXPECT_EQ(second.prompt_span->end, 100);
+  ASSERT_EQ(second.spans.size(), 1u);
+  EXPECT_EQ(second.spans[0].weights, (WeightVersion{0, 1}));
+  const SampleResult& later = scored->samples()[0].result;
+  ASSERT_TRUE(later.prompt_span);
+  EXPECT_EQ(later.prompt_span->weights, (WeightVersion{0, 1}));
+  EXPECT_EQ(later.prompt_span->end, 50);
+}
+
 // The samples that wait for the one that prefills would go on with the range where it stopped.
 TEST_F(StepLoopTest, AHalfScoredPromptEndsWithTheSwitchForEverySample) {
   for (const bool led : {true, false}) {
