@@ -1,7 +1,10 @@
 #include "sampler/params.h"
 
+#include <algorithm>
 #include <cmath>
+#include <set>
 #include <string>
+#include <vector>
 
 #include "absl/strings/str_cat.h"
 #include "rollout/base/status.h"
@@ -87,6 +90,28 @@ absl::Status ValidateSamplingParams(const SamplingParams& params, int64_t vocab_
   LOCKSTEP_RETURN_IF_ERROR(
       CheckTokenIds("sampling.stop_token_ids", params.stop_token_ids, kMaxStopTokenIds, vocab_size));
   return CheckTokenIds("sampling.eos_token_ids", params.eos_token_ids, kMaxStopTokenIds, vocab_size);
+}
+
+absl::Status CheckSomeTokenIsLeft(const SamplingParams& params, int64_t vocab_size, int64_t generated) {
+  const bool ends_masked = generated < params.min_tokens;
+  std::set<int32_t> masked;
+  for (const std::vector<int32_t>& word : params.bad_words) {
+    if (word.size() == 1) masked.insert(word[0]);
+  }
+  if (ends_masked) {
+    masked.insert(params.stop_token_ids.begin(), params.stop_token_ids.end());
+    masked.insert(params.eos_token_ids.begin(), params.eos_token_ids.end());
+  }
+  const std::vector<int32_t>& allowed = params.allowed_token_ids;
+  const bool left = allowed.empty() ? static_cast<int64_t>(masked.size()) < vocab_size
+                                    : std::any_of(allowed.begin(), allowed.end(),
+                                                  [&](int32_t token) { return !masked.contains(token); });
+  if (left) return absl::OkStatus();
+  return absl::InvalidArgumentError(absl::StrCat("sampling.allowed_token_ids: none of ",
+                                                 allowed.empty() ? vocab_size : static_cast<int64_t>(allowed.size()),
+                                                 " tokens may be drawn: bad_words of one token",
+                                                 ends_masked ? ", and eos and stop_token_ids before min_tokens," : "",
+                                                 " mask them all; want at least one that is left"));
 }
 
 absl::Status ValidateLogprobOptions(const LogprobOptions& options) {

@@ -61,7 +61,10 @@ bool NeedsCounts(const SamplingParams& params);
 // Checks every field against `vocab_size` and its range. INVALID_ARGUMENT "sampling.FIELD: value V is out of range;
 // want ...".
 absl::Status ValidateSamplingParams(const SamplingParams& params, int64_t vocab_size);
-// The same for "logprobs.FIELD".
+// Of a sample that has `generated` tokens: INVALID_ARGUMENT if its masks leave no token to draw next. What bad_words of
+// several tokens forbid depends on what is drawn and does not count.
+absl::Status CheckSomeTokenIsLeft(const SamplingParams& params, int64_t vocab_size, int64_t generated);
+// As ValidateSamplingParams, of "logprobs.FIELD".
 absl::Status ValidateLogprobOptions(const LogprobOptions& options);
 
 }  // namespace lockstep

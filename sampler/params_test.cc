@@ -82,6 +82,35 @@ TEST(SamplingParamsTest, RefusesWithFieldValueAndRange) {
   }
 }
 
+TEST(SamplingParamsTest, RefusesMasksThatLeaveNothing) {
+  const auto message = [](const SamplingParams& params, int64_t generated = 0) {
+    return std::string(CheckSomeTokenIsLeft(params, kVocab, generated).message());
+  };
+  SamplingParams words;
+  words.allowed_token_ids = {5, 6};
+  words.bad_words = {{5}, {6, 6}};
+  EXPECT_EQ(message(words), "");
+  words.bad_words.push_back({6});
+  EXPECT_EQ(message(words),
+            "sampling.allowed_token_ids: none of 2 tokens may be drawn: bad_words of one token mask them all; want at "
+            "least one that is left");
+  SamplingParams ends;
+  ends.allowed_token_ids = {5, 6};
+  ends.eos_token_ids = {5};
+  ends.stop_token_ids = {6};
+  EXPECT_EQ(message(ends), "");
+  ends.min_tokens = 2;
+  EXPECT_EQ(message(ends, 2), "");
+  EXPECT_EQ(message(ends, 1),
+            "sampling.allowed_token_ids: none of 2 tokens may be drawn: bad_words of one token, and eos and "
+            "stop_token_ids before min_tokens, mask them all; want at least one that is left");
+  SamplingParams all;
+  for (int32_t token = 1; token < kVocab; ++token) all.bad_words.push_back({token});
+  EXPECT_EQ(message(all), "");
+  all.bad_words.push_back({0});
+  EXPECT_NE(message(all), "");
+}
+
 TEST(SamplingParamsTest, RefusesTooManyBiases) {
   SamplingParams params;
   for (int i = 0; i <= kMaxLogitBiasEntries; ++i) params.logit_bias[i] = 0;

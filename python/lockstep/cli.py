@@ -93,9 +93,13 @@ def _write(path: str, text: str) -> None:
 def _parity(arguments: argparse.Namespace) -> int:
     from . import parity, parity_report, text
     from .client import RolloutClient
-    from .hf import TransformersTrainer
     from .sampling import SamplingParams
-    from .trainer import align
+
+    try:
+        from .hf import TransformersTrainer
+        from .trainer import align
+    except ImportError as error:
+        raise LockstepError(f"parity needs {error.name}: pip install './python[torch]' in the project's folder") from None
 
     directory = pathlib.Path(arguments.model)
     tokenizer = text.load_tokenizer(directory) if (directory / "tokenizer.json").exists() else None

@@ -35,8 +35,11 @@ grpc::Status ControlService::Pause(grpc::ServerContext* context, const v1::Pause
     LOCKSTEP_RETURN_IF_ERROR(token_.Authorise(*context));
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
     LOCKSTEP_ASSIGN_OR_RETURN(const PauseMode mode, ModeOf(request->mode()));
-    LOCKSTEP_RETURN_IF_ERROR(
-        CheckRange("timeout_ms", request->timeout_ms(), 0, mode == PauseMode::kFinish ? kMaxTimeoutMs : 0));
+    if (mode != PauseMode::kFinish && request->timeout_ms() != 0) {
+      return absl::InvalidArgumentError(
+          absl::StrCat("timeout_ms: ", request->timeout_ms(), "; want 0, or mode FINISH, which alone waits"));
+    }
+    LOCKSTEP_RETURN_IF_ERROR(CheckRange("timeout_ms", request->timeout_ms(), 0, kMaxTimeoutMs));
     LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("control.pause.before"));
     LOCKSTEP_ASSIGN_OR_RETURN(const int64_t in_flight,
                               control_.Pause(mode, absl::Now() + absl::Milliseconds(request->timeout_ms()),

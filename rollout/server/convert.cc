@@ -257,7 +257,8 @@ absl::Status ConvertSampling(const v1::SamplingParams& params, const RequestCont
   LOCKSTEP_RETURN_IF_ERROR(ConvertLength(params, context, spec));
   out.min_tokens = params.min_tokens();
   LOCKSTEP_RETURN_IF_ERROR(ConvertStops(params, context, spec));
-  return ValidateSamplingParams(out, context.vocab_size);
+  LOCKSTEP_RETURN_IF_ERROR(ValidateSamplingParams(out, context.vocab_size));
+  return CheckSomeTokenIsLeft(out, context.vocab_size, static_cast<int64_t>(spec.generated_prefix.size()));
 }
 
 }  // namespace

@@ -88,6 +88,7 @@ TEST(ConvertGenerate, TakesEveryField) {
   sampling.set_ignore_eos(true);
   (*sampling.mutable_logit_bias())[5] = -1.5f;
   sampling.add_allowed_token_ids(9);
+  sampling.add_allowed_token_ids(10);
   sampling.add_bad_words()->add_token_ids(7);
   sampling.set_repetition_penalty(1.5f);
   sampling.set_presence_penalty(0.5f);
@@ -126,7 +127,7 @@ TEST(ConvertGenerate, TakesEveryField) {
   EXPECT_THAT(spec.stop.eos_token_ids, IsEmpty());
   EXPECT_THAT(spec.sampling.eos_token_ids, IsEmpty());
   EXPECT_EQ(spec.sampling.logit_bias.at(5), -1.5f);
-  EXPECT_THAT(spec.sampling.allowed_token_ids, ElementsAre(9));
+  EXPECT_THAT(spec.sampling.allowed_token_ids, ElementsAre(9, 10));
   EXPECT_THAT(spec.sampling.bad_words, ElementsAre(ElementsAre(7)));
   EXPECT_EQ(spec.sampling.repetition_penalty, 1.5f);
   EXPECT_EQ(spec.sampling.presence_penalty, 0.5f);

@@ -183,6 +183,7 @@ grpc::ServerUnaryReactor* RolloutService::GetLoad(grpc::CallbackServerContext* c
   response->set_retained_bytes(registry_->retained_bytes());
   FillWeightVersion(model_->worker->weight_version(), response->mutable_weight_version());
   response->set_draining(starter_->draining());
+  response->set_paused(load.paused);
   return FinishUnary(context, status);
 }
 

@@ -88,6 +88,8 @@ RolloutServer::RolloutServer(ServingModel model, const ServerOptions& options)
   if (model_.control != nullptr && model_.tensors != nullptr) {
     weights_ = std::make_unique<WeightsService>(&model_, options.nccl_library, ControlToken(options));
     ExpireLeases();
+  } else {
+    weights_off_ = std::make_unique<WeightsOffService>(ControlToken(options));
   }
 }
 
@@ -109,6 +111,7 @@ absl::Status RolloutServer::Listen(const ServerOptions& options) {
   control.SetMaxReceiveMessageSize(kMaxControlMessageBytes);
   if (control_ != nullptr) control.RegisterService(control_.get());
   if (weights_ != nullptr) control.RegisterService(weights_.get());
+  if (weights_off_ != nullptr) control.RegisterService(weights_off_.get());
   control_server_ = control.BuildAndStart();
   if (control_server_ == nullptr || control_port == 0)
     return ListenError("control_listen", options.control_listen, options.tls);

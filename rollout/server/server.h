@@ -15,6 +15,7 @@
 #include "rollout/server/request_starter.h"
 #include "rollout/server/rollout_service.h"
 #include "rollout/server/task_thread.h"
+#include "rollout/server/weights_off_service.h"
 #include "rollout/server/weights_service.h"
 #include "rollout/worker/make_worker.h"
 
@@ -61,7 +62,9 @@ class RolloutServer {
   std::unique_ptr<RequestRegistry> registry_;
   std::unique_ptr<RequestStarter> starter_;
   std::unique_ptr<RolloutService> service_;
-  std::unique_ptr<WeightsService> weights_;  // null: a model whose weights stay as they are
+  // One of them, the second for a model whose weights stay as they are.
+  std::unique_ptr<WeightsService> weights_;
+  std::unique_ptr<WeightsOffService> weights_off_;
   std::unique_ptr<ControlService> control_;  // null: a worker that cannot be held
   std::unique_ptr<grpc::Server> data_server_;
   std::unique_ptr<grpc::Server> control_server_;

@@ -164,6 +164,7 @@ struct WorkerLoad {
   int64_t running_sequences = 0;  // in the batch
   int64_t waiting_sequences = 0;  // accepted, not in the batch
   int64_t running_requests = 0;
+  bool paused = false;  // by a client's Pause: no step runs
   int64_t kv_pages_total = 0;
   int64_t kv_pages_used = 0;
   int64_t state_slots_total = 0;
@@ -198,7 +199,7 @@ class WorkerInterface {
   // good.
   virtual absl::Status Health() const = 0;
   // Refuses new requests from now on; returns once all accepted ones have finished, or at `deadline` after aborting the
-  // rest as kShutdown.
+  // rest as kShutdown. Ends a pause: what is in flight could not finish.
   virtual void Drain(absl::Time deadline) = 0;
 };
 

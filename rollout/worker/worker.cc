@@ -1,5 +1,7 @@
 #include "rollout/worker/worker.h"
 
+#include <spdlog/spdlog.h>
+
 #include <algorithm>
 #include <chrono>
 #include <utility>
@@ -86,6 +88,7 @@ absl::Status Worker::Health() const {
 void Worker::Drain(absl::Time deadline) {
   absl::MutexLock lock(&mutex_);
   draining_ = true;
+  commands_.push_back([this](absl::Time) { paused_ = false; });  // or what is in flight could not finish
   const auto done = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return idle_ && commands_.empty(); };
   if (mutex_.AwaitWithDeadline(absl::Condition(&done), deadline)) return;
   commands_.push_back([this](absl::Time now) { loop_->AbortAll(AbortReason::kShutdown, now); });
@@ -176,6 +179,10 @@ absl::StatusOr<WeightSwitchResult> Worker::SwitchWeights(const WeightSwitch& cha
     version_ = change.version;
   }));
   if (!status.ok()) return status;
+  spdlog::info(
+      "weights: ({}, {}) serve; {} samples kept, {} recomputed, {} ended; waited {:.0f} ms, no step for {:.0f} ms",
+      change.version.epoch, change.version.step, result.kept, result.recomputed, result.aborted,
+      absl::ToDoubleMilliseconds(result.wait), absl::ToDoubleMilliseconds(result.pause));
   return result;
 }
 
@@ -222,6 +229,7 @@ absl::StatusOr<int64_t> Worker::Pause(PauseMode mode, absl::Time deadline, absl:
       if (mode == PauseMode::kAbort) loop_->AbortAll(AbortReason::kClient, now);
       paused_ = true;
       in_flight = loop_->in_flight();
+      spdlog::info("paused by a client; {} samples stand still until Resume", *in_flight);
     }
   }).IgnoreError();
   return in_flight;
@@ -229,7 +237,9 @@ absl::StatusOr<int64_t> Worker::Pause(PauseMode mode, absl::Time deadline, absl:
 
 void Worker::Resume() {
   ++resumes_;
-  AtBoundary([this](absl::Time) { paused_ = false; }).IgnoreError();
+  AtBoundary([this](absl::Time) {
+    if (std::exchange(paused_, false)) spdlog::info("resumed by a client");
+  }).IgnoreError();
 }
 
 void Worker::Run() {
@@ -265,6 +275,7 @@ void Worker::Run() {
       absl::MutexLock lock(&mutex_);
       failure_ = loop_->failure();
       load_ = loop_->Load();
+      load_.paused = paused_;
       idle_ = loop_->idle();
       in_flight_ = loop_->in_flight();
       ended_ = stop;

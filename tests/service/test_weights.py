@@ -329,9 +329,21 @@ def test_pause_resume_and_drain(fresh, pb, cpb):
     assert control.Pause(cpb.PauseRequest(), timeout=10).in_flight == 1
     steps = process.stub.GetLoad(pb.GetLoadRequest(), timeout=10).steps
     time.sleep(0.3)
-    assert process.stub.GetLoad(pb.GetLoadRequest(), timeout=10).steps == steps
+    load = process.stub.GetLoad(pb.GetLoadRequest(), timeout=10)
+    assert load.steps == steps and load.paused
     control.Resume(cpb.ResumeRequest(), timeout=10)
     assert reader.read().logprobs == want.logprobs
+    assert not process.stub.GetLoad(pb.GetLoadRequest(), timeout=10).paused
+
+    reader = Reader(process.stub, request(pb)).read(until=10)
+    refused(
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        control.Pause,
+        cpb.PauseRequest(mode=cpb.PAUSE_MODE_FINISH, timeout_ms=600_000),
+        timeout=0.01,
+    )
+    assert reader.read().logprobs == want.logprobs
+    assert Reader(process.stub, request(pb)).read().logprobs == want.logprobs, "whose client has gone pauses nothing"
 
     reader = Reader(process.stub, request(pb)).read(until=10)
     assert control.Pause(cpb.PauseRequest(mode=cpb.PAUSE_MODE_FINISH, timeout_ms=60_000), timeout=70).in_flight == 0
@@ -344,8 +356,15 @@ def test_pause_resume_and_drain(fresh, pb, cpb):
     refused(grpc.StatusCode.INVALID_ARGUMENT, control.Pause, cpb.PauseRequest(timeout_ms=1), timeout=10)
     refused(grpc.StatusCode.INVALID_ARGUMENT, control.Drain, cpb.DrainRequest(timeout_ms=-1), timeout=10)
     reader = Reader(process.stub, request(pb)).read(until=10)
+    control.Pause(cpb.PauseRequest(), timeout=10)
     control.Drain(cpb.DrainRequest(timeout_ms=60_000), timeout=70)
     assert reader.read().logprobs == want.logprobs
     with pytest.raises(grpc.RpcError) as error:
         Reader(process.stub, request(pb)).read()
     assert error.value.code() == grpc.StatusCode.UNAVAILABLE
+
+
+def test_a_worker_that_takes_no_weights_says_so(start_worker, tiny_model, wpb):
+    weights = control_stubs(start_worker(tiny_model, "--weights_receive", "off"))[0]
+    for call, message in ((weights.GetDigests, wpb.GetDigestsRequest()), (weights.Begin, wpb.BeginRequest())):
+        assert "--weights_receive=off" in refused(grpc.StatusCode.FAILED_PRECONDITION, call, message, timeout=10)
