@@ -5,6 +5,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "rollout/base/status.h"
 
 namespace lockstep {
 namespace {
@@ -36,8 +37,16 @@ RequestStarter::RequestStarter(WorkerInterface* worker, RequestRegistry* registr
       max_version_wait_(max_version_wait),
       max_waiting_(max_waiting) {}
 
-void RequestStarter::Start(RequestSpec spec, std::shared_ptr<RequestState> state,
-                           std::optional<WeightVersion> min_version, absl::Time arrival) {
+absl::Status RequestStarter::Start(RequestSpec spec, std::shared_ptr<RequestState> state, std::weak_ptr<Reader> reader,
+                                   int64_t stream_interval, std::optional<WeightVersion> min_version,
+                                   absl::Time arrival) {
+  LOCKSTEP_RETURN_IF_ERROR(state->Attach(std::move(reader), stream_interval, {}));
+  SubmitOrWait(std::move(spec), std::move(state), min_version, arrival);
+  return absl::OkStatus();
+}
+
+void RequestStarter::SubmitOrWait(RequestSpec spec, std::shared_ptr<RequestState> state,
+                                  std::optional<WeightVersion> min_version, absl::Time arrival) {
   if (min_version && worker_->weight_version() < *min_version) {
     absl::ReleasableMutexLock lock(&mutex_);
     if (static_cast<int64_t>(waiters_.size()) >= max_waiting_) {

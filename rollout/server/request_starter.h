@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "absl/base/thread_annotations.h"
+#include "absl/status/status.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
 #include "rollout/server/request_registry.h"
@@ -20,10 +21,11 @@ class RequestStarter {
   RequestStarter(WorkerInterface* worker, RequestRegistry* registry, TaskThread* tasks, absl::Duration max_version_wait,
                  int64_t max_waiting);
 
-  // Submits, waiting for `min_version` first if need be (with at most max_waiting others); failures end the request's
-  // stream. `arrival` is when its time budget began.
-  void Start(RequestSpec spec, std::shared_ptr<RequestState> state, std::optional<WeightVersion> min_version,
-             absl::Time arrival);
+  // Attaches `reader` and submits, waiting for `min_version` first if need be (with at most max_waiting others);
+  // failures end the request's stream. `arrival` is when its time budget began. NOT_FOUND: the request was aborted and
+  // its id taken by another before it got here; nothing is attached or submitted.
+  absl::Status Start(RequestSpec spec, std::shared_ptr<RequestState> state, std::weak_ptr<Reader> reader,
+                     int64_t stream_interval, std::optional<WeightVersion> min_version, absl::Time arrival);
   // From now on requests end with UNAVAILABLE instead of starting; so do those that wait.
   void Drain();
   bool draining() const;
@@ -36,6 +38,8 @@ class RequestStarter {
     WeightVersion min_version;
     absl::Time arrival;
   };
+  void SubmitOrWait(RequestSpec spec, std::shared_ptr<RequestState> state, std::optional<WeightVersion> min_version,
+                    absl::Time arrival);
   void Submit(RequestSpec spec, RequestState& state, std::shared_ptr<RequestState> sink, absl::Time arrival);
   void Fail(RequestState& state, absl::Status status);
   void Poll();

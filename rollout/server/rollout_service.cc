@@ -7,7 +7,6 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
-#include "rollout/base/check.h"
 #include "rollout/base/status.h"
 #include "rollout/server/info.h"
 #include "rollout/server/request_ids.h"
@@ -73,10 +72,9 @@ grpc::ServerWriteReactor<Response>* RolloutService::StartStream(grpc::CallbackSe
   converted->spec.request_id = (*state)->info().worker_id;
 
   auto reactor = StreamReactor<Response>::Create(context, registry_, &streams_, *state, converted->spec.deadline);
-  // Nothing has been produced yet, so an attachment from the start always succeeds.
-  const absl::Status attached = (*state)->Attach(reactor, converted->stream_interval, {});
-  LOCKSTEP_CHECK(attached.ok(), "{}", attached.ToString());
-  starter_->Start(std::move(converted->spec), *std::move(state), converted->min_weight_version, now);
+  const absl::Status started = starter_->Start(std::move(converted->spec), *std::move(state), reactor,
+                                               converted->stream_interval, converted->min_weight_version, now);
+  if (!started.ok()) reactor->Refuse(started);
   return reactor.get();
 }
 
