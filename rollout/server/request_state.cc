@@ -109,10 +109,11 @@ bool RequestState::RequestAbort(std::optional<int32_t> sample, AbortReason reaso
   *in_flight = !Finished() && (!sample || !samples_.at(*sample).result);
   if (!*in_flight) return false;
   if (phase_ == Phase::kSubmitted) return true;
-  if (phase_ == Phase::kSubmitting || sample) {
-    pending_aborts_.push_back({sample, reason});
-    return false;
-  }
+  const bool noted = std::any_of(pending_aborts_.begin(), pending_aborts_.end(),
+                                 [&](const PendingAbort& abort) { return abort.sample == sample; });
+  if (!noted) pending_aborts_.push_back({sample, reason});
+  const bool all_named = !sample || static_cast<int32_t>(pending_aborts_.size()) == info_.n;
+  if (phase_ == Phase::kSubmitting || !all_named) return false;
   // Still waiting for its weights: nothing to stop, it ends here.
   for (int32_t i = 0; i < info_.n; ++i) {
     SampleResult result;

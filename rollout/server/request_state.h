@@ -103,7 +103,7 @@ class RequestState final : public RequestSink {
   void Fail(StreamEnd end);
 
   // Asks for an early end. True if the caller must pass it to the worker, which is then in possession of the request;
-  // otherwise it was noted here.
+  // otherwise it was noted here, or, once it names every sample of a request that waits, has ended the request.
   // `*in_flight`: whether the sample (or any) had not ended.
   bool RequestAbort(std::optional<int32_t> sample, AbortReason reason, bool* in_flight);
 

@@ -191,6 +191,26 @@ TEST_F(RequestStateTest, AbortWhileWaitingEndsItHere) {
   EXPECT_EQ(Step(), Next::kEnd);
 }
 
+TEST_F(RequestStateTest, AbortsOfEverySampleWhileWaitingEndItHere) {
+  state_ = std::make_unique<RequestState>(Info(2), &pools_, &events_);
+  ASSERT_TRUE(state_->Attach(reader_, 0, {}).ok());
+  bool in_flight = false;
+  for (int i = 0; i < 2; ++i) {
+    EXPECT_FALSE(state_->RequestAbort(1, AbortReason::kClient, &in_flight));
+    EXPECT_TRUE(in_flight && !state_->finished()) << "sample 0 is still wanted";
+  }
+  EXPECT_FALSE(state_->RequestAbort(0, AbortReason::kClient, &in_flight));
+  EXPECT_TRUE(in_flight && state_->finished());
+  EXPECT_FALSE(state_->BeginSubmit()) << "it must not be submitted any more";
+  ASSERT_EQ(Step(), Next::kPiece);
+  EXPECT_TRUE(piece_.accepted);
+  for (int i = 0; i < 2; ++i) {
+    ASSERT_EQ(Step(), Next::kPiece);
+    EXPECT_EQ(piece_.done->abort, AbortReason::kClient);
+  }
+  EXPECT_EQ(Step(), Next::kEnd);
+}
+
 TEST_F(RequestStateTest, FailureReachesTheReader) {
   state_ = std::make_unique<RequestState>(Info(), &pools_, &events_);
   ASSERT_TRUE(state_->Attach(reader_, 0, {}).ok());
