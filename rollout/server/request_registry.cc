@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <array>
+#include <functional>
 #include <utility>
 
 #include "absl/strings/str_cat.h"
@@ -22,6 +23,11 @@ DropClass Classify(const RequestState& state) {
   }
   if (!state.finished()) return DropClass::kDetachedRunning;
   return state.fully_delivered() ? DropClass::kDelivered : DropClass::kUndelivered;
+}
+
+// Below the budget by an eighth, so that a worker at its budget does not reclaim for every token.
+int64_t Target(int64_t budget) {
+  return budget - budget / 8;
 }
 
 }  // namespace
@@ -123,7 +129,20 @@ void RequestRegistry::Reclaim() {
   ReclaimRetained(states);
 }
 
+void RequestRegistry::SendEarly(const std::vector<std::shared_ptr<RequestState>>& states) {
+  std::vector<std::pair<int64_t, RequestState*>> held;
+  held.reserve(states.size());
+  for (const auto& state : states) held.emplace_back(state->buffered_bytes(), state.get());
+  std::sort(held.begin(), held.end(), std::greater<>());
+  for (const auto& [bytes, state] : held) {
+    if (bytes == 0 || pools_.buffered <= Target(options_.max_buffered_bytes)) return;
+    if (const auto reader = state->SendEarly()) reader->Pump();
+  }
+}
+
 void RequestRegistry::ReclaimBuffered(const std::vector<std::shared_ptr<RequestState>>& states) {
+  // What a reader waits for the rest of is no reason to cut it.
+  if (pools_.buffered > options_.max_buffered_bytes) SendEarly(states);
   while (pools_.buffered > options_.max_buffered_bytes) {
     RequestState* largest = nullptr;
     int64_t bytes = 0;
@@ -141,8 +160,7 @@ void RequestRegistry::ReclaimBuffered(const std::vector<std::shared_ptr<RequestS
 
 void RequestRegistry::ReclaimRetained(const std::vector<std::shared_ptr<RequestState>>& states) {
   if (pools_.retained <= options_.max_retained_bytes) return;
-  // Below the budget by an eighth, so that a worker at its budget does not come here for every token.
-  const int64_t target = options_.max_retained_bytes - options_.max_retained_bytes / 8;
+  const int64_t target = Target(options_.max_retained_bytes);
   std::array<std::vector<std::pair<absl::Time, RequestState*>>, 5> classes;
   for (const auto& state : states)
     classes[static_cast<size_t>(Classify(*state))].emplace_back(state->idle_since(), state.get());

@@ -47,7 +47,7 @@ class RequestRegistry final : public RequestEvents {
   void Wake(std::weak_ptr<Reader> reader) override;
   void BytesGrew() override;
 
-  // Cuts readers and drops results until the budgets hold. Runs on the task thread.
+  // Sends to readers that are ready, cuts others and drops results until the budgets hold. Runs on the task thread.
   void Reclaim();
   // Drops results that nobody came back for in time.
   void Expire(absl::Time now);
@@ -60,6 +60,7 @@ class RequestRegistry final : public RequestEvents {
  private:
   std::vector<std::shared_ptr<RequestState>> Snapshot() const;
   void DropAndForget(RequestState& state);
+  void SendEarly(const std::vector<std::shared_ptr<RequestState>>& states);
   void ReclaimBuffered(const std::vector<std::shared_ptr<RequestState>>& states);
   void ReclaimRetained(const std::vector<std::shared_ptr<RequestState>>& states);
   void ScheduleExpiry();

@@ -35,6 +35,18 @@ class IdleReader final : public Reader {
   void Pump() override {}
 };
 
+// Takes what there is whenever it is pumped.
+class KeenReader final : public Reader {
+ public:
+  void Pump() override {
+    ResultPiece piece;
+    StreamEnd end;
+    while (state->NextPiece(this, &piece, &end) == RequestState::Next::kPiece) {
+    }
+  }
+  RequestState* state = nullptr;
+};
+
 constexpr int64_t kTokenBytes = 8;
 
 class RequestRegistryTest : public ::testing::Test {
@@ -131,6 +143,23 @@ TEST_F(RequestRegistryTest, CutsTheLargestUntilTheBudgetHolds) {
   EXPECT_EQ(worker_.aborts.at(states["large"]->info().worker_id), AbortReason::kBufferLimit);
   EXPECT_EQ(registry_.retained_bytes(), 700 * kTokenBytes) << "and keeps what it has";
   EXPECT_EQ(registry_.Find("large"), states["large"]);
+}
+
+TEST_F(RequestRegistryTest, SendsToReadersThatAreReadyBeforeItCuts) {
+  auto keen = Start("keen");
+  const auto reader = std::make_shared<KeenReader>();
+  reader->state = keen.get();
+  ASSERT_TRUE(keen->Attach(reader, /*stream_interval=*/0, {}).ok());
+  auto slow = Start("slow");
+  Tokens(*keen, 0, 700);
+  Tokens(*slow, 0, 400);
+  registry_.Reclaim();
+  EXPECT_TRUE(worker_.aborts.empty());
+  EXPECT_EQ(registry_.buffered_bytes(), 400 * kTokenBytes) << "the slow one's";
+  Tokens(*slow, 400, 601);
+  registry_.Reclaim();
+  EXPECT_EQ(worker_.aborts.size(), 1);
+  EXPECT_EQ(worker_.aborts.count(slow->info().worker_id), 1);
 }
 
 TEST_F(RequestRegistryTest, RefusesNewRequestsOverBudget) {

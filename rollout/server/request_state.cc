@@ -154,6 +154,7 @@ absl::Status RequestState::Attach(std::weak_ptr<Reader> reader, int64_t stream_i
   reader_ = reader;
   reader_key_ = reader.lock().get();
   stream_interval_ = stream_interval;
+  send_early_ = false;
   accepted_sent_ = false;
   reader_end_.reset();
   prompt_cursor_ = prompt_cursor;
@@ -172,7 +173,8 @@ bool RequestState::TakeSample(int32_t index, ResultPiece* piece) {
   Sample& sample = samples_[index];
   const int64_t pending = sample.tokens.end() - sample.cursor;
   const bool done = sample.result && !sample.done_delivered;
-  if (!done && (stream_interval_ == 0 || pending < stream_interval_)) return false;
+  const int64_t enough = send_early_ ? 1 : stream_interval_;
+  if (!done && (enough == 0 || pending < enough)) return false;
   piece->sample = index;
   piece->slice = sample.tokens.Copy(sample.cursor, kMaxPieceBytes);
   const int64_t bytes = sample.tokens.Bytes(sample.cursor, piece->slice.end());
@@ -217,6 +219,7 @@ RequestState::Next RequestState::NextPiece(const Reader* reader, ResultPiece* pi
     next_sample_ = (index + 1) % info_.n;
     return Next::kPiece;
   }
+  send_early_ = false;
   if (!Finished()) return Next::kWait;
   *end = {absl::OkStatus()};
   return Next::kEnd;
@@ -237,6 +240,12 @@ RequestState::Detached RequestState::Detach(const Reader* reader, DetachReason r
   if (info_.detach_on_disconnect) return {};
   if (reason == DetachReason::kDeadline) return {.abort = AbortReason::kDeadline};
   return {.abort = AbortReason::kCancelled, .forget = true};
+}
+
+std::shared_ptr<Reader> RequestState::SendEarly() {
+  absl::MutexLock lock(&mutex_);
+  send_early_ = true;
+  return reader_.lock();
 }
 
 void RequestState::Cut() {

@@ -121,6 +121,8 @@ class RequestState final : public RequestSink {
   };
   Detached Detach(const Reader* reader, DetachReason reason, absl::Time now);
 
+  // What there is now is enough to be delivered, whatever the interval. Returns the reader, to be pumped, or null.
+  std::shared_ptr<Reader> SendEarly();
   // Ends the reader for being behind; its undelivered bytes become retained.
   void Cut();
   // Frees everything and ends a reader that is still there.
@@ -169,6 +171,7 @@ class RequestState final : public RequestSink {
   std::weak_ptr<Reader> reader_ ABSL_GUARDED_BY(mutex_);
   const Reader* reader_key_ ABSL_GUARDED_BY(mutex_) = nullptr;
   int64_t stream_interval_ ABSL_GUARDED_BY(mutex_) = 0;
+  bool send_early_ ABSL_GUARDED_BY(mutex_) = false;  // until nothing is left to send
   bool accepted_sent_ ABSL_GUARDED_BY(mutex_) = false;
   std::optional<StreamEnd> reader_end_ ABSL_GUARDED_BY(mutex_);
   bool dropped_ ABSL_GUARDED_BY(mutex_) = false;

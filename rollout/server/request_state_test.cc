@@ -133,6 +133,25 @@ TEST_F(RequestStateTest, FinalOnlyWaitsForEachSample) {
   EXPECT_EQ(Step(), Next::kEnd);
 }
 
+TEST_F(RequestStateTest, SendsEarlyWhatThereIsAndWaitsAgain) {
+  for (const int64_t interval : {0, 100}) {
+    Make(Info(2), interval);
+    Tokens(0, 5, 0);
+    Tokens(0, 3, 1);
+    EXPECT_EQ(Step(), Next::kWait);
+    EXPECT_EQ(state_->SendEarly(), reader_);
+    for (const int64_t rows : {5, 3}) {
+      ASSERT_EQ(Step(), Next::kPiece);
+      EXPECT_EQ(piece_.slice.rows, rows);
+      EXPECT_FALSE(piece_.done);
+    }
+    EXPECT_EQ(Step(), Next::kWait);
+    EXPECT_EQ(buffered(), 0);
+    Tokens(5, 5, 0);
+    EXPECT_EQ(Step(), Next::kWait) << "once only";
+  }
+}
+
 TEST_F(RequestStateTest, SamplesTakeTurns) {
   Make(Info(3));
   for (int32_t sample = 0; sample < 3; ++sample) Tokens(0, 1, sample);

@@ -324,6 +324,12 @@ def test_reader_past_the_budget_is_cut_and_the_others_go_on(start_fake, pb):
     assert len(rest.samples[0].logprobs["raw"]) == len(rest.samples[0].tokens)
 
 
+def test_a_reader_that_keeps_up_is_not_cut_for_waiting_for_the_end(start_fake, pb):
+    worker = start_fake("--max_buffered_mb", "0.01", "--fake_step_ms", "0.5")
+    whole = collect(worker.stub.Generate(request(pb, n=2, sampling={"max_tokens": 3000})))  # 0.05 MB
+    assert [len(whole.samples[i].tokens) for i in range(2)] == [3000, 3000]
+
+
 def test_slow_reader_within_the_budget_loses_nothing(start_fake, pb):
     worker = start_fake("--fake_step_ms", "0.2")
     call = worker.stub.Generate(big_request(pb))
