@@ -55,6 +55,7 @@ void RequestStarter::SubmitOrWait(RequestSpec spec, std::shared_ptr<RequestState
                               max_waiting_, " requests already wait for min_weight_version; that is the limit")));
     }
     if (!draining_) {
+      state->BeginWait();
       waiters_.push_back({std::move(spec), std::move(state), *min_version, arrival});
       if (waiters_.size() == 1) tasks_->AddAt(absl::Now() + kPollPeriod, [this] { Poll(); });
       return;

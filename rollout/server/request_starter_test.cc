@@ -75,5 +75,19 @@ TEST_F(RequestStarterTest, AnAbortedAndReplacedRequestIsNotStarted) {
   EXPECT_EQ(worker_.submitted, std::vector<std::string>{second->info().worker_id});
 }
 
+TEST_F(RequestStarterTest, AcceptsWhatWaitsAndNotWhatCannot) {
+  const WeightVersion later{.epoch = 0, .step = 1};
+  const auto waits = Add("waits");
+  EXPECT_TRUE(Start(waits, later).ok());
+  EXPECT_EQ(starter_.waiting(), 1);
+  ASSERT_EQ(Step(*waits), Next::kPiece);
+  EXPECT_TRUE(piece_.accepted);
+  const auto refused = Add("refused");
+  EXPECT_TRUE(Start(refused, later).ok());
+  ASSERT_EQ(Step(*refused), Next::kEnd) << "one too many wait";
+  EXPECT_EQ(end_.status.code(), absl::StatusCode::kResourceExhausted);
+  EXPECT_TRUE(worker_.submitted.empty());
+}
+
 }  // namespace
 }  // namespace lockstep

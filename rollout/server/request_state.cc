@@ -80,6 +80,12 @@ void RequestState::FinishSample(int32_t sample, SampleResult result) {
   if (Finished()) idle_since_ = absl::Now();
 }
 
+void RequestState::BeginWait() {
+  absl::MutexLock lock(&mutex_);
+  taken_ = true;
+  WakeReader();
+}
+
 bool RequestState::BeginSubmit() {
   absl::MutexLock lock(&mutex_);
   if (phase_ != Phase::kWaiting || Finished()) return false;
@@ -90,6 +96,7 @@ bool RequestState::BeginSubmit() {
 std::vector<PendingAbort> RequestState::EndSubmit() {
   absl::MutexLock lock(&mutex_);
   phase_ = Phase::kSubmitted;
+  taken_ = true;
   WakeReader();
   return std::exchange(pending_aborts_, {});
 }
@@ -199,7 +206,7 @@ RequestState::Next RequestState::NextPiece(const Reader* reader, ResultPiece* pi
     return Next::kEnd;
   }
   *piece = ResultPiece();
-  if (phase_ != Phase::kSubmitted && !Finished()) return Next::kWait;
+  if (!taken_ && !Finished()) return Next::kWait;
   if (!accepted_sent_) {
     accepted_sent_ = true;
     piece->accepted = true;

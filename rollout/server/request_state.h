@@ -95,6 +95,8 @@ class RequestState final : public RequestSink {
   void OnTokens(SampleTokens tokens) override;
   void OnSampleDone(int32_t sample, SampleResult result) override;
 
+  // It waits for its weights before BeginSubmit; its reader learns that it was accepted.
+  void BeginWait();
   // Before the worker's Submit: false if the request has ended meanwhile and must not be submitted.
   bool BeginSubmit();
   // After it succeeded: aborts that came in between, to be passed on.
@@ -172,6 +174,7 @@ class RequestState final : public RequestSink {
   const Reader* reader_key_ ABSL_GUARDED_BY(mutex_) = nullptr;
   int64_t stream_interval_ ABSL_GUARDED_BY(mutex_) = 0;
   bool send_early_ ABSL_GUARDED_BY(mutex_) = false;  // until nothing is left to send
+  bool taken_ ABSL_GUARDED_BY(mutex_) = false;       // `accepted` may be sent
   bool accepted_sent_ ABSL_GUARDED_BY(mutex_) = false;
   std::optional<StreamEnd> reader_end_ ABSL_GUARDED_BY(mutex_);
   bool dropped_ ABSL_GUARDED_BY(mutex_) = false;

@@ -177,6 +177,24 @@ TEST_F(RequestStateTest, NothingComesBeforeAccepted) {
   EXPECT_EQ(piece_.slice.rows, 1);
 }
 
+TEST_F(RequestStateTest, AcceptedComesWhileItWaits) {
+  state_ = std::make_unique<RequestState>(Info(), &pools_, &events_);
+  ASSERT_TRUE(state_->Attach(reader_, 1, {}).ok());
+  EXPECT_EQ(Step(), Next::kWait) << "it may yet be refused";
+  const int before = events_.wakes;
+  state_->BeginWait();
+  EXPECT_GT(events_.wakes, before);
+  ASSERT_EQ(Step(), Next::kPiece);
+  EXPECT_TRUE(piece_.accepted);
+  EXPECT_EQ(Step(), Next::kWait);
+  ASSERT_TRUE(state_->BeginSubmit());
+  Tokens(0, 1);
+  state_->EndSubmit();
+  ASSERT_EQ(Step(), Next::kPiece);
+  EXPECT_FALSE(piece_.accepted);
+  EXPECT_EQ(piece_.slice.rows, 1);
+}
+
 TEST_F(RequestStateTest, AbortsDuringSubmitAreHandedBack) {
   state_ = std::make_unique<RequestState>(Info(2), &pools_, &events_);
   bool in_flight = false;

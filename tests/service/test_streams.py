@@ -388,6 +388,18 @@ def test_min_weight_version(start_fake, pb):
     assert "min_weight_version" in error[0].details() and "retry-after-ms" in dict(error[0].trailing_metadata())
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_a_request_that_waits_for_weights_is_accepted_and_its_samples_can_be_aborted(start_fake, pb, n):
+    worker = start_fake()
+    waiting = worker.stub.Generate(request(pb, n=n, min_weight_version=pb.WeightVersion(step=1)))
+    accepted = next(waiting).accepted
+    assert accepted.request_id and accepted.seed == 7 and load(worker, pb).version_waiting_requests == 1
+    for i in range(n):
+        assert worker.stub.Abort(pb.AbortRequest(request_id=accepted.request_id, sample_index=i)).found
+    messages = list(waiting)
+    assert [m.done.abort_reason for m in messages] == [pb.ABORT_REASON_CLIENT] * n
+
+
 def test_too_large_a_message(start_fake, pb):
     worker = start_fake("--max_request_bytes", "10000")
     with fails_with(grpc.StatusCode.RESOURCE_EXHAUSTED):
