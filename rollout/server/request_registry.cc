@@ -89,6 +89,37 @@ bool RequestRegistry::Abort(RequestState& state, std::optional<int32_t> sample, 
   return in_flight;
 }
 
+void RequestRegistry::WatchDue(const RequestState& state) {
+  ScheduleDue(state.due());
+}
+
+void RequestRegistry::ScheduleDue(absl::Time due) {
+  absl::MutexLock lock(&mutex_);
+  if (due >= next_due_) return;
+  next_due_ = due;
+  tasks_->AddAt(due, [this, due] {
+    {
+      absl::MutexLock then(&mutex_);
+      if (next_due_ != due) return;  // an earlier one has taken its place
+      next_due_ = absl::InfiniteFuture();
+    }
+    EndDue(absl::Now());
+  });
+}
+
+void RequestRegistry::EndDue(absl::Time now) {
+  absl::Time next = absl::InfiniteFuture();
+  for (const auto& state : Snapshot()) {
+    const absl::Time due = state->due();
+    if (due <= now) {
+      Abort(*state, std::nullopt, AbortReason::kDeadline);
+    } else {
+      next = std::min(next, due);
+    }
+  }
+  ScheduleDue(next);
+}
+
 void RequestRegistry::Detach(RequestState& state, const Reader* reader, RequestState::DetachReason reason) {
   const RequestState::Detached detached = state.Detach(reader, reason, absl::Now());
   if (detached.abort) Abort(state, std::nullopt, *detached.abort);

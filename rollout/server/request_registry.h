@@ -41,6 +41,8 @@ class RequestRegistry final : public RequestEvents {
 
   // Ends a sample, or all, early. Whether it was in flight.
   bool Abort(RequestState& state, std::optional<int32_t> sample, AbortReason reason);
+  // To be told when a request may have become due, or due earlier: then its samples end in time.
+  void WatchDue(const RequestState& state);
   // A reader has ended or gone away: aborts and forgets what its request's policy says.
   void Detach(RequestState& state, const Reader* reader, RequestState::DetachReason reason);
 
@@ -49,6 +51,8 @@ class RequestRegistry final : public RequestEvents {
 
   // Sends to readers that are ready, cuts others and drops results until the budgets hold. Runs on the task thread.
   void Reclaim();
+  // Ends the samples of requests that are due.
+  void EndDue(absl::Time now);
   // Drops results that nobody came back for in time.
   void Expire(absl::Time now);
 
@@ -64,6 +68,7 @@ class RequestRegistry final : public RequestEvents {
   void ReclaimBuffered(const std::vector<std::shared_ptr<RequestState>>& states);
   void ReclaimRetained(const std::vector<std::shared_ptr<RequestState>>& states);
   void ScheduleExpiry();
+  void ScheduleDue(absl::Time due);
 
   WorkerInterface* const worker_;
   const RegistryOptions options_;
@@ -74,6 +79,7 @@ class RequestRegistry final : public RequestEvents {
 
   mutable absl::Mutex mutex_;
   std::unordered_map<std::string, std::shared_ptr<RequestState>> requests_ ABSL_GUARDED_BY(mutex_);
+  absl::Time next_due_ ABSL_GUARDED_BY(mutex_) = absl::InfiniteFuture();  // EndDue is scheduled for then
 };
 
 }  // namespace lockstep

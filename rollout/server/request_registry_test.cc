@@ -212,6 +212,22 @@ TEST_F(RequestRegistryTest, DetachedRunningRequestsGoLast) {
   EXPECT_EQ(registry_.retained_bytes(), 0);
 }
 
+TEST_F(RequestRegistryTest, EndsWhatIsDue) {
+  const absl::Time now = absl::Now();
+  auto due = Start("due");
+  auto later = Start("later");
+  Start("never");
+  ASSERT_TRUE(due->Attach(readers_["due"], 1, {}, now).ok());
+  ASSERT_TRUE(later->Attach(readers_["later"], 1, {}, now + absl::Seconds(1)).ok());
+  registry_.EndDue(now);
+  ASSERT_EQ(worker_.aborts.size(), 1);
+  EXPECT_EQ(worker_.aborts.at(due->info().worker_id), AbortReason::kDeadline);
+  worker_.aborts.clear();
+  registry_.EndDue(now + absl::Seconds(2));
+  EXPECT_EQ(worker_.aborts.size(), 1) << "each once";
+  EXPECT_EQ(worker_.aborts.count(later->info().worker_id), 1);
+}
+
 TEST_F(RequestRegistryTest, ExpiresWhatNobodyCameBackFor) {
   Finished("a", 10, true);
   auto running = Start("b");

@@ -38,9 +38,9 @@ RequestStarter::RequestStarter(WorkerInterface* worker, RequestRegistry* registr
       max_waiting_(max_waiting) {}
 
 absl::Status RequestStarter::Start(RequestSpec spec, std::shared_ptr<RequestState> state, std::weak_ptr<Reader> reader,
-                                   int64_t stream_interval, std::optional<WeightVersion> min_version,
-                                   absl::Time arrival) {
-  LOCKSTEP_RETURN_IF_ERROR(state->Attach(std::move(reader), stream_interval, {}));
+                                   int64_t stream_interval, absl::Time deadline,
+                                   std::optional<WeightVersion> min_version, absl::Time arrival) {
+  LOCKSTEP_RETURN_IF_ERROR(state->Attach(std::move(reader), stream_interval, {}, deadline));
   SubmitOrWait(std::move(spec), std::move(state), min_version, arrival);
   return absl::OkStatus();
 }
@@ -77,6 +77,7 @@ void RequestStarter::Submit(RequestSpec spec, RequestState& state, std::shared_p
   if (!status.ok()) return Fail(state, status);
   for (const PendingAbort& abort : state.EndSubmit())
     worker_->Abort(state.info().worker_id, abort.sample, abort.reason);
+  registry_->WatchDue(state);
 }
 
 void RequestStarter::Fail(RequestState& state, absl::Status status) {
@@ -93,7 +94,7 @@ void RequestStarter::Poll() {
     absl::MutexLock lock(&mutex_);
     std::vector<Waiter> waiting;
     for (Waiter& waiter : waiters_) {
-      const bool over = now >= std::min({waiter.spec.deadline, waiter.arrival + waiter.spec.time_budget,
+      const bool over = now >= std::min({waiter.state->deadline(), waiter.arrival + waiter.spec.time_budget,
                                          waiter.arrival + max_version_wait_});
       const bool start = version >= waiter.min_version || over || waiter.state->finished();
       (start ? ready : waiting).push_back(std::move(waiter));
@@ -111,7 +112,7 @@ void RequestStarter::Poll() {
     const std::string what =
         absl::StrCat("min_weight_version: waited for (", waiter.min_version.epoch, ", ", waiter.min_version.step,
                      "); the worker has (", version.epoch, ", ", version.step, ")");
-    const bool own_limit = now >= std::min(waiter.spec.deadline, waiter.arrival + waiter.spec.time_budget);
+    const bool own_limit = now >= std::min(state.deadline(), waiter.arrival + waiter.spec.time_budget);
     Fail(state, own_limit ? absl::DeadlineExceededError(what) : absl::UnavailableError(what));
   }
 }

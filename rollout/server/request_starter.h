@@ -25,7 +25,8 @@ class RequestStarter {
   // failures end the request's stream. `arrival` is when its time budget began. NOT_FOUND: the request was aborted and
   // its id taken by another before it got here; nothing is attached or submitted.
   absl::Status Start(RequestSpec spec, std::shared_ptr<RequestState> state, std::weak_ptr<Reader> reader,
-                     int64_t stream_interval, std::optional<WeightVersion> min_version, absl::Time arrival);
+                     int64_t stream_interval, absl::Time deadline, std::optional<WeightVersion> min_version,
+                     absl::Time arrival);
   // From now on requests end with UNAVAILABLE instead of starting; so do those that wait.
   void Drain();
   bool draining() const;

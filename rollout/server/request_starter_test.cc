@@ -50,7 +50,8 @@ class RequestStarterTest : public ::testing::Test {
   absl::Status Start(const std::shared_ptr<RequestState>& state, std::optional<WeightVersion> min_version = {}) {
     RequestSpec spec;
     spec.request_id = state->info().worker_id;
-    return starter_.Start(std::move(spec), state, reader_, /*stream_interval=*/1, min_version, absl::Now());
+    return starter_.Start(std::move(spec), state, reader_, /*stream_interval=*/1, absl::InfiniteFuture(), min_version,
+                          absl::Now());
   }
 
   Next Step(RequestState& state) { return state.NextPiece(reader_.get(), &piece_, &end_); }

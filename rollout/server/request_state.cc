@@ -115,6 +115,7 @@ bool RequestState::RequestAbort(std::optional<int32_t> sample, AbortReason reaso
   absl::MutexLock lock(&mutex_);
   *in_flight = !Finished() && (!sample || !samples_.at(*sample).result);
   if (!*in_flight) return false;
+  if (!sample) deadline_ = absl::InfiniteFuture();  // it ends without it
   if (phase_ == Phase::kSubmitted) return true;
   const bool noted = std::any_of(pending_aborts_.begin(), pending_aborts_.end(),
                                  [&](const PendingAbort& abort) { return abort.sample == sample; });
@@ -133,7 +134,8 @@ bool RequestState::RequestAbort(std::optional<int32_t> sample, AbortReason reaso
   return false;
 }
 
-absl::Status RequestState::Attach(std::weak_ptr<Reader> reader, int64_t stream_interval, const AttachPoint& point) {
+absl::Status RequestState::Attach(std::weak_ptr<Reader> reader, int64_t stream_interval, const AttachPoint& point,
+                                  absl::Time deadline) {
   absl::MutexLock lock(&mutex_);
   if (dropped_) {
     return absl::NotFoundError(
@@ -158,9 +160,10 @@ absl::Status RequestState::Attach(std::weak_ptr<Reader> reader, int64_t stream_i
   }
 
   WakeReader();  // the one before, which then sees that it was replaced
-  reader_ = reader;
   reader_key_ = reader.lock().get();
+  reader_ = std::move(reader);
   stream_interval_ = stream_interval;
+  deadline_ = deadline;
   send_early_ = false;
   accepted_sent_ = false;
   reader_end_.reset();
@@ -319,6 +322,16 @@ int64_t RequestState::retained_bytes() const {
 bool RequestState::fully_delivered() const {
   absl::MutexLock lock(&mutex_);
   return Finished() && undelivered_bytes_ == 0;
+}
+
+absl::Time RequestState::deadline() const {
+  absl::MutexLock lock(&mutex_);
+  return deadline_;
+}
+
+absl::Time RequestState::due() const {
+  absl::MutexLock lock(&mutex_);
+  return phase_ == Phase::kSubmitted && !Finished() ? deadline_ : absl::InfiniteFuture();
 }
 
 absl::Time RequestState::idle_since() const {

@@ -110,8 +110,10 @@ class RequestState final : public RequestSink {
   bool RequestAbort(std::optional<int32_t> sample, AbortReason reason, bool* in_flight);
 
   // Makes `reader` the one that delivers, from `point`. A reader that did so before finds out at its next Next.
-  // `stream_interval`: 0 delivers a sample's tokens when it is done, k when k are new.
-  absl::Status Attach(std::weak_ptr<Reader> reader, int64_t stream_interval, const AttachPoint& point);
+  // `stream_interval`: 0 delivers a sample's tokens when it is done, k when k are new. `deadline`: of the samples from
+  // now on.
+  absl::Status Attach(std::weak_ptr<Reader> reader, int64_t stream_interval, const AttachPoint& point,
+                      absl::Time deadline = absl::InfiniteFuture());
 
   enum class Next { kPiece, kWait, kEnd };
   Next NextPiece(const Reader* reader, ResultPiece* piece, StreamEnd* end);
@@ -137,6 +139,10 @@ class RequestState final : public RequestSink {
   int64_t buffered_bytes() const;
   int64_t retained_bytes() const;
   bool fully_delivered() const;
+  // That of the call that reads it, or read it last.
+  absl::Time deadline() const;
+  // When to end its samples for that; InfiniteFuture while there is nothing to end at the worker.
+  absl::Time due() const;
   // When it last had a reader or grew; InfiniteFuture while it still may.
   absl::Time idle_since() const;
 
@@ -173,6 +179,7 @@ class RequestState final : public RequestSink {
   std::weak_ptr<Reader> reader_ ABSL_GUARDED_BY(mutex_);
   const Reader* reader_key_ ABSL_GUARDED_BY(mutex_) = nullptr;
   int64_t stream_interval_ ABSL_GUARDED_BY(mutex_) = 0;
+  absl::Time deadline_ ABSL_GUARDED_BY(mutex_) = absl::InfiniteFuture();
   bool send_early_ ABSL_GUARDED_BY(mutex_) = false;  // until nothing is left to send
   bool taken_ ABSL_GUARDED_BY(mutex_) = false;       // `accepted` may be sent
   bool accepted_sent_ ABSL_GUARDED_BY(mutex_) = false;

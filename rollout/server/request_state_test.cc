@@ -315,6 +315,22 @@ TEST_F(RequestStateTest, AttachFromAnOffset) {
   EXPECT_EQ(buffered(), 0) << "a finished result stays in the retained pool";
 }
 
+TEST_F(RequestStateTest, IsDueAtTheDeadlineOfTheCallThatReadsIt) {
+  const absl::Time first = absl::FromUnixSeconds(1);
+  const absl::Time later = absl::FromUnixSeconds(2);
+  state_ = std::make_unique<RequestState>(Info(), &pools_, &events_);
+  ASSERT_TRUE(state_->Attach(reader_, 1, {}, first).ok());
+  EXPECT_EQ(state_->due(), absl::InfiniteFuture()) << "it waits: the starter's to end";
+  EXPECT_EQ(state_->deadline(), first);
+  ASSERT_TRUE(state_->BeginSubmit());
+  state_->EndSubmit();
+  EXPECT_EQ(state_->due(), first);
+  ASSERT_TRUE(state_->Attach(reader_, 1, {}, later).ok());
+  EXPECT_EQ(state_->due(), later);
+  Done();
+  EXPECT_EQ(state_->due(), absl::InfiniteFuture());
+}
+
 TEST_F(RequestStateTest, ReplacedReaderIsTold) {
   Make(Info());
   const auto other = std::make_shared<IdleReader>();

@@ -66,14 +66,15 @@ grpc::ServerWriteReactor<Response>* RolloutService::StartStream(grpc::CallbackSe
   if (!converted.ok()) return new FailedStream<Response>(context, converted.status());
   if (starter_->draining()) return new FailedStream<Response>(context, DrainingError());
   const absl::Time now = absl::Now();
-  converted->spec.deadline = EffectiveDeadline(*context, now);
+  const absl::Time deadline = EffectiveDeadline(*context, now);
   auto state = registry_->Add(std::move(converted->info));
   if (!state.ok()) return new FailedStream<Response>(context, state.status());
   converted->spec.request_id = (*state)->info().worker_id;
 
-  auto reactor = StreamReactor<Response>::Create(context, registry_, &streams_, *state, converted->spec.deadline);
-  const absl::Status started = starter_->Start(std::move(converted->spec), *std::move(state), reactor,
-                                               converted->stream_interval, converted->min_weight_version, now);
+  auto reactor = StreamReactor<Response>::Create(context, registry_, &streams_, *state, deadline);
+  const absl::Status started =
+      starter_->Start(std::move(converted->spec), *std::move(state), reactor, converted->stream_interval, deadline,
+                      converted->min_weight_version, now);
   if (!started.ok()) reactor->Refuse(started);
   return reactor.get();
 }
@@ -93,10 +94,11 @@ grpc::ServerWriteReactor<v1::GenerateResponse>* RolloutService::StartAttach(grpc
   }
   const auto point = ResolveAttach(*attach, state->info());
   if (!point.ok()) return new Failed(context, point.status());
-  auto reactor = StreamReactor<v1::GenerateResponse>::Create(context, registry_, &streams_, state,
-                                                             EffectiveDeadline(*context, absl::Now()));
-  const absl::Status attached = state->Attach(reactor, attach->stream_interval, *point);
+  const absl::Time deadline = EffectiveDeadline(*context, absl::Now());
+  auto reactor = StreamReactor<v1::GenerateResponse>::Create(context, registry_, &streams_, state, deadline);
+  const absl::Status attached = state->Attach(reactor, attach->stream_interval, *point, deadline);
   if (!attached.ok()) reactor->Refuse(attached);
+  registry_->WatchDue(*state);
   return reactor.get();
 }
 

@@ -277,6 +277,32 @@ def test_detached_request_goes_on(start_fake, pb):
     assert rest.samples[0].done.finish_reason == pb.FINISH_REASON_LENGTH
 
 
+def detach_after_first_token(worker, pb, **limits):
+    call = worker.stub.Generate(
+        request(pb, request_id="d", stream_interval=1, detach_on_disconnect=True, sampling={"max_tokens": 4000}), **limits
+    )
+    next(call), next(call)
+    call.cancel()
+    return pb.GenerateRequest(request_id="d", attach=pb.Attach())
+
+
+def test_an_attached_call_has_its_own_deadline(start_fake, pb):
+    worker = start_fake("--fake_step_ms", "10")
+    attach = detach_after_first_token(worker, pb)
+    sample = collect(worker.stub.Generate(attach, timeout=1.5)).samples[0]
+    assert sample.done.abort_reason == pb.ABORT_REASON_DEADLINE
+    assert len(sample.tokens) >= 10
+
+
+def test_a_later_deadline_of_an_attached_call_takes_the_place_of_the_first(start_fake, pb):
+    worker = start_fake("--fake_step_ms", "1")
+    begin = time.monotonic()
+    attach = detach_after_first_token(worker, pb, timeout=2)
+    sample = collect(worker.stub.Generate(attach)).samples[0]
+    assert len(sample.tokens) == 4000 and sample.done.finish_reason == pb.FINISH_REASON_LENGTH
+    assert time.monotonic() - begin > 2, "too fast to have met the first deadline"
+
+
 def test_second_reader_takes_over(start_fake, pb):
     worker = start_fake("--fake_step_ms", "5")
     first = worker.stub.Generate(request(pb, request_id="t", stream_interval=1, sampling={"max_tokens": 200}))
