@@ -70,6 +70,12 @@ class Placer {
     if (slot.tied_to >= 0 && manifest_.base_version && given_[slot.tied_to].empty()) {
       return Problem(absl::StrCat(slot.name, " is tied to ", slots_[slot.tied_to].name, "; want that one, or both"));
     }
+    for (const Given& other : slot.tied_to >= 0 ? given_[slot.tied_to] : std::vector<Given>()) {
+      if (Tensor(given[0]).dtype == Tensor(other).dtype) continue;
+      const std::string dtype(DTypeName(Tensor(given[0]).dtype)), want(DTypeName(Tensor(other).dtype));
+      return Problem(absl::StrCat(Tensor(given[0]).name, " is ", dtype, " and ", Tensor(other).name,
+                                  ", to which it is tied, ", want, "; want one dtype"));
+    }
     if (given[0].part < 0 || given.size() == 1) {
       if (given.size() > 1) {
         std::vector<std::string> names;
@@ -122,6 +128,14 @@ class Placer {
 };
 
 }  // namespace
+
+std::optional<size_t> SlotNamed(std::span<const TensorSlot> slots, const std::string& name) {
+  const auto found = std::find_if(slots.begin(), slots.end(), [&](const TensorSlot& slot) {
+    return slot.name == name || std::find(slot.aliases.begin(), slot.aliases.end(), name) != slot.aliases.end();
+  });
+  if (found == slots.end()) return std::nullopt;
+  return found - slots.begin();
+}
 
 absl::StatusOr<std::vector<TensorPlace>> PlaceTensors(const Manifest& manifest, std::span<const TensorSlot> slots) {
   return Placer(manifest, slots).Run();

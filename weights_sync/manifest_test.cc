@@ -70,6 +70,22 @@ TEST(ManifestTest, ATiedTensorComesWithWhatItIsTiedTo) {
   EXPECT_TRUE(PlaceTensors(subset, Slots()).ok());
 }
 
+// They are compared as sent: two roundings of the same values have two digests.
+TEST(ManifestTest, ATiedTensorComesInTheDTypeOfWhatItIsTiedTo) {
+  Manifest m = Whole();
+  m.tensors.push_back({"head", DType::kBF16, {8, 4}});
+  ExpectProblem(m, "1 differences from the model's tensors: head is bfloat16 and embed, to which it is tied, float32");
+  m.tensors[0].dtype = DType::kBF16;
+  EXPECT_TRUE(PlaceTensors(m, Slots()).ok());
+}
+
+TEST(ManifestTest, SlotsHaveTheirNamesAndAliases) {
+  const std::vector<TensorSlot> slots = Slots();
+  EXPECT_EQ(SlotNamed(slots, "norm"), 1u);
+  EXPECT_EQ(SlotNamed(slots, "old_norm"), 1u);
+  EXPECT_EQ(SlotNamed(slots, "conv_q"), std::nullopt) << "a part of one";
+}
+
 TEST(ManifestTest, SaysWhatIsWrong) {
   Manifest m = Whole();
   m.tensors[1].shape = {5};

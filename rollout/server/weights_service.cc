@@ -17,6 +17,7 @@
 #include "rollout/server/stream_reactor.h"
 #include "rollout/server/unknown_fields.h"
 #include "rollout/server/weight_fields.h"
+#include "weights_sync/manifest.h"
 
 namespace lockstep {
 namespace {
@@ -316,11 +317,11 @@ grpc::Status WeightsService::GetDigests(grpc::ServerContext* context, const v1::
     const std::span<const TensorSlot> slots = model_.tensors->slots();
     std::vector<bool> wanted(slots.size(), request->names().empty());
     for (const std::string& name : request->names()) {
-      const auto found = std::find_if(slots.begin(), slots.end(), [&](const TensorSlot& s) { return s.name == name; });
-      if (found == slots.end()) {
+      const std::optional<size_t> slot = SlotNamed(slots, name);
+      if (!slot) {
         return absl::InvalidArgumentError(absl::StrCat("names: \"", name, "\" is no tensor of the model"));
       }
-      wanted[found - slots.begin()] = true;
+      wanted[*slot] = true;
     }
     LOCKSTEP_ASSIGN_OR_RETURN(const VersionDigests serving, model_.tensors->ServingDigests());
     FillWeightVersion(serving.version, response->mutable_weight_version());
