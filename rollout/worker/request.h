@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <string>
@@ -148,6 +149,8 @@ struct WeightSwitch {
   // kFinish: how long to wait, and what then; nullopt: the switch does not happen.
   absl::Duration finish_timeout;
   std::optional<InFlightPolicy> fallback;
+  // Null: never. Asked while kFinish waits, and a last time before anything changes: the switch does not happen.
+  std::function<bool()> given_up;
 };
 
 struct WeightSwitchResult {
@@ -209,6 +212,7 @@ class WorkerControl : public StepGate {
   // Runs `install`, which puts new weights in the place of those that serve, on the step loop's thread between two
   // steps, and goes on under the new version; steps that were held run again. DEADLINE_EXCEEDED: requests did not
   // finish in time (while steps are held or paused: at once, since none can) and there is no fallback; nothing changed.
+  // CANCELLED: `given_up`; nothing changed.
   // UNAVAILABLE: the worker is stopping or its device has failed. An error of `install` is returned; it is the
   // device's, and the worker has failed.
   virtual absl::StatusOr<WeightSwitchResult> SwitchWeights(const WeightSwitch& change,

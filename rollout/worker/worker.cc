@@ -136,6 +136,7 @@ absl::StatusOr<WeightSwitchResult> Worker::SwitchWeights(const WeightSwitch& cha
   const absl::Time begin = absl::Now();
   InFlightPolicy policy = change.policy;
   const bool finish = policy == InFlightPolicy::kFinish;
+  const auto given_up = [&] { return change.given_up != nullptr && change.given_up(); };
   if (finish) {
     bool held = false;
     int64_t in_flight = 0;
@@ -145,8 +146,8 @@ absl::StatusOr<WeightSwitchResult> Worker::SwitchWeights(const WeightSwitch& cha
       in_flight = loop_->in_flight();
     }));
     Failpoint("weights.commit.policy");
-    const bool finished = held ? in_flight == 0 : AwaitNoneInFlight(begin + change.finish_timeout);
-    if (!finished && !change.fallback) {
+    const bool finished = held ? in_flight == 0 : AwaitNoneInFlight(begin + change.finish_timeout, given_up);
+    if (!finished && !change.fallback && !given_up()) {
       LOCKSTEP_RETURN_IF_ERROR(AtBoundary([this](absl::Time) { HoldNew(false); }));
       LOCKSTEP_RETURN_IF_ERROR(Health());
       const std::string why =
@@ -166,6 +167,10 @@ absl::StatusOr<WeightSwitchResult> Worker::SwitchWeights(const WeightSwitch& cha
     if (finish) HoldNew(false);
     status = loop_->failure();
     if (!status.ok()) return;
+    if (given_up()) {
+      status = absl::CancelledError("the client is gone, or the update was rolled back; nothing changed");
+      return;
+    }
     status = install();
     if (!status.ok()) return loop_->Fail(status);
     Failpoint("weights.commit.installed");

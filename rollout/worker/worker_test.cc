@@ -293,6 +293,28 @@ TEST_F(WorkerTest, APauseDoesNotEndTheHoldOfACommitThatLetsSamplesFinish) {
   EXPECT_EQ(fresh->result().spans[0].weights, (WeightVersion{0, 1}));
 }
 
+TEST_F(WorkerTest, ACommitThatIsGivenUpChangesNothing) {
+  Start();
+  const auto old = std::make_shared<CountingSink>(1);
+  ASSERT_TRUE(worker_->Submit(Request("old", 8000), old).ok());
+  ASSERT_TRUE(old->WaitForTokens());
+  const auto install = [] { return absl::InternalError("installed"); };
+  for (const InFlightPolicy policy : {InFlightPolicy::kFinish, InFlightPolicy::kRecompute}) {
+    std::atomic<int> asked = 0;
+    const WeightSwitch change = {
+        .version = {0, 1}, .policy = policy, .finish_timeout = absl::Hours(1), .given_up = [&] {
+          return ++asked > (policy == InFlightPolicy::kFinish ? 1 : 0);
+        }};
+    EXPECT_TRUE(absl::IsCancelled(worker_->SwitchWeights(change, install).status()));
+  }
+  EXPECT_EQ(worker_->weight_version(), WeightVersion());
+  const auto fresh = std::make_shared<CountingSink>(1);
+  ASSERT_TRUE(worker_->Submit(Request("new", 5), fresh).ok());
+  EXPECT_TRUE(fresh->WaitUntilDone()) << "held no longer";
+  worker_->Abort("old", std::nullopt, AbortReason::kClient);
+  EXPECT_TRUE(old->WaitUntilDone());
+}
+
 TEST_F(WorkerTest, ACommitDoesNotEndTheHoldOfAPauseThatLetsSamplesFinish) {
   Start();
   const auto old = std::make_shared<CountingSink>(1);
