@@ -7,6 +7,7 @@
 
 #include "absl/strings/str_cat.h"
 #include "absl/time/clock.h"
+#include "rollout/base/status.h"
 
 namespace lockstep {
 namespace {
@@ -31,16 +32,21 @@ class Backoff {
 
 }  // namespace
 
-absl::StatusOr<std::unique_ptr<NcclGroup>> NcclGroup::Create(std::shared_ptr<NcclLibrary> library,
-                                                             const std::string& unique_id, int nranks, int rank,
-                                                             absl::Time deadline, int max_ctas,
-                                                             std::function<bool()> cancelled) {
+absl::Status NcclGroup::CheckArguments(const std::string& unique_id, int nranks, int rank) {
   if (unique_id.size() != nccl::kUniqueIdBytes)
     return absl::InvalidArgumentError(
         absl::StrCat("unique_id: ", unique_id.size(), " bytes; want ", nccl::kUniqueIdBytes));
   if (nranks < 1) return absl::InvalidArgumentError(absl::StrCat("nranks: ", nranks, "; want 1 or more"));
   if (rank < 0 || rank >= nranks)
     return absl::InvalidArgumentError(absl::StrCat("rank: ", rank, "; want 0 to ", nranks - 1));
+  return absl::OkStatus();
+}
+
+absl::StatusOr<std::unique_ptr<NcclGroup>> NcclGroup::Create(std::shared_ptr<NcclLibrary> library,
+                                                             const std::string& unique_id, int nranks, int rank,
+                                                             absl::Time deadline, int max_ctas,
+                                                             std::function<bool()> cancelled) {
+  LOCKSTEP_RETURN_IF_ERROR(CheckArguments(unique_id, nranks, rank));
   std::unique_ptr<NcclGroup> group(new NcclGroup(std::move(library), nranks, rank, std::move(cancelled)));
   nccl::UniqueId id;
   std::memcpy(id.internal, unique_id.data(), sizeof(id.internal));

@@ -33,6 +33,8 @@ class NcclGroup {
     int64_t bytes;  // 0: nothing is sent; the ranks must agree in that as well
   };
 
+  // INVALID_ARGUMENT, as Create would be.
+  static absl::Status CheckArguments(const std::string& unique_id, int nranks, int rank);
   // Waits until all ranks have come. unique_id: NcclLibrary::UniqueId() of one of them. max_ctas: thread blocks that a
   // broadcast may take, the least of the ranks' counts; 0: NCCL's choice. cancelled: asked meanwhile; true ends
   // the wait.

@@ -32,9 +32,27 @@ void NcclGroups::End(Member& member) {
   member.group.reset();
 }
 
-absl::Status NcclGroups::Join(const GroupJoin& join, absl::Time deadline, std::function<bool()> cancelled) {
+absl::Status NcclGroups::Join(const GroupJoin& join, const CallLimit& limit) {
+  // Before an earlier generation is ended for it.
+  LOCKSTEP_RETURN_IF_ERROR(NcclGroup::CheckArguments(join.unique_id, join.nranks, join.rank));
   LOCKSTEP_ASSIGN_OR_RETURN(std::shared_ptr<NcclLibrary> library, Library());
-  absl::MutexLock joining(&joining_);
+  {
+    absl::MutexLock lock(&mutex_);
+    const auto free = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return !joining_; };
+    if (!limit.Await(mutex_, absl::Condition(&free))) {
+      LOCKSTEP_RETURN_IF_ERROR(limit.CheckClient());
+      return absl::DeadlineExceededError("timeout_ms: another Join is still waiting for its ranks");
+    }
+    joining_ = true;
+  }
+  absl::Status joined = JoinAlone(std::move(library), join, limit);
+  absl::MutexLock lock(&mutex_);
+  joining_ = false;
+  return joined;
+}
+
+absl::Status NcclGroups::JoinAlone(std::shared_ptr<NcclLibrary> library, const GroupJoin& join,
+                                   const CallLimit& limit) {
   std::shared_ptr<Member> earlier;
   {
     absl::MutexLock lock(&mutex_);
@@ -65,8 +83,8 @@ absl::Status NcclGroups::Join(const GroupJoin& join, absl::Time deadline, std::f
   auto member = std::make_shared<Member>();
   member->join = join;
   LOCKSTEP_ASSIGN_OR_RETURN(std::unique_ptr<NcclGroup> group,
-                            NcclGroup::Create(library, join.unique_id, join.nranks, join.rank, deadline, join.max_ctas,
-                                              std::move(cancelled)));
+                            NcclGroup::Create(std::move(library), join.unique_id, join.nranks, join.rank,
+                                              limit.deadline, join.max_ctas, limit.cancelled));
   {
     absl::MutexLock lock(&member->use);
     member->group = std::move(group);

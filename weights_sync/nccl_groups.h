@@ -12,7 +12,7 @@
 #include "absl/base/thread_annotations.h"
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
-#include "absl/time/time.h"
+#include "weights_sync/call_limit.h"
 #include "weights_sync/nccl_group.h"
 #include "weights_sync/nccl_library.h"
 
@@ -46,10 +46,10 @@ class NcclGroups {
       : path_(std::move(library)), use_device_(std::move(use_device)) {}
   ~NcclGroups();
 
-  // Waits until all ranks have come. The same generation again: OK, unless its communicator has failed. A later one
-  // replaces the earlier. FAILED_PRECONDITION: an earlier generation, or a failed one again. UNIMPLEMENTED: no library.
-  // cancelled: asked meanwhile; the caller is gone.
-  absl::Status Join(const GroupJoin& join, absl::Time deadline, std::function<bool()> cancelled);
+  // Waits for other Joins and until all ranks have come. The same generation again: OK, unless its communicator has
+  // failed. A later one replaces the earlier. FAILED_PRECONDITION: an earlier generation, or a failed one again.
+  // UNIMPLEMENTED: no library.
+  absl::Status Join(const GroupJoin& join, const CallLimit& limit);
   // NOT_FOUND, FAILED_PRECONDITION (another generation).
   absl::StatusOr<std::shared_ptr<Member>> Find(const std::string& group, int64_t generation);
   // Whether there was one.
@@ -59,13 +59,15 @@ class NcclGroups {
 
  private:
   absl::StatusOr<std::shared_ptr<NcclLibrary>> Library();
+  // With joining_.
+  absl::Status JoinAlone(std::shared_ptr<NcclLibrary> library, const GroupJoin& join, const CallLimit& limit);
   // Ends what it does and its communicator.
   void End(Member& member);
 
   const std::string path_;
   const std::function<absl::Status()> use_device_;
-  absl::Mutex joining_;  // one Join at a time
   absl::Mutex mutex_;
+  bool joining_ ABSL_GUARDED_BY(mutex_) = false;  // one Join at a time
   std::shared_ptr<NcclLibrary> library_ ABSL_GUARDED_BY(mutex_);
   std::map<std::string, std::shared_ptr<Member>> members_ ABSL_GUARDED_BY(mutex_);
 };

@@ -33,6 +33,10 @@ absl::Status ReceiveSignal::status() {
 
 namespace {
 
+absl::Status GroupIsOver() {
+  return absl::CancelledError("the group was left, or joined in a later generation");
+}
+
 // One receive, while it has the inbox and the group.
 class Receiver {
  public:
@@ -56,17 +60,11 @@ class Receiver {
 
  private:
   absl::Status ReceiveAll(NcclGroup& group, const std::function<void(int64_t)>& begun) {
-    if (options_.bucket_bytes > inbox_.buffer_bytes()) {
-      return absl::InvalidArgumentError(absl::StrCat("bucket_bytes: ", options_.bucket_bytes, "; want at most ",
-                                                     inbox_.buffer_bytes(), ", as Join's answer says"));
-    }
     LOCKSTEP_ASSIGN_OR_RETURN(const std::vector<Bucket> buckets,
                               PlanBuckets(receive_.tensors, receive_.bytes, options_.bucket_bytes));
     LOCKSTEP_RETURN_IF_ERROR(inbox_.UseOnThisThread());
     const int64_t count = static_cast<int64_t>(buckets.size());
     LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.receive.begun"));
-    // Of a group that has failed before: the sender must not take this worker for ready.
-    LOCKSTEP_RETURN_IF_ERROR(group.Usable());
     begun(count);
     int64_t bytes = 0;
     for (int64_t b = 0; b < count; ++b) {
@@ -93,7 +91,7 @@ class Receiver {
   // What may end a receive.
   absl::Status Check() {
     LOCKSTEP_RETURN_IF_ERROR(signal_.status());
-    if (member_.replaced) return absl::CancelledError("the group was left, or joined in a later generation");
+    if (member_.replaced) return GroupIsOver();
     if (*receive_.dropped) return absl::CancelledError("the update was rolled back, or its lease expired");
     return absl::OkStatus();
   }
@@ -123,13 +121,26 @@ class Receiver {
 
 absl::Status ReceiveOverNccl(const NcclReceive& options, WeightUpdate& update, NcclGroups::Member& member,
                              ReceiveSignal& signal, const std::function<void(int64_t)>& begun) {
-  LOCKSTEP_ASSIGN_OR_RETURN(const Receive receive,
-                            update.BeginReceive(options.version, options.tensors, options.deadline));
+  // What refuses it is found before what came earlier is forgotten for it.
+  LOCKSTEP_RETURN_IF_ERROR(PlanBuckets({}, {}, options.bucket_bytes).status());
+  if (update.inbox() != nullptr && options.bucket_bytes > update.inbox()->buffer_bytes()) {
+    return absl::InvalidArgumentError(absl::StrCat("bucket_bytes: ", options.bucket_bytes, "; want at most ",
+                                                   update.inbox()->buffer_bytes(), ", as Join's answer says"));
+  }
+  const auto ready = [&]() -> absl::Status {
+    absl::MutexLock lock(&member.use);
+    // Of a group that has failed before: the sender must not take this worker for ready.
+    return member.group == nullptr ? GroupIsOver() : member.group->Usable();
+  };
+  const CallLimit limit = {.deadline = options.deadline, .cancelled = [&] { return !signal.status().ok(); }};
+  const absl::StatusOr<Receive> receive = update.BeginReceive(options.version, options.tensors, limit, ready);
+  if (absl::IsCancelled(receive.status())) LOCKSTEP_RETURN_IF_ERROR(signal.status());
+  LOCKSTEP_RETURN_IF_ERROR(receive.status());
   absl::Status arrived;
   {
     absl::MutexLock lock(&member.use);
-    arrived = member.group == nullptr ? absl::CancelledError("the group was left, or joined in a later generation")
-                                      : Receiver(options, receive, update, member, signal).Run(*member.group, begun);
+    arrived = member.group == nullptr ? GroupIsOver()
+                                      : Receiver(options, *receive, update, member, signal).Run(*member.group, begun);
     // Nothing must be written into the inbox any more.
     if (!arrived.ok() && member.group != nullptr) member.group->Abort();
   }

@@ -41,7 +41,8 @@ struct NcclReceive {
 };
 
 // Returns once all has arrived and counts as received. `begun` is called with the number of buckets when the worker
-// could enter the first broadcast. Any failure ends the communicator: the ranks are no longer at the same broadcast.
+// could enter the first broadcast. One that is refused before it has the inbox changes nothing; any failure after that
+// ends the communicator: the ranks are no longer at the same broadcast.
 absl::Status ReceiveOverNccl(const NcclReceive& receive, WeightUpdate& update, NcclGroups::Member& member,
                              ReceiveSignal& signal, const std::function<void(int64_t)>& begun);
 

@@ -18,8 +18,6 @@ namespace lockstep {
 namespace {
 
 constexpr size_t kShown = 10;
-// A receive ends soon after its update was dropped.
-constexpr absl::Duration kDroppedReceiveWait = absl::Seconds(10);
 // For what an update overwrote to be put back: many times what the largest model takes.
 constexpr absl::Duration kRestoreWait = absl::Seconds(120);
 
@@ -41,8 +39,13 @@ const char* UpdateStateName(UpdateState state) {
   return "unknown";
 }
 
-WeightUpdate::WeightUpdate(TensorTable* table, WeightVersion serving, StepGate* gate)
-    : table_(*table), shadow_(table->shadow()), gate_(gate), serving_(serving) {
+WeightUpdate::WeightUpdate(TensorTable* table, WeightVersion serving, StepGate* gate,
+                           absl::Duration dropped_receive_wait)
+    : table_(*table),
+      shadow_(table->shadow()),
+      gate_(gate),
+      dropped_receive_wait_(dropped_receive_wait),
+      serving_(serving) {
   LOCKSTEP_CHECK(shadow_ == nullptr || gate_ != nullptr, "a table without a second place needs a gate for the steps");
   if (shadow_ != nullptr) keeper_ = std::thread([this] { Keep(); });
 }
@@ -68,7 +71,9 @@ void WeightUpdate::Keep() {
       if (ending_) return;
       restore = upkeep_ == Upkeep::kRestore;
       // A receive that was dropped may still write.
-      status = AwaitInbox(absl::Now() + kDroppedReceiveWait, "the dropped receive has not ended");
+      const CallLimit limit = {.deadline = std::max(absl::Now(), receive_deadline_) + dropped_receive_wait_,
+                               .cancelled = [this] { return ending_.load(); }};
+      status = AwaitInbox(limit, "the dropped receive has not ended");
     }
     if (status.ok()) status = restore ? shadow_->Restore(ending_) : shadow_->Write(ending_);
     if (ending_) return;
@@ -86,9 +91,10 @@ void WeightUpdate::Keep() {
   }
 }
 
-absl::Status WeightUpdate::AwaitShadow(absl::Time deadline, const char* what) {
+absl::Status WeightUpdate::AwaitShadow(const CallLimit& limit, const char* what) {
   const auto done = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return upkeep_ == Upkeep::kNone; };
-  if (mutex_.AwaitWithDeadline(absl::Condition(&done), deadline)) return lost_;
+  if (limit.Await(mutex_, absl::Condition(&done))) return lost_;
+  LOCKSTEP_RETURN_IF_ERROR(limit.CheckClient());
   const TensorShadow::Progress progress = shadow_->progress();
   return absl::UnavailableError(
       absl::StrCat(what, ": the copy of the version that serves ",
@@ -97,7 +103,7 @@ absl::Status WeightUpdate::AwaitShadow(absl::Time deadline, const char* what) {
 }
 
 absl::Status WeightUpdate::AwaitRestored(const char* what) {
-  return upkeep_ == Upkeep::kRestore ? AwaitShadow(absl::Now() + kRestoreWait, what) : absl::OkStatus();
+  return upkeep_ == Upkeep::kRestore ? AwaitShadow({.deadline = absl::Now() + kRestoreWait}, what) : absl::OkStatus();
 }
 
 absl::Status WeightUpdate::Hold(Open& open) {
@@ -116,7 +122,8 @@ absl::Status WeightUpdate::BeforeStaging(const WeightVersion& version) {
 }
 
 void WeightUpdate::DropExpired() {
-  if (open_ != nullptr && open_->state != UpdateState::kCommitting && absl::Now() >= open_->expires) {
+  if (open_ != nullptr && open_->state != UpdateState::kCommitting &&
+      std::chrono::steady_clock::now() >= open_->expires) {
     Failpoint("weights.lease.expired");
     Drop();
   }
@@ -163,8 +170,12 @@ absl::StatusOr<WeightUpdate::Open*> WeightUpdate::Get(const WeightVersion& versi
     return absl::FailedPreconditionError(absl::StrCat("the update to ", VersionText(version), " is ",
                                                       UpdateStateName(open_->state), ", want ", UpdateStateName(want)));
   }
-  open_->expires = absl::Now() + open_->lease;
+  StartLease(*open_);
   return open_.get();
+}
+
+void WeightUpdate::StartLease(Open& open) {
+  open.expires = std::chrono::steady_clock::now() + absl::ToChronoNanoseconds(open.lease);
 }
 
 absl::Status WeightUpdate::CheckVersion(const WeightVersion& version) const {
@@ -175,15 +186,14 @@ absl::Status WeightUpdate::CheckVersion(const WeightVersion& version) const {
 }
 
 absl::StatusOr<std::vector<int64_t>> WeightUpdate::Begin(const WeightVersion& version, Manifest manifest,
-                                                         absl::Duration lease, absl::Time deadline) {
+                                                         absl::Duration lease, const CallLimit& limit) {
   absl::MutexLock lock(&mutex_);
   DropExpired();
   LOCKSTEP_RETURN_IF_ERROR(CheckVersion(version));
   // Of an update that was dropped, or committed.
   while (open_ == nullptr && (receiving_ || upkeep_ != Upkeep::kNone)) {
-    LOCKSTEP_RETURN_IF_ERROR(AwaitInbox(std::min(deadline, absl::Now() + kDroppedReceiveWait),
-                                        "Begin: a receive of an earlier update is still under way; try again"));
-    LOCKSTEP_RETURN_IF_ERROR(AwaitShadow(deadline, "Begin"));
+    LOCKSTEP_RETURN_IF_ERROR(AwaitInbox(limit, "Begin: a receive of an earlier update is still under way; try again"));
+    LOCKSTEP_RETURN_IF_ERROR(AwaitShadow(limit, "Begin"));
   }
   LOCKSTEP_RETURN_IF_ERROR(lost_);
   LOCKSTEP_RETURN_IF_ERROR(CheckVersion(version));
@@ -197,7 +207,7 @@ absl::StatusOr<std::vector<int64_t>> WeightUpdate::Begin(const WeightVersion& ve
       return absl::FailedPreconditionError(absl::StrCat("the update to ", VersionText(version), " is COMMITTING"));
     }
     open_->lease = lease;
-    open_->expires = absl::Now() + lease;
+    StartLease(*open_);
     return ReceivedOf(*open_);
   }
   if (manifest.base_version && *manifest.base_version != serving_) {
@@ -212,7 +222,7 @@ absl::StatusOr<std::vector<int64_t>> WeightUpdate::Begin(const WeightVersion& ve
   open->manifest = std::move(manifest);
   open->arriving.resize(open->places.size());
   open->lease = lease;
-  open->expires = absl::Now() + lease;
+  StartLease(*open);
   open_ = std::move(open);
   return ReceivedOf(*open_);
 }
@@ -266,21 +276,32 @@ absl::Status WeightUpdate::Push(const WeightVersion& version, int64_t tensor, in
   return staged;
 }
 
-absl::Status WeightUpdate::AwaitInbox(absl::Time deadline, const char* what) {
-  if (mutex_.AwaitWithDeadline(absl::Condition(
-                                   +[](bool* receiving) { return !*receiving; }, &receiving_),
-                               deadline)) {
-    return absl::OkStatus();
-  }
+absl::Status WeightUpdate::AwaitInbox(const CallLimit& limit, const char* what) {
+  const auto free = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) { return !receiving_; };
+  if (limit.Await(mutex_, absl::Condition(&free))) return absl::OkStatus();
+  LOCKSTEP_RETURN_IF_ERROR(limit.CheckClient());
   return absl::UnavailableError(what);
 }
 
 absl::StatusOr<Receive> WeightUpdate::BeginReceive(const WeightVersion& version, std::vector<int64_t> tensors,
-                                                   absl::Time deadline) {
+                                                   const CallLimit& limit, const std::function<absl::Status()>& ready) {
   if (table_.inbox() == nullptr) return absl::UnimplementedError("this worker takes weights over the stream only");
+  {
+    absl::MutexLock lock(&mutex_);
+    LOCKSTEP_RETURN_IF_ERROR(GetUncommitted(version).status());
+    LOCKSTEP_RETURN_IF_ERROR(AwaitInbox(limit, "Receive: another one is still under way; try again"));
+    LOCKSTEP_RETURN_IF_ERROR(GetUncommitted(version).status());
+    receiving_ = true;
+    receive_deadline_ = limit.deadline;
+  }
+  const absl::Status is_ready = ready();
   absl::MutexLock lock(&mutex_);
-  LOCKSTEP_RETURN_IF_ERROR(GetUncommitted(version).status());
-  LOCKSTEP_RETURN_IF_ERROR(AwaitInbox(deadline, "Receive: another one is still under way; try again"));
+  absl::StatusOr<Receive> receive = is_ready.ok() ? OpenInbox(version, std::move(tensors)) : is_ready;
+  receiving_ = receive.ok();
+  return receive;
+}
+
+absl::StatusOr<Receive> WeightUpdate::OpenInbox(const WeightVersion& version, std::vector<int64_t> tensors) {
   LOCKSTEP_ASSIGN_OR_RETURN(Open * open, GetUncommitted(version));
   const int64_t count = static_cast<int64_t>(open->places.size());
   if (tensors.empty()) {
@@ -311,7 +332,6 @@ absl::StatusOr<Receive> WeightUpdate::BeginReceive(const WeightVersion& version,
   open->state = UpdateState::kReceiving;  // also after Verify: a learner that sends it again
   open->arriving_bytes = 0;
   inbox_tensors_ = std::move(tensors);
-  receiving_ = true;
   return receive;
 }
 
@@ -435,23 +455,33 @@ absl::Status WeightUpdate::Verify(const WeightVersion& version, std::span<const 
   return absl::OkStatus();
 }
 
-absl::Status WeightUpdate::Commit(const WeightVersion& version, const std::function<absl::Status()>& install) {
+absl::Status WeightUpdate::AwaitCommit(const WeightVersion& version, const CallLimit& limit) {
+  const auto settled = [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
+    return open_ == nullptr || open_->version != version || open_->state != UpdateState::kCommitting;
+  };
+  if (limit.Await(mutex_, absl::Condition(&settled))) return absl::OkStatus();
+  LOCKSTEP_RETURN_IF_ERROR(limit.CheckClient());
+  return absl::UnavailableError(absl::StrCat("the update to ", VersionText(version), " is COMMITTING; try again"));
+}
+
+absl::Status WeightUpdate::Commit(const WeightVersion& version, const Install& install, const CallLimit& limit) {
+  std::shared_ptr<const std::atomic<bool>> dropped;
   {
     absl::MutexLock lock(&mutex_);
-    const auto settled = [&]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
-      return open_ == nullptr || open_->version != version || open_->state != UpdateState::kCommitting;
-    };
-    mutex_.Await(absl::Condition(&settled));
+    LOCKSTEP_RETURN_IF_ERROR(AwaitCommit(version, limit));
     if (version == serving_) return absl::OkStatus();
     LOCKSTEP_ASSIGN_OR_RETURN(Open * open, Get(version, UpdateState::kVerified));
     open->state = UpdateState::kCommitting;
+    dropped = open->dropped;
   }
-  absl::Status installed = install();
+  absl::Status installed =
+      install([&] { return *dropped || absl::Now() >= limit.deadline || !limit.CheckClient().ok(); });
   Failpoint("weights.commit.serving");
   absl::MutexLock lock(&mutex_);
   if (!installed.ok()) {
     open_->state = UpdateState::kVerified;
-    open_->expires = absl::Now() + open_->lease;
+    StartLease(*open_);
+    if (*dropped) Drop();
     return installed;
   }
   serving_ = version;
@@ -468,12 +498,16 @@ absl::StatusOr<bool> WeightUpdate::Rollback(const WeightVersion& version) {
     LOCKSTEP_RETURN_IF_ERROR(AwaitRestored("Rollback"));
     return false;
   }
+  bool dropped = true;
   if (open_->state == UpdateState::kCommitting) {
-    return absl::FailedPreconditionError(absl::StrCat("the update to ", VersionText(version), " is COMMITTING"));
+    *open_->dropped = true;
+    LOCKSTEP_RETURN_IF_ERROR(AwaitCommit(version, {.deadline = absl::Now() + kRestoreWait}));
+    dropped = serving_ != version;
+  } else {
+    Drop();
   }
-  Drop();
   LOCKSTEP_RETURN_IF_ERROR(AwaitRestored("Rollback"));
-  return true;
+  return dropped;
 }
 
 UpdateStatus WeightUpdate::status() {
@@ -488,7 +522,8 @@ UpdateStatus WeightUpdate::status() {
   if (open_ == nullptr) return status;
   status.state = open_->state;
   status.open = open_->version;
-  status.lease_left = std::max(open_->expires - absl::Now(), absl::ZeroDuration());
+  status.lease_left =
+      std::max(absl::FromChrono(open_->expires - std::chrono::steady_clock::now()), absl::ZeroDuration());
   for (size_t i = 0; i < open_->places.size(); ++i) {
     status.received_bytes += open_->arriving[i].received;
     status.total_bytes += open_->places[i].bytes;

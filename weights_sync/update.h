@@ -9,6 +9,7 @@
 #pragma once
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <memory>
@@ -22,6 +23,7 @@
 #include "absl/status/statusor.h"
 #include "absl/synchronization/mutex.h"
 #include "absl/time/time.h"
+#include "weights_sync/call_limit.h"
 #include "weights_sync/digest.h"
 #include "weights_sync/manifest.h"
 #include "weights_sync/step_gate.h"
@@ -57,29 +59,36 @@ struct Receive {
 inline constexpr size_t kMaxPartialTensors = 16;
 // Tensors' memory that is kept for those that follow, until all have come.
 inline constexpr size_t kMaxSpare = 2;
+// A receive whose update was dropped ends soon, or at its deadline, and so much later at the latest: aborting its
+// communicator may wait for other work on the device.
+inline constexpr absl::Duration kDroppedReceiveWait = absl::Seconds(60);
 
 // Thread-safe.
 class WeightUpdate {
  public:
   // `table` and `gate` must outlive it. `gate`: of whoever computes with the table's weights; used, and needed, where
-  // the table has a shadow.
-  WeightUpdate(TensorTable* table, WeightVersion serving, StepGate* gate);
+  // the table has a shadow. dropped_receive_wait: one that goes on after it ends the worker.
+  WeightUpdate(TensorTable* table, WeightVersion serving, StepGate* gate,
+               absl::Duration dropped_receive_wait = kDroppedReceiveWait);
   // Ends the shadow's work wherever it is.
   ~WeightUpdate();
 
   // Bytes received so far of each tensor. The same version and manifest as those of the open update: it goes on. Waits
-  // for the shadow until `deadline`; then it is UNAVAILABLE and says how far that is.
+  // for the shadow as long as `limit` says; then it is UNAVAILABLE and says how far that is, or CANCELLED.
   absl::StatusOr<std::vector<int64_t>> Begin(const WeightVersion& version, Manifest manifest, absl::Duration lease,
-                                             absl::Time deadline = absl::InfiniteFuture());
+                                             const CallLimit& limit = {});
   // Bytes of tensor `tensor` of the open update's manifest, where its received bytes end. Bytes that are there already
   // (a stream that was sent again, also once the update is VERIFIED) are skipped.
   absl::Status Push(const WeightVersion& version, int64_t tensor, int64_t offset, std::span<const std::byte> data);
   absl::StatusOr<std::vector<int64_t>> Received(const WeightVersion& version);
   // For a transport that fills the table's inbox itself: `tensors` of the manifest (empty: all) will arrive, what has
   // arrived of them before does not count, and a VERIFIED update is RECEIVING again. Waits while another receive is
-  // under way, at most until `deadline`. The caller alone may use the inbox until its EndReceive, which it owes.
+  // under way, as long as `limit` says. Then `ready` is asked; its error ends the call, and nothing is forgotten. The
+  // caller alone may use the inbox until its EndReceive, which it owes, soon after limit.deadline at the latest.
   // UNIMPLEMENTED: the table has no inbox.
-  absl::StatusOr<Receive> BeginReceive(const WeightVersion& version, std::vector<int64_t> tensors, absl::Time deadline);
+  absl::StatusOr<Receive> BeginReceive(
+      const WeightVersion& version, std::vector<int64_t> tensors, const CallLimit& limit,
+      const std::function<absl::Status()>& ready = [] { return absl::OkStatus(); });
   // The sender lives: renews the lease.
   absl::Status Renew(const WeightVersion& version);
   // What is in the inbox's buffer is about to be staged: holds the steps where that overwrites what serves.
@@ -92,12 +101,15 @@ class WeightUpdate {
 
   // digests: by tensor, of the bytes as sent.
   absl::Status Verify(const WeightVersion& version, std::span<const uint64_t> digests);
-  // `install` makes the second place serve, as `version`, and may take its time; while it runs nothing else is
-  // possible. Its error leaves the update VERIFIED. A version that already serves is OK without it; one that another
-  // call is committing waits for that call.
-  absl::Status Commit(const WeightVersion& version, const std::function<absl::Status()>& install);
-  // Whether there was one to drop. FAILED_PRECONDITION while it is being committed. Where it overwrote what serves,
-  // that is restored on return.
+  // Makes the second place serve, as `version`, and may take its time; its error says that nothing changed, or that the
+  // device failed. `given_up`: until it begins with that, it asks whether it still should.
+  using Install = std::function<absl::Status(const std::function<bool()>& given_up)>;
+  // While `install` runs, of other calls only Rollback has an effect: it, and the limit, are what gives up. Its error
+  // leaves the update VERIFIED. A version that already serves is OK without it; one that another call is committing
+  // waits for that call, as long as `limit` says.
+  absl::Status Commit(const WeightVersion& version, const Install& install, const CallLimit& limit = {});
+  // Whether it was dropped; false: none was open, or its Commit could not be given up any more and has ended. Where it
+  // overwrote what serves, that is restored on return.
   absl::StatusOr<bool> Rollback(const WeightVersion& version);
   // Drops an update whose lease is over. Call it now and then.
   void ExpireLease();
@@ -106,6 +118,7 @@ class WeightUpdate {
   WeightVersion serving();
 
  private:
+  using SteadyTime = std::chrono::steady_clock::time_point;  // of leases: the wall's clock may be set
   struct Arriving {
     std::vector<std::byte> bytes;  // at least its own, while it is partial
     int64_t received = 0;
@@ -121,11 +134,12 @@ class WeightUpdate {
     // Memory of tensors that are staged, for those that follow: new memory costs as much as filling it.
     std::vector<std::vector<std::byte>> spare;
     UpdateState state = UpdateState::kReceiving;
+    // By now, or, COMMITTING, as soon as its Commit gives up.
     std::shared_ptr<std::atomic<bool>> dropped = std::make_shared<std::atomic<bool>>(false);
     int64_t arriving_bytes = 0;  // of the receive under way
     bool holds = false;          // the steps, for it overwrites what serves
     absl::Duration lease;
-    absl::Time expires;
+    SteadyTime expires;
   };
 
   // The open update if it is `version`'s and its state is `want`; renews its lease.
@@ -139,13 +153,20 @@ class WeightUpdate {
   absl::Status Hold(Open& open) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Whether Begin may open it, as far as versions go.
   absl::Status CheckVersion(const WeightVersion& version) const ABSL_SHARED_LOCKS_REQUIRED(mutex_);
-  // Until the shadow neither restores nor is written. UNAVAILABLE: not by `deadline`. Its error: what serves is lost.
-  absl::Status AwaitShadow(absl::Time deadline, const char* what) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Until the shadow neither restores nor is written. UNAVAILABLE, CANCELLED: not by `limit`. Its error: what serves is
+  // lost.
+  absl::Status AwaitShadow(const CallLimit& limit, const char* what) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // Until what a dropped update overwrote is back, with a deadline of its own.
   absl::Status AwaitRestored(const char* what) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
   // The shadow's thread.
   void Keep();
-  absl::Status AwaitInbox(absl::Time deadline, const char* what) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  absl::Status AwaitInbox(const CallLimit& limit, const char* what) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  absl::StatusOr<Receive> OpenInbox(const WeightVersion& version, std::vector<int64_t> tensors)
+      ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // Until no call commits `version`; UNAVAILABLE, CANCELLED: not by `limit`.
+  absl::Status AwaitCommit(const WeightVersion& version, const CallLimit& limit) ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_);
+  // From now on.
+  static void StartLease(Open& open);
   // At least as much.
   static std::vector<std::byte> TakeMemory(Open& open, int64_t bytes);
   static void KeepMemory(Open& open, std::vector<std::byte> memory);
@@ -157,11 +178,13 @@ class WeightUpdate {
   TensorTable& table_;
   TensorShadow* const shadow_;  // null: the table has a second place
   StepGate* const gate_;
+  const absl::Duration dropped_receive_wait_;
   std::atomic<bool> ending_ = false;
   absl::Mutex mutex_;
   WeightVersion serving_ ABSL_GUARDED_BY(mutex_);
   std::unique_ptr<Open> open_ ABSL_GUARDED_BY(mutex_);
   bool receiving_ ABSL_GUARDED_BY(mutex_) = false;  // somebody owes an EndReceive
+  absl::Time receive_deadline_ ABSL_GUARDED_BY(mutex_);
   std::vector<int64_t> inbox_tensors_ ABSL_GUARDED_BY(mutex_);
   Upkeep upkeep_ ABSL_GUARDED_BY(mutex_) = Upkeep::kNone;  // what the keeper does, or is to do
   WeightVersion undone_ ABSL_GUARDED_BY(mutex_);           // kRestore: the update's

@@ -5,6 +5,7 @@
 #include <array>
 #include <atomic>
 #include <cstring>
+#include <functional>
 #include <limits>
 #include <map>
 #include <optional>
@@ -168,7 +169,7 @@ class UpdateTest : public ::testing::Test {
   }
   absl::Status Send(int64_t step, int tensor) { return update.Push({0, step}, tensor, 0, Bytes(Values(step, tensor))); }
   absl::Status Commit(int64_t step) {
-    return update.Commit({0, step}, [&] {
+    return update.Commit({0, step}, [&](const auto&) {
       table.Install();
       return absl::OkStatus();
     });
@@ -284,7 +285,8 @@ TEST_F(UpdateTest, SubsetOverABaseVersion) {
 TEST_F(UpdateTest, AFailedInstallLeavesItVerified) {
   Receive(1);
   ASSERT_TRUE(update.Verify({0, 1}, Digests(1)).ok());
-  EXPECT_TRUE(absl::IsDeadlineExceeded(update.Commit({0, 1}, [] { return absl::DeadlineExceededError("busy"); })));
+  EXPECT_TRUE(
+      absl::IsDeadlineExceeded(update.Commit({0, 1}, [](const auto&) { return absl::DeadlineExceededError("busy"); })));
   EXPECT_EQ(update.status().state, UpdateState::kVerified);
   ASSERT_TRUE(Commit(1).ok());
 }
@@ -297,7 +299,7 @@ TEST_F(UpdateTest, CommitSentAgainEndsAsTheFirstDoes) {
   int installs = 0;
   absl::Status first, second;
   std::thread one([&] {
-    first = update.Commit({0, 1}, [&] {
+    first = update.Commit({0, 1}, [&](const auto&) {
       ++installs;
       installing.Notify();
       go_on.WaitForNotification();
@@ -307,7 +309,7 @@ TEST_F(UpdateTest, CommitSentAgainEndsAsTheFirstDoes) {
   installing.WaitForNotification();
   absl::Notification answered;
   std::thread two([&] {
-    second = update.Commit({0, 1}, [&] {
+    second = update.Commit({0, 1}, [&](const auto&) {
       ++installs;
       return absl::OkStatus();
     });
@@ -323,12 +325,107 @@ TEST_F(UpdateTest, CommitSentAgainEndsAsTheFirstDoes) {
   EXPECT_EQ(update.serving(), (WeightVersion{0, 1}));
 }
 
+// What a Commit does that waits for samples in flight.
+absl::Status WaitUntilGivenUp(const std::function<bool()>& given_up) {
+  while (!given_up()) absl::SleepFor(absl::Milliseconds(1));
+  return absl::CancelledError("given up");
+}
+
+TEST_F(UpdateTest, ACommitWaitsNoLongerThanItsCall) {
+  Receive(1);
+  ASSERT_TRUE(update.Verify({0, 1}, Digests(1)).ok());
+  EXPECT_TRUE(absl::IsCancelled(update.Commit({0, 1}, WaitUntilGivenUp, {.cancelled = [] { return true; }})))
+      << "before it has begun";
+  bool gone = false;
+  const auto leave = [&](const auto& given_up) {
+    EXPECT_FALSE(given_up());
+    gone = true;
+    return WaitUntilGivenUp(given_up);
+  };
+  EXPECT_TRUE(absl::IsCancelled(update.Commit({0, 1}, leave, {.cancelled = [&] { return gone; }})));
+  EXPECT_EQ(update.status().state, UpdateState::kVerified);
+  EXPECT_GT(update.status().lease_left, absl::ZeroDuration());
+  EXPECT_TRUE(
+      absl::IsCancelled(update.Commit({0, 1}, WaitUntilGivenUp, {.deadline = absl::Now() + absl::Milliseconds(5)})));
+  EXPECT_EQ(update.status().state, UpdateState::kVerified);
+  ASSERT_TRUE(Commit(1).ok());
+}
+
+TEST_F(UpdateTest, ACommitSentAgainWaitsNoLongerThanItsCall) {
+  Receive(1);
+  ASSERT_TRUE(update.Verify({0, 1}, Digests(1)).ok());
+  absl::Notification installing, go_on;
+  std::thread first([&] {
+    EXPECT_TRUE(update
+                    .Commit({0, 1},
+                            [&](const auto&) {
+                              installing.Notify();
+                              go_on.WaitForNotification();
+                              return absl::OkStatus();
+                            })
+                    .ok());
+  });
+  installing.WaitForNotification();
+  const auto never = [](const auto&) { return absl::InternalError("installed twice"); };
+  EXPECT_TRUE(absl::IsUnavailable(update.Commit({0, 1}, never, {.deadline = absl::Now() + absl::Milliseconds(5)})));
+  EXPECT_TRUE(absl::IsCancelled(update.Commit({0, 1}, never, {.cancelled = [] { return true; }})));
+  go_on.Notify();
+  first.join();
+  EXPECT_EQ(update.serving(), (WeightVersion{0, 1}));
+}
+
 class UpdateInBothModes : public UpdateTest, public ::testing::WithParamInterface<bool> {
  protected:
   UpdateInBothModes() : UpdateTest(GetParam()) {}
 };
 INSTANTIATE_TEST_SUITE_P(Modes, UpdateInBothModes, ::testing::Bool(),
                          [](const auto& mode) { return mode.param ? "Direct" : "Staged"; });
+
+TEST_P(UpdateInBothModes, RollbackEndsACommitThatWaits) {
+  const auto before = table.serving;
+  Receive(1);
+  ASSERT_TRUE(update.Verify({0, 1}, Digests(1)).ok());
+  absl::Notification waits;
+  absl::Status committed;
+  std::thread commit([&] {
+    committed = update.Commit({0, 1}, [&](const auto& given_up) {
+      waits.Notify();
+      return WaitUntilGivenUp(given_up);
+    });
+  });
+  waits.WaitForNotification();
+  const absl::StatusOr<bool> dropped = update.Rollback({0, 1});
+  commit.join();
+  ASSERT_TRUE(dropped.ok()) << dropped.status();
+  EXPECT_TRUE(*dropped);
+  EXPECT_TRUE(absl::IsCancelled(committed)) << committed;
+  EXPECT_EQ(update.status().state, UpdateState::kServing);
+  EXPECT_EQ(update.serving(), WeightVersion());
+  EXPECT_EQ(table.serving, before);
+  EXPECT_FALSE(gate.held);
+}
+
+TEST_P(UpdateInBothModes, RollbackOfACommitThatCannotBeGivenUpWaitsForIt) {
+  Receive(1);
+  ASSERT_TRUE(update.Verify({0, 1}, Digests(1)).ok());
+  absl::Notification installing;
+  std::thread commit([&] {
+    EXPECT_TRUE(update
+                    .Commit({0, 1},
+                            [&](const auto& given_up) {
+                              installing.Notify();
+                              (void)WaitUntilGivenUp(given_up);  // the Rollback has come: too late
+                              table.Install();
+                              return absl::OkStatus();
+                            })
+                    .ok());
+  });
+  installing.WaitForNotification();
+  EXPECT_FALSE(update.Rollback({0, 1}).value());
+  EXPECT_EQ(update.serving(), (WeightVersion{0, 1}));
+  commit.join();
+  EXPECT_EQ(table.serving[0], Values(1, 0));
+}
 
 // Random calls against the state machine written down a second time, as plainly as it can be.
 TEST_P(UpdateInBothModes, RandomCallsFollowTheModel) {
@@ -489,7 +586,7 @@ TEST_F(DirectTest, BeginWaitsForTheShadowAndSaysHowFarItIs) {
   Commit1();
   EXPECT_EQ(update.status().shadow.total, 40);
   const absl::Status late =
-      update.Begin({0, 2}, Whole(), absl::Minutes(1), absl::Now() + absl::Milliseconds(20)).status();
+      update.Begin({0, 2}, Whole(), absl::Minutes(1), {.deadline = absl::Now() + absl::Milliseconds(20)}).status();
   EXPECT_TRUE(absl::IsUnavailable(late));
   EXPECT_TRUE(absl::StrContains(late.message(), "still being written, 3 of 40 bytes")) << late;
   EXPECT_TRUE(absl::IsFailedPrecondition(update.Begin({0, 1}, Whole(), absl::Minutes(1)).status())) << "at once";
@@ -504,6 +601,16 @@ TEST_F(DirectTest, BeginWaitsForTheShadowAndSaysHowFarItIs) {
   EXPECT_EQ(update.status().shadow.total, 0);
 }
 
+TEST_F(DirectTest, ABeginWhoseClientIsGoneOpensNothing) {
+  table.fake_shadow().blocked = true;
+  Commit1();
+  int asked = 0;  // three times before it waits for the shadow
+  const CallLimit limit = {.cancelled = [&] { return ++asked > 3; }};
+  EXPECT_TRUE(absl::IsCancelled(update.Begin({0, 2}, Whole(), absl::Minutes(1), limit).status()));
+  table.fake_shadow().blocked = false;
+  ASSERT_TRUE(update.Begin({1, 0}, Whole(), absl::Minutes(1)).ok()) << "of another version";
+}
+
 TEST_F(DirectTest, RestoringShowsAndNothingBeginsMeanwhile) {
   Receive(1);
   table.fake_shadow().blocked = true;
@@ -513,7 +620,7 @@ TEST_F(DirectTest, RestoringShowsAndNothingBeginsMeanwhile) {
   EXPECT_EQ(update.status().open, (WeightVersion{0, 1}));
   EXPECT_TRUE(gate.held);
   EXPECT_TRUE(absl::IsUnavailable(
-      update.Begin({0, 2}, Whole(), absl::Minutes(1), absl::Now() + absl::Milliseconds(10)).status()));
+      update.Begin({0, 2}, Whole(), absl::Minutes(1), {.deadline = absl::Now() + absl::Milliseconds(10)}).status()));
   EXPECT_TRUE(absl::IsNotFound(Send(1, 0)));
   table.fake_shadow().blocked = false;
   rollback.join();
@@ -523,7 +630,7 @@ TEST_F(DirectTest, RestoringShowsAndNothingBeginsMeanwhile) {
 
 TEST_F(DirectTest, AReceiveThatWasDroppedEndsBeforeAnythingIsRestored) {
   ASSERT_TRUE(update.Begin({0, 1}, Whole(), absl::Minutes(1)).ok());
-  ASSERT_TRUE(update.BeginReceive({0, 1}, {}, absl::Now()).ok());
+  ASSERT_TRUE(update.BeginReceive({0, 1}, {}, {.deadline = absl::Now()}).ok());
   EXPECT_FALSE(gate.held);
   ASSERT_TRUE(update.BeforeStaging({0, 1}).ok());
   EXPECT_TRUE(gate.held);
@@ -540,6 +647,29 @@ TEST_F(DirectTest, AReceiveThatWasDroppedEndsBeforeAnythingIsRestored) {
   EXPECT_EQ(table.serving[0], std::vector<float>(4));
 }
 
+// It may end as late as its deadline says; what it overwrote can be restored then as well.
+TEST_F(DirectTest, ADroppedReceiveMayTakeAsLongAsItsCall) {
+  for (const bool ends : {true, false}) {
+    FakeGate own_gate;
+    FakeTable own_table(&own_gate);
+    WeightUpdate own(&own_table, {}, &own_gate, /*dropped_receive_wait=*/absl::Milliseconds(1));
+    ASSERT_TRUE(own.Begin({0, 1}, Whole(), absl::Minutes(1)).ok());
+    const absl::Duration left = ends ? absl::Minutes(10) : absl::ZeroDuration();
+    ASSERT_TRUE(own.BeginReceive({0, 1}, {}, {.deadline = absl::Now() + left}).ok());
+    ASSERT_TRUE(own.BeforeStaging({0, 1}).ok());
+    absl::StatusOr<bool> dropped;
+    std::thread rollback([&] { dropped = own.Rollback({0, 1}); });
+    if (ends) {
+      while (own.status().state != UpdateState::kRestoring) absl::SleepFor(absl::Milliseconds(1));
+      absl::SleepFor(absl::Milliseconds(50));
+      EXPECT_FALSE(own.EndReceive({0, 1}, absl::CancelledError("")).ok());
+    }
+    rollback.join();
+    EXPECT_EQ(dropped.ok(), ends) << dropped.status();
+    EXPECT_EQ(own_gate.failure().ok(), ends) << own_gate.failure();
+  }
+}
+
 TEST_F(DirectTest, WhatCannotBeRestoredNeverServes) {
   Receive(1);
   table.fake_shadow().restore_status = absl::DataLossError("a: digest");
@@ -553,7 +683,7 @@ class ReceiveTest : public UpdateTest {
  protected:
   absl::StatusOr<lockstep::Receive> BeginReceive(int64_t step, std::vector<int64_t> tensors = {},
                                                  absl::Duration wait = absl::ZeroDuration()) {
-    return update.BeginReceive({0, step}, std::move(tensors), absl::Now() + wait);
+    return update.BeginReceive({0, step}, std::move(tensors), {.deadline = absl::Now() + wait});
   }
   absl::Status EndReceive(int64_t step, const absl::Status& arrived = absl::OkStatus()) {
     return update.EndReceive({0, step}, arrived);
@@ -637,6 +767,35 @@ TEST_F(ReceiveTest, OneAtATime) {
   EXPECT_FALSE(EndReceive(1, absl::CancelledError("")).ok());
   waiting.join();
   EXPECT_TRUE(second.ok()) << second.status();
+}
+
+TEST_F(ReceiveTest, OneThatIsRefusedForgetsNothing) {
+  Receive(1);
+  ASSERT_TRUE(update.Verify({0, 1}, Digests(1)).ok());
+  EXPECT_TRUE(absl::IsAborted(
+      update.BeginReceive({0, 1}, {}, {.deadline = absl::Now()}, [] { return absl::AbortedError("the group"); })
+          .status()));
+  EXPECT_TRUE(absl::IsCancelled(update.BeginReceive({0, 1}, {}, {.cancelled = [] { return true; }}).status()));
+  EXPECT_EQ(update.status().state, UpdateState::kVerified);
+  EXPECT_EQ(update.status().received_bytes, 40);
+  EXPECT_TRUE(table.fake_inbox().expected.empty());
+  EXPECT_TRUE(Commit(1).ok());
+}
+
+TEST_F(ReceiveTest, OneWhoseSenderIsGoneWaitsNoLonger) {
+  ASSERT_TRUE(update.Begin({0, 1}, Whole(), absl::Minutes(1)).ok());
+  ASSERT_TRUE(BeginReceive(1).ok());
+  std::atomic<bool> gone = false;
+  absl::Status second;
+  std::thread waiting([&] {
+    second = update.BeginReceive({0, 1}, {}, {.cancelled = [&] { return gone.load(); }}).status();
+  });
+  gone = true;
+  waiting.join();
+  EXPECT_TRUE(absl::IsCancelled(second)) << second;
+  Arrive(1);
+  ASSERT_TRUE(EndReceive(1).ok());
+  EXPECT_TRUE(update.Verify({0, 1}, Digests(1)).ok()) << "the first goes on";
 }
 
 // What is still being written into the stage must not meet the next update's.

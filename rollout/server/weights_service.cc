@@ -1,7 +1,7 @@
 #include "rollout/server/weights_service.h"
 
 #include <algorithm>
-#include <map>
+#include <functional>
 #include <optional>
 #include <string>
 #include <utility>
@@ -17,6 +17,7 @@
 #include "rollout/server/stream_reactor.h"
 #include "rollout/server/unknown_fields.h"
 #include "rollout/server/weight_fields.h"
+#include "weights_sync/call_limit.h"
 #include "weights_sync/manifest.h"
 
 namespace lockstep {
@@ -35,6 +36,12 @@ absl::Status CheckGroup(const std::string& group) {
   if (!group.empty() && group.size() <= kMaxGroupName) return absl::OkStatus();
   return absl::InvalidArgumentError(
       absl::StrCat("group: a name of ", group.size(), " bytes; want 1 to ", kMaxGroupName));
+}
+
+// While the client waits, until its deadline or `latest`.
+CallLimit LimitOf(grpc::ServerContext& context, absl::Time latest = absl::InfiniteFuture()) {
+  return {.deadline = std::min(absl::FromChrono(context.deadline()), latest),
+          .cancelled = [&context] { return context.IsCancelled(); }};
 }
 
 class RefusedReceive final : public grpc::ServerBidiReactor<v1::ReceiveRequest, v1::ReceiveResponse> {
@@ -142,10 +149,9 @@ grpc::Status WeightsService::Begin(grpc::ServerContext* context, const v1::Begin
     LOCKSTEP_ASSIGN_OR_RETURN(Manifest manifest, ManifestOf(request->manifest()));
     const int64_t lease = request->lease_ms() == 0 ? kDefaultLeaseMs : request->lease_ms();
     LOCKSTEP_RETURN_IF_ERROR(CheckRange("lease_ms", lease, kMinLeaseMs, kMaxLeaseMs));
-    LOCKSTEP_ASSIGN_OR_RETURN(
-        const std::vector<int64_t> received,
-        update_.Begin(version, std::move(manifest), absl::Milliseconds(lease),
-                      std::min(absl::FromChrono(context->deadline()), absl::Now() + kMaxBeginWait)));
+    LOCKSTEP_ASSIGN_OR_RETURN(const std::vector<int64_t> received,
+                              update_.Begin(version, std::move(manifest), absl::Milliseconds(lease),
+                                            LimitOf(*context, absl::Now() + kMaxBeginWait)));
     LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.begin.answer"));
     response->mutable_received_bytes()->Add(received.begin(), received.end());
     response->set_lease_ms(lease);
@@ -213,8 +219,7 @@ grpc::Status WeightsService::Join(grpc::ServerContext* context, const v1::JoinRe
                             .root = request->root(),
                             .unique_id = request->unique_id(),
                             .max_ctas = request->max_ctas()};
-    LOCKSTEP_RETURN_IF_ERROR(
-        groups_.Join(join, absl::Now() + absl::Milliseconds(timeout), [context] { return context->IsCancelled(); }));
+    LOCKSTEP_RETURN_IF_ERROR(groups_.Join(join, LimitOf(*context, absl::Now() + absl::Milliseconds(timeout))));
     LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.join.answer"));
     response->set_bucket_bytes(inbox->buffer_bytes());
     response->set_nccl_version(groups_.nccl_version());
@@ -260,9 +265,10 @@ grpc::Status WeightsService::Commit(grpc::ServerContext* context, const v1::Comm
   const auto run = [&]() -> absl::Status {
     LOCKSTEP_RETURN_IF_ERROR(token_.Authorise(*context));
     LOCKSTEP_RETURN_IF_ERROR(CheckNoUnknownFields(*request));
-    LOCKSTEP_ASSIGN_OR_RETURN(const WeightSwitch change, SwitchOf(*request));
+    LOCKSTEP_ASSIGN_OR_RETURN(WeightSwitch change, SwitchOf(*request));
     LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.commit.before"));
-    LOCKSTEP_RETURN_IF_ERROR(update_.Commit(change.version, [&]() -> absl::Status {
+    const auto install = [&](const std::function<bool()>& given_up) -> absl::Status {
+      change.given_up = given_up;
       LOCKSTEP_ASSIGN_OR_RETURN(const WeightSwitchResult result, model_.control->SwitchWeights(change, [&] {
         return model_.install_weights(change.version);
       }));
@@ -272,7 +278,8 @@ grpc::Status WeightsService::Commit(grpc::ServerContext* context, const v1::Comm
       response->set_recomputed(result.recomputed);
       response->set_aborted(result.aborted);
       return absl::OkStatus();
-    }));
+    };
+    LOCKSTEP_RETURN_IF_ERROR(update_.Commit(change.version, install, LimitOf(*context)));
     return FailpointStatus("weights.commit.answer");
   };
   return ToGrpc(run());
