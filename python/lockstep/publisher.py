@@ -4,13 +4,14 @@
     publisher.publish((0, step), model.state_dict().items())
 
 The sequence is proto/lockstep/v1/weights.proto's: Begin everywhere; when all have accepted, the iterator is pulled once
-and each tensor goes to every worker; Verify everywhere; Commit everywhere. A failure before Commit is rolled back
-everywhere, so that all workers go on with the old weights.
+and each tensor goes to every worker; Verify everywhere; Begin again, which finds who has lost the update meanwhile;
+Commit everywhere. A failure before Commit is rolled back everywhere, so that all workers go on with the old weights.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import pathlib
 import queue
@@ -59,9 +60,10 @@ _CHANNEL_OPTIONS = [
     *LIVENESS_OPTIONS,
 ]
 # With allow_partial: until when a stage may last, as a part of timeout_s. A worker that hangs leaves the others time.
-_STAGE_ENDS = {"begin": 0.3, "push": 0.8, "verify": 0.9}
+_STAGE_ENDS = {"begin": 0.3, "push": 0.8, "verify": 0.9, "confirm": 0.95}
 # Of the codes of a Join or Receive, those that may be another rank's doing.
 _ANOTHERS = (Code.UNAVAILABLE, Code.CANCELLED, Code.DEADLINE_EXCEEDED, None)
+_REFUSED = (Code.INVALID_ARGUMENT, Code.FAILED_PRECONDITION, Code.UNIMPLEMENTED)  # of a Commit
 _GROUP_ROUNDS = 3  # groups that may fail although nobody has lost the update
 
 
@@ -85,10 +87,11 @@ class WorkerReport:
     worker: str
     version: Version | None = None  # that serves, by the worker's own word; None: it could not be asked
     error: LockstepError | None = None
-    failed_in: str | None = None  # "begin", "push", "verify" or "commit"
+    failed_in: str | None = None  # "begin", "push", "verify", "confirm" (had the update no more) or "commit"
     begin_s: float | None = None
     push_s: float | None = None  # from the first to the last byte; includes waiting for the iterator
     verify_s: float | None = None
+    confirm_s: float | None = None  # Begin once more, when all have verified
     commit_s: float | None = None
     pause_ms: float | None = None  # for which no step ran
     wait_ms: float | None = None  # for requests to finish, and for the step boundary
@@ -150,12 +153,13 @@ class WeightPublisher:
     base_version: the manifest holds a part of the tensors; the others must have this version at the workers.
     batch_bytes: sent and acknowledged at once. Host memory: up to three batches (or three tensors, where larger).
     timeout_s: for one publish(), all stages together; rolling back and asking who serves what take half of it again at
-      most. With allow_partial Begin must be over after 30% of it, the tensors after 80%, Verify after 90%; one batch
-      (over nccl: making a group, and sending in it what can be sent again) may take half of what is left of its stage.
-      Who hangs has failed then, and the others have time to commit.
+      most. With allow_partial Begin must be over after 30% of it, the tensors after 80%, Verify after 90%, asking once
+      more who has the update after 95%; one batch (over nccl: making a group, and sending in it what can be sent again)
+      may take half of what is left of its stage. Who hangs has failed then, and the others have time to commit.
     retry_s: how long to try to reach a worker again, from when its connection failed. One that is silent (its host is
       gone, its process stopped) fails after 25 s.
-    lease_s: how long a worker keeps a half-received update if this process dies; 1 to 3,600.
+    lease_s: how long a worker keeps a half-received update if this process dies; 1 to 3,600. It is renewed every third
+      of it until Commit, whatever the other workers take.
     nccl_library: its path; by default LOCKSTEP_NCCL_LIBRARY, the loader's libnccl.so.2, or that of torch's wheel.
     device: from which NCCL sends, as torch names it; by default the current CUDA device. Tensors elsewhere are copied
       there first. "cpu" is for libraries that take host memory.
@@ -330,12 +334,15 @@ class WeightPublisher:
             self._channels[worker] = self._credentials.channel(worker, _CHANNEL_OPTIONS)
         return weights_pb2_grpc.WeightsStub(self._channels[worker])
 
-    def _call(self, worker: str, method: str, request: Any, deadline: float) -> Any:
-        """A unary call, made again while the connection fails (every call of the service may be repeated)."""
+    def _call(self, worker: str, method: str, request: Any, deadline: Callable[[], float]) -> Any:
+        """A unary call, made again while the connection fails (every call of the service may be repeated).
+
+        deadline: asked before each try; one that has passed ends them.
+        """
         give_up = None
         while True:
             try:
-                return getattr(self._stub(worker), method)(request, timeout=_left(deadline, worker))
+                return getattr(self._stub(worker), method)(request, timeout=_left(deadline(), worker))
             except grpc.RpcError as error:
                 # From the first failure on: the call may have lasted longer than retry_s itself.
                 give_up = give_up or time.monotonic() + self._retry_s
@@ -349,7 +356,7 @@ class WeightPublisher:
 
         def ask(worker: str) -> Any:
             try:
-                return self._call(worker, method, request, deadline)
+                return self._call(worker, method, request, lambda: deadline)
             except LockstepError as error:
                 return error
 
@@ -386,7 +393,9 @@ class _Update:
         # Bytes of each tensor, as Begin answered: not 0 where a learner that died had sent them.
         self.received: dict[str, list[int]] = {}
         self.begin_request = publisher._begin_request(version)
-        self.all_pushed = threading.Event()
+        # Once the update is over or about to be rolled back: no more bytes, and no Begin, which might open it again.
+        self.stopped = threading.Event()
+        self.turns = {worker: threading.Lock() for worker in publisher.workers}  # one unary call at a time
         # Workers that had the version before: of a publish() that ended, or whose learner did, within its Commit.
         self.serving: set[str] = set()
         self.rolled_back: dict[str, threading.Thread] = {}
@@ -396,19 +405,21 @@ class _Update:
         self, tensors: Iterator[tuple[str, Any]], again: Callable[[], Iterable[tuple[str, Any]]] | None
     ) -> PublishReport:
         try:
-            self.stage("begin", lambda worker: self.received.update({worker: self.begin(worker)}))
-            self.enter("push")
-            if not self.receiving():
-                digests = []
-                for _ in tensors:
-                    pass
-            elif self.publisher._groups is None:
-                digests = self.push(tensors)
-            else:
-                digests = self.broadcast(tensors, again)
-            request = weights_pb2.VerifyRequest(version=_version(self.version), digests=digests)
-            self.stage("verify", lambda worker: self.call(worker, "Verify", request))
-            self.commit()
+            with self.kept_open():
+                self.stage("begin", lambda worker: self.received.update({worker: self.begin(worker)}))
+                self.enter("push")
+                if not self.receiving():
+                    digests = []
+                    for _ in tensors:
+                        pass
+                elif self.publisher._groups is None:
+                    digests = self.push(tensors)
+                else:
+                    digests = self.broadcast(tensors, again)
+                request = weights_pb2.VerifyRequest(version=_version(self.version), digests=digests)
+                self.stage("verify", lambda worker: self.call(worker, "Verify", request))
+                self.stage("confirm", self.confirm)
+            self.commit(roll_back_refused=True)
         except BaseException as error:
             # Whatever it is (the iterator's own error, Ctrl-C): nothing half done stays at the workers.
             if not isinstance(error, UpdateFailed):
@@ -416,10 +427,12 @@ class _Update:
             for _ in tensors:  # other ranks are in there as well
                 pass
             raise
+        finally:
+            self.stopped.set()  # also where a second interrupt came before the roll-back
         return self.report()
 
     def commit_only(self) -> PublishReport:
-        self.commit()
+        self.commit(roll_back_refused=False)  # the caller may yet find the right arguments
         return self.report()
 
     def well(self) -> list[str]:
@@ -428,8 +441,57 @@ class _Update:
     def receiving(self) -> list[str]:
         return [worker for worker in self.well() if worker not in self.serving]
 
+    def given_up(self, worker: str) -> bool:
+        return self.stopped.is_set() or worker in self.rolled_back
+
     def call(self, worker: str, method: str, request: Any, until: float | None = None) -> Any:
-        return self.publisher._call(worker, method, request, self.until if until is None else until)
+        """One at a time at a worker; none is begun once the update is given up there."""
+        until = self.until if until is None else until
+        if not self.turns[worker].acquire(timeout=_left(until, worker)):
+            raise _late(worker)
+        try:
+            return self.publisher._call(worker, method, request, lambda: 0.0 if self.given_up(worker) else until)
+        finally:
+            self.turns[worker].release()
+
+    @contextlib.contextmanager
+    def kept_open(self) -> Iterator[None]:
+        """Renews the leases meanwhile: a worker that is done with a stage waits for the slowest."""
+        interval_s, over = self.publisher._lease_s / 3, threading.Event()
+
+        def renew(worker: str) -> None:
+            turn = self.turns[worker]
+            if not turn.acquire(blocking=False):  # busy: the call that it is busy with renews
+                return
+            if self.given_up(worker):
+                turn.release()
+                return
+            # Its answer is of no interest: where the update is lost, the next call says so, confirm() at the latest.
+            call = self.publisher._stub(worker).Begin.future(self.begin_request, timeout=min(interval_s, 10.0))
+            call.add_done_callback(lambda _: turn.release())
+
+        def renew_all() -> None:
+            while not over.wait(interval_s) and not self.stopped.is_set():
+                for worker in self.receiving():
+                    if worker in self.received:
+                        renew(worker)
+
+        thread = threading.Thread(target=renew_all, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join()
+
+    def confirm(self, worker: str) -> None:
+        """Begin once more: an update that the worker has lost since Verify fails before anybody commits."""
+        if self.begin(worker) != [spec.bytes for spec in self.publisher.manifest]:
+            raise LockstepError(
+                f"the worker lost the update before Commit: it was restarted, or its lease of {self.publisher._lease_s} s "
+                "ended",
+                worker=worker,
+            )
 
     def enter(self, stage: str) -> None:
         self.until = self.deadline
@@ -454,14 +516,20 @@ class _Update:
             setattr(self.reports[worker], f"{name}_s", time.monotonic() - began)
 
         with concurrent.futures.ThreadPoolExecutor(len(self.reports)) as executor:
-            list(executor.map(one, self.receiving() if name == "verify" else self.well()))
+            list(executor.map(one, self.receiving() if name in ("verify", "confirm") else self.well()))
         self.check(roll_back=name != "commit")
 
+    def failed(self) -> list[WorkerReport]:
+        return [report for report in self.reports.values() if report.error is not None]
+
+    def hopeless(self) -> bool:
+        return bool(self.failed()) and not (self.allow_partial and self.well())
+
     def check(self, roll_back: bool) -> None:
-        failed = [report for report in self.reports.values() if report.error is not None]
+        failed = self.failed()
         if not failed:
             return
-        if self.allow_partial and self.well():
+        if not self.hopeless():
             # One that lives would hold what had arrived, and in direct mode its samples, until the lease ends. The
             # others do not wait for one that may hang.
             if roll_back:
@@ -480,14 +548,22 @@ class _Update:
         """At those, once; by default everywhere, the failed ones included: one may have carried out what it could not
         answer.
         """
+        if workers is None:
+            self.stopped.set()
         workers = [w for w in (self.reports if workers is None else workers) if w not in self.rolled_back]
         request = weights_pb2.RollbackRequest(version=_version(self.version))
 
         def one(worker: str) -> None:
+            until = time.monotonic() + self.afterwards_s
+            # A Begin that is on its way would open it again.
+            had_turn = self.turns[worker].acquire(timeout=self.afterwards_s / 2)
             try:
-                self.publisher._stub(worker).Rollback(request, timeout=self.afterwards_s)
+                self.publisher._stub(worker).Rollback(request, timeout=until - time.monotonic())
             except grpc.RpcError:
                 pass  # the lease ends it there
+            finally:
+                if had_turn:
+                    self.turns[worker].release()
 
         for worker in workers:
             self.rolled_back[worker] = threading.Thread(target=one, args=(worker,), daemon=True)
@@ -539,9 +615,15 @@ class _Update:
         self.chunk_bytes[worker] = answer.max_chunk_bytes or 1 << 20
         return list(answer.received_bytes)
 
-    def commit(self) -> None:
+    def commit(self, roll_back_refused: bool) -> None:
         def one(worker: str) -> None:
-            answer, report = self.call(worker, "Commit", self.commit_request), self.reports[worker]
+            try:
+                answer, report = self.call(worker, "Commit", self.commit_request), self.reports[worker]
+            except LockstepError as error:
+                # No Commit like it will do; in direct mode its samples would stand still until the lease ends.
+                if roll_back_refused and error.code in _REFUSED:
+                    self.roll_back([worker], wait=False)
+                raise
             report.pause_ms, report.wait_ms = answer.pause_ms, answer.wait_ms
             report.kept, report.recomputed, report.aborted = answer.kept, answer.recomputed, answer.aborted
 
@@ -667,42 +749,43 @@ class _Update:
         """Sends every tensor to every well worker; digests by index."""
         queues: dict[str, queue.Queue[_Batch | None]] = {worker: queue.Queue(maxsize=1) for worker in self.receiving()}
         threads = [threading.Thread(target=self.sender, args=(w, queues[w]), daemon=True) for w in queues]
-        for thread in threads:
-            thread.start()
         digests: dict[int, int] = {}
         batch = _Batch([])
 
         def hand_over(item: _Batch | None) -> None:
             for worker, waiting in queues.items():
-                while self.reports[worker].error is None or item is None:  # a failed sender still waits for its None
+                # A failed sender still waits for its None.
+                while (self.reports[worker].error is None or item is None) and not self.hopeless():
                     try:
                         waiting.put(item, timeout=0.2)
                         break
                     except queue.Full:
                         continue
 
-        try:
-            for name, tensor in tensors:
-                index = self.check_tensor(name, tensor, digests)
-                digests[index] = digest(tensor)
-                data = _host_copy(tensor)
-                batch.tensors.append((index, data))
-                batch.size += data.size
-                if batch.size >= self.publisher._batch_bytes:
-                    hand_over(batch)
-                    batch = _Batch([])
+        # Whatever is raised here, an interrupt too, ends in a roll-back, which stops the threads.
+        for thread in threads:
+            thread.start()
+        for name, tensor in tensors:
+            if self.hopeless():
+                break
+            index = self.check_tensor(name, tensor, digests)
+            digests[index] = digest(tensor)
+            data = _host_copy(tensor)
+            batch.tensors.append((index, data))
+            batch.size += data.size
+            if batch.size >= self.publisher._batch_bytes:
+                hand_over(batch)
+                batch = _Batch([])
+        else:
             if batch.tensors:
                 hand_over(batch)
             missing = [spec.name for i, spec in enumerate(self.publisher.manifest) if i not in digests]
             if missing:
                 raise InvalidRequest(f"tensors: {len(missing)} of the manifest never came: {', '.join(missing[:10])}")
-        finally:
-            hand_over(None)
-            for worker in queues:  # all have taken their None once the queues are empty
-                queues[worker].join()
-            self.all_pushed.set()
-            for thread in threads:
-                thread.join()
+        hand_over(None)
+        for thread in threads:
+            while thread.is_alive() and not self.hopeless():
+                thread.join(0.2)
         self.check(roll_back=True)
         return [digests[i] for i in range(len(self.publisher.manifest))]
 
@@ -721,36 +804,29 @@ class _Update:
         return index
 
     def sender(self, worker: str, batches: queue.Queue[_Batch | None]) -> None:
-        """One worker's thread: pushes batch after batch; in between, keeps the lease. Ends when all workers are done."""
-        report = self.reports[worker]
-        began, renew = time.monotonic(), self.publisher._lease_s / 3
-        ended = False
-        while not (ended and self.all_pushed.is_set()):
+        """One worker's thread: pushes batch after batch until None comes or the update is stopped."""
+        report, began = self.reports[worker], time.monotonic()
+        while not self.stopped.is_set():
             try:
-                if ended:
-                    if not self.all_pushed.wait(renew):
-                        raise queue.Empty
-                    break
-                batch = batches.get(timeout=renew)
+                batch = batches.get(timeout=0.2)
             except queue.Empty:
-                if report.error is None:
-                    self.guarded(worker, lambda: self.begin(worker, self.share()))
                 continue
             if batch is None:
-                ended = True
-                report.push_s = time.monotonic() - began
-            elif report.error is None:
+                break
+            if report.error is None:
                 self.guarded(worker, lambda batch=batch: self.push_batch(worker, batch))
-            batches.task_done()
+        report.push_s = time.monotonic() - began
 
     def guarded(self, worker: str, action: Callable[[], Any]) -> None:
         try:
             action()
-        except LockstepError as error:
+            return
+        except LockstepError as caught:
+            error = caught
+        except Exception as caught:  # a defect here must not leave the other threads waiting
+            error = LockstepError(f"{type(caught).__name__}: {caught}", worker=worker)
+        if not self.stopped.is_set():  # else it comes of that
             self.reports[worker].error, self.reports[worker].failed_in = error, "push"
-        except Exception as error:  # a defect here must not leave the other threads waiting
-            self.reports[worker].error = LockstepError(f"{type(error).__name__}: {error}", worker=worker)
-            self.reports[worker].failed_in = "push"
 
     def push_batch(self, worker: str, batch: _Batch) -> None:
         """One stream for one batch, taken up where it broke until all of it has arrived."""
@@ -786,6 +862,8 @@ class _Update:
         first = weights_pb2.PushRequest(version=_version(self.version))
         for index, data in batch.tensors:
             for offset in range(received[index], data.size, chunk):
+                if self.stopped.is_set():
+                    return
                 message, first = first or weights_pb2.PushRequest(), None
                 message.tensor, message.offset = index, offset
                 message.data = data[offset : offset + chunk].tobytes()
@@ -801,8 +879,12 @@ def _version(version: tuple[int, int]) -> rollout_pb2.WeightVersion:
 def _left(deadline: float, worker: str) -> float:
     left = deadline - time.monotonic()
     if left <= 0:
-        raise DeadlineExceeded("timeout_s, or a stage's part of it, passed", code=Code.DEADLINE_EXCEEDED, worker=worker)
+        raise _late(worker)
     return left
+
+
+def _late(worker: str) -> DeadlineExceeded:
+    return DeadlineExceeded("timeout_s, or a stage's part of it, passed", code=Code.DEADLINE_EXCEEDED, worker=worker)
 
 
 def _host_copy(tensor: Any) -> np.ndarray:

@@ -372,6 +372,14 @@ def test_a_slow_gather_keeps_its_lease(start, make, trainer):
     assert publisher.publish((0, 1), source()).workers[0].version == (0, 1)
 
 
+def test_joining_longer_than_the_lease(start, make, trainer, monkeypatch):
+    first = start()
+    monkeypatch.setenv("LOCKSTEP_FAILPOINTS", "weights.join.before=sleep(3500)")
+    second = start()
+    report = make([first, second], lease_s=2).publish((0, 1), trainer.tensors().items())
+    assert [w.version for w in report.workers] == [(0, 1)] * 2
+
+
 @in_both_modes
 def test_the_stream_and_nccl_take_turns(start, make, trainer):
     worker = start()

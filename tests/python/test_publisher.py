@@ -1,5 +1,6 @@
 """WeightPublisher against weights.proto's service in Python: all or nothing, whatever fails."""
 
+import signal
 import threading
 import time
 
@@ -87,7 +88,8 @@ def test_order_of_stages(fleet):
     make(fleet).publish((0, 1), source())
     assert pulled == [3]
     names = [name for name in log if name in ("Begin", "Push", "Verify", "Commit")]
-    assert names == sorted(names, key=["Begin", "Push", "Verify", "Commit"].index)
+    stages = [name for i, name in enumerate(names) if i == 0 or names[i - 1] != name]
+    assert stages == ["Begin", "Push", "Verify", "Begin", "Commit"], "all are asked once more before any commits"
 
 
 @pytest.mark.parametrize("stage", ["Begin", "Push", "Verify"])
@@ -167,6 +169,107 @@ def test_the_lease_is_kept_while_the_iterator_is_slow(fleet):
 
     make(fleet, lease_s=1.0, batch_bytes=1 << 20).publish((0, 1), slow())
     assert all(w.version == (0, 1) for w in fleet)
+
+
+@pytest.mark.parametrize("stage", ["Begin", "Verify"])
+def test_the_lease_is_kept_while_others_are_slow(fleet, stage):
+    """Who is done with a stage waits for the slowest: here for longer than the lease."""
+    enter = fleet[1].enter
+
+    def slow(name, context):
+        enter(name, context)
+        if name == stage and fleet[1].calls.count(name) == 1:
+            for _ in range(35):
+                time.sleep(0.1)
+                fleet[1].lease_end = time.monotonic() + 2.0  # a worker does not drop what it works on
+
+    fleet[1].enter = slow
+    report = make(fleet[:2], lease_s=2.0).publish((0, 1), tensors(1).items())
+    assert [w.version for w in report.workers] == [(0, 1)] * 2
+    assert fleet[0].calls.count("Begin") > 2
+
+
+@pytest.mark.parametrize("allow_partial", [False, True])
+def test_an_update_that_is_lost_after_verify_fails_before_any_commit(fleet, allow_partial):
+    """As by a lease that ends, or a restart, while the others verify."""
+    enter = fleet[1].enter
+
+    def losing(name, context):
+        if name == "Begin" and "Verify" in fleet[1].calls:
+            with fleet[1].lock:
+                fleet[1].drop()
+        enter(name, context)
+
+    fleet[1].enter = losing
+    if allow_partial:
+        report = make(fleet).publish((0, 1), tensors(1).items(), allow_partial=True)
+    else:
+        with pytest.raises(UpdateFailed, match="the worker lost the update before Commit") as error:
+            make(fleet).publish((0, 1), tensors(1).items())
+        report = error.value.report
+    new = (0, 1) if allow_partial else (0, 0)
+    assert [w.version for w in report.workers] == [new, (0, 0), new]
+    assert [(w.worker, w.failed_in) for w in report.failed] == [(fleet[1].address, "confirm")]
+    assert all(w.open is None for w in fleet) and "Commit" not in fleet[1].calls
+
+
+def test_an_interrupt_while_the_last_batch_is_sent(fleet):
+    """It ends every thread of the update, and nothing opens the update again."""
+    pushing, go_on = threading.Event(), threading.Event()
+    enter = fleet[1].enter
+
+    def waiting(name, context):
+        enter(name, context)
+        if name == "Push":
+            pushing.set()
+            go_on.wait(30)
+
+    def interrupt():
+        pushing.wait(30)
+        time.sleep(0.3)  # publish() waits for the senders by then; it makes no difference where it is
+        signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)
+
+    fleet[1].enter = waiting
+    interrupter = threading.Thread(target=interrupt)
+    interrupter.start()
+    with pytest.raises(KeyboardInterrupt):
+        make(fleet, lease_s=1.0, batch_bytes=1 << 20).publish((0, 1), tensors(1).items())
+    interrupter.join()
+    assert all(w.open is None and w.calls.count("Rollback") == 1 for w in fleet)
+    go_on.set()
+    deadline = time.monotonic() + 20
+    while any("sender" in t.name or "renew_all" in t.name for t in threading.enumerate()):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert all(w.open is None and "Begin" not in w.calls[w.calls.index("Rollback") :] for w in fleet)
+
+
+def test_no_more_is_sent_once_the_update_has_failed(fleet):
+    """The others are rolled back while the iterator is walked on: in direct mode they stand still until then."""
+    fleet[1].fail = {"Push": (Code.INTERNAL, -1)}
+    walked = []
+
+    def source():
+        for name, tensor in tensors(1).items():
+            yield name, tensor
+            walked.append((name, "Rollback" in fleet[0].calls))
+            deadline = time.monotonic() + 20
+            while fleet[1].calls.count("Push") == 0 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            time.sleep(0.2)
+
+    with pytest.raises(UpdateFailed, match="1 of 3 workers failed"):
+        make(fleet, batch_bytes=1).publish((0, 1), source())
+    assert [name for name, _ in walked] == list(tensors()) and walked[-1][1]
+    assert fleet[0].pushed < TOTAL
+
+
+def test_a_commit_that_is_refused_is_rolled_back_there(fleet):
+    fleet[1].fail = {"Commit": (Code.INVALID_ARGUMENT, -1)}
+    with pytest.raises(UpdateFailed) as error:
+        make(fleet).publish((0, 1), tensors(1).items())
+    assert [w.version for w in error.value.report.workers] == [(0, 1), (0, 0), (0, 1)]
+    assert fleet[1].open is None and fleet[1].calls.count("Rollback") == 1
 
 
 def test_the_iterators_own_error_rolls_back(fleet):
