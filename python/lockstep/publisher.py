@@ -13,6 +13,8 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import numbers
+import operator
 import pathlib
 import queue
 import threading
@@ -64,6 +66,7 @@ _STAGE_ENDS = {"begin": 0.3, "push": 0.8, "verify": 0.9, "confirm": 0.95}
 # Of the codes of a Join or Receive, those that may be another rank's doing.
 _ANOTHERS = (Code.UNAVAILABLE, Code.CANCELLED, Code.DEADLINE_EXCEEDED, None)
 _REFUSED = (Code.INVALID_ARGUMENT, Code.FAILED_PRECONDITION, Code.UNIMPLEMENTED)  # of a Commit
+_MOST, _MOST_S = 2**63 - 1, 1_000_000  # of an int64; of limits, in seconds
 _GROUP_ROUNDS = 3  # groups that may fail although nobody has lost the update
 
 
@@ -99,6 +102,7 @@ class WorkerReport:
     recomputed: int = 0
     aborted: int = 0
     resumed: int = 0  # times a broken stream was taken up again
+    served_before: bool = False  # it had the version already: it was sent nothing, whatever the tensors
 
 
 @dataclasses.dataclass
@@ -119,6 +123,8 @@ class PublishReport:
         ]
         for w in self.workers:
             serves = f"serves {tuple(w.version)}" if w.version else "version unknown"
+            if w.served_before and w.error is None:
+                serves += " as it did before: nothing was sent"
             lines.append(f"  {w.worker}: {serves}" + (f"; {w.failed_in}: {w.error}" if w.error else ""))
         return "\n".join(lines)
 
@@ -158,8 +164,8 @@ class WeightPublisher:
       may take half of what is left of its stage. Who hangs has failed then, and the others have time to commit.
     retry_s: how long to try to reach a worker again, from when its connection failed. One that is silent (its host is
       gone, its process stopped) fails after 25 s.
-    lease_s: how long a worker keeps a half-received update if this process dies; 1 to 3,600. It is renewed every third
-      of it until Commit, whatever the other workers take.
+    lease_s: how long a worker keeps a half-received update if this process dies; 1 to 3,600, 0: 60. It is renewed every
+      third of it until Commit, whatever the other workers take.
     nccl_library: its path; by default LOCKSTEP_NCCL_LIBRARY, the loader's libnccl.so.2, or that of torch's wheel.
     device: from which NCCL sends, as torch names it; by default the current CUDA device. Tensors elsewhere are copied
       there first. "cpu" is for libraries that take host memory.
@@ -190,16 +196,21 @@ class WeightPublisher:
     ):
         if transport not in ("stream", "nccl"):
             raise InvalidRequest(f"transport: {transport!r}, want 'stream' or 'nccl'")
-        if not 0 <= max_ctas <= 64:
-            raise InvalidRequest(f"max_ctas: {max_ctas}, want 0 to 64")
+        _check_number("batch_bytes", batch_bytes, 1, _MOST, whole=True)
+        _check_number("timeout_s", timeout_s, 0.001, _MOST_S)
+        _check_number("retry_s", retry_s, 0, _MOST_S)
+        if lease_s != 0:
+            _check_number("lease_s", lease_s, 1, 3600, " (0: 60)")
+        _check_number("max_ctas", max_ctas, 0, 64, whole=True)
         self._groups = Groups(nccl_library, device, max_ctas) if transport == "nccl" else None
         self.workers = [workers] if isinstance(workers, str) else list(workers)
         if not self.workers or len(set(self.workers)) != len(self.workers):
             raise InvalidRequest(f"workers: {self.workers}, want one or more different HOST:PORT")
         self.manifest = manifest_of(manifest_from)
         self._index = {spec.name: i for i, spec in enumerate(self.manifest)}
-        self._base_version = base_version
-        self._batch_bytes, self._timeout_s, self._retry_s, self._lease_s = batch_bytes, timeout_s, retry_s, lease_s
+        self._base_version = None if base_version is None else _check_version("base_version", base_version)
+        self._batch_bytes, self._timeout_s, self._retry_s = batch_bytes, timeout_s, retry_s
+        self._lease_s = lease_s or 60.0
         self._credentials = Credentials(token, tls_ca)
         self._channels: dict[str, Any] = {}
 
@@ -231,6 +242,9 @@ class WeightPublisher:
     ) -> PublishReport | None:
         """Brings `version` = (epoch, step) to every worker; returns when all of them serve it.
 
+        A worker that serves `version` already, of a publish() before, is sent nothing and keeps what it has, also where
+        the tensors are others now; its `served_before` in the report says so. Other tensors need a larger version.
+
         tensors: (name, torch tensor or numpy array) of every entry of the manifest, in any order; whole tensors
           (an FSDP2 DTensor's full_tensor()). The iterator is walked to its end even if the update has failed before,
           as it may gather over ranks that would hang otherwise.
@@ -256,11 +270,11 @@ class WeightPublisher:
             return None
         try:
             commit_request = self._commit_request(version, policy, finish_timeout_s, fallback)
-        except LockstepError:
+        except BaseException:
             for _ in iterator:
                 pass
             raise
-        update = _Update(self, Version(*version), commit_request, allow_partial)
+        update = _Update(self, commit_request, allow_partial)
         update.at_hand = hasattr(source, "__len__")
         return update.run(iterator, again)
 
@@ -274,14 +288,15 @@ class WeightPublisher:
     ) -> PublishReport:
         """Commits a verified update again where a publish() failed in Commit (policy "finish" without a fallback)."""
         request = self._commit_request(version, policy, finish_timeout_s, fallback)
-        return _Update(self, Version(*version), request, False).commit_only()
+        return _Update(self, request, False).commit_only()
 
     def rollback(self, version: tuple[int, int]) -> dict[str, bool]:
         """Drops the update at every worker; by worker, whether it was open.
 
         Where not all answered, RollbackFailed has the results of those that did; the others drop it when its lease ends.
         """
-        answers = self._ask_all("Rollback", weights_pb2.RollbackRequest(version=_version(version)))
+        request = weights_pb2.RollbackRequest(version=_version(_check_version("version", version)))
+        answers = self._ask_all("Rollback", request)
         results = {w: a if isinstance(a, LockstepError) else a.dropped for w, a in answers.items()}
         errors = [result for result in results.values() if isinstance(result, LockstepError)]
         if errors:
@@ -304,13 +319,12 @@ class WeightPublisher:
     def _commit_request(
         self, version: tuple[int, int], policy: str, finish_timeout_s: float, fallback: str | None
     ) -> weights_pb2.CommitRequest:
-        epoch, step = version
-        if epoch < 0 or step < 0:
-            raise InvalidRequest(f"version: {version}, want (epoch, step) of 0 or more")
-        if policy not in _POLICIES:
+        version = _check_version("version", version)
+        if not isinstance(policy, str) or policy not in _POLICIES:
             raise InvalidRequest(f"policy: {policy!r}, want one of {', '.join(_POLICIES)}")
-        if fallback is not None and (fallback not in _POLICIES or fallback == "finish"):
+        if fallback not in (None, "keep", "recompute", "abort"):
             raise InvalidRequest(f"fallback: {fallback!r}, want keep, recompute, abort or None")
+        _check_number("finish_timeout_s", finish_timeout_s, 0, 3600)
         if policy != "finish" and (fallback is not None or finish_timeout_s):
             raise InvalidRequest(f"policy: {policy!r} takes no finish_timeout_s or fallback, want 'finish' with them")
         return weights_pb2.CommitRequest(
@@ -376,11 +390,11 @@ class _Update:
     def __init__(
         self,
         publisher: WeightPublisher,
-        version: Version,
         commit_request: weights_pb2.CommitRequest,
         allow_partial: bool,
     ):
-        self.publisher, self.version = publisher, version
+        self.publisher = publisher
+        self.version = Version(commit_request.version.epoch, commit_request.version.step)
         self.commit_request, self.allow_partial = commit_request, allow_partial
         self.began = time.monotonic()
         finish = commit_request.finish_timeout_ms / 1000
@@ -392,7 +406,7 @@ class _Update:
         self.chunk_bytes: dict[str, int] = {}
         # Bytes of each tensor, as Begin answered: not 0 where a learner that died had sent them.
         self.received: dict[str, list[int]] = {}
-        self.begin_request = publisher._begin_request(version)
+        self.begin_request = publisher._begin_request(self.version)
         # Once the update is over or about to be rolled back: no more bytes, and no Begin, which might open it again.
         self.stopped = threading.Event()
         self.turns = {worker: threading.Lock() for worker in publisher.workers}  # one unary call at a time
@@ -400,6 +414,7 @@ class _Update:
         self.serving: set[str] = set()
         self.rolled_back: dict[str, threading.Thread] = {}
         self.at_hand = False
+        self.source_error: Exception | None = None  # the iterator's own, or what is wrong with what it gave
 
     def run(
         self, tensors: Iterator[tuple[str, Any]], again: Callable[[], Iterable[tuple[str, Any]]] | None
@@ -606,6 +621,7 @@ class _Update:
                 status = self.call(worker, "GetStatus", weights_pb2.GetStatusRequest(), until)
                 if status.weight_version == _version(self.version):
                     self.serving.add(worker)
+                    self.reports[worker].served_before = worker not in self.received
                     return [spec.bytes for spec in self.publisher.manifest]
                 # A Commit whose learner is gone: what comes of it shows soon.
                 committing = status.state == weights_pb2.UPDATE_STATE_COMMITTING
@@ -652,8 +668,8 @@ class _Update:
                     self.reports[worker].push_s = time.monotonic() - began
                 return digests
             except LockstepError as error:
-                if isinstance(error, InvalidRequest) and error.worker is None:  # the caller's own
-                    raise
+                if self.source_error is not None:
+                    raise self.source_error from None
                 groups.drop()
                 self.mark_dead(broadcast.errors(), error)
                 self.check(roll_back=True)
@@ -732,18 +748,20 @@ class _Update:
         """With their indices, which must be those of the manifest's order."""
         manifest = self.publisher.manifest
         seen: dict[int, int] = {}
-        for name, tensor in tensors:
-            index = self.check_tensor(name, tensor, seen)
-            if index != len(seen):
-                raise InvalidRequest(
-                    f"tensors: {name!r} came where the manifest has {manifest[len(seen)].name!r}; over nccl they come "
-                    "in the manifest's order"
-                )
-            seen[index] = 0
-            yield index, tensor
-        if len(seen) < len(manifest):
-            names = ", ".join(spec.name for spec in manifest[len(seen) : len(seen) + 10])
-            raise InvalidRequest(f"tensors: {len(manifest) - len(seen)} of the manifest never came: {names}")
+        try:
+            for item in tensors:
+                index, tensor = self.check_tensor(item, seen)
+                if index != len(seen):
+                    raise InvalidRequest(
+                        f"tensors: {item[0]!r} came where the manifest has {manifest[len(seen)].name!r}; over nccl they "
+                        "come in the manifest's order"
+                    )
+                seen[index] = 0
+                yield index, tensor
+            self.check_complete(seen)
+        except Exception as error:
+            self.source_error = error
+            raise
 
     def push(self, tensors: Iterator[tuple[str, Any]]) -> list[int]:
         """Sends every tensor to every well worker; digests by index."""
@@ -765,10 +783,10 @@ class _Update:
         # Whatever is raised here, an interrupt too, ends in a roll-back, which stops the threads.
         for thread in threads:
             thread.start()
-        for name, tensor in tensors:
+        for item in tensors:
             if self.hopeless():
                 break
-            index = self.check_tensor(name, tensor, digests)
+            index, tensor = self.check_tensor(item, digests)
             digests[index] = digest(tensor)
             data = _host_copy(tensor)
             batch.tensors.append((index, data))
@@ -779,9 +797,7 @@ class _Update:
         else:
             if batch.tensors:
                 hand_over(batch)
-            missing = [spec.name for i, spec in enumerate(self.publisher.manifest) if i not in digests]
-            if missing:
-                raise InvalidRequest(f"tensors: {len(missing)} of the manifest never came: {', '.join(missing[:10])}")
+            self.check_complete(digests)
         hand_over(None)
         for thread in threads:
             while thread.is_alive() and not self.hopeless():
@@ -789,7 +805,11 @@ class _Update:
         self.check(roll_back=True)
         return [digests[i] for i in range(len(self.publisher.manifest))]
 
-    def check_tensor(self, name: str, tensor: Any, seen: dict[int, int]) -> int:
+    def check_tensor(self, item: Any, seen: dict[int, int]) -> tuple[int, Any]:
+        """The tensor and its index; item: what the iterator gave."""
+        if not isinstance(item, (tuple, list)) or len(item) != 2 or not isinstance(item[0], str):
+            raise InvalidRequest(f"tensors: the iterator gave {_shown(item)}, want (name, tensor)")
+        name, tensor = item
         index = self.publisher._index.get(name)
         if index is None:
             raise InvalidRequest(f"tensors: {name!r} is not in the manifest")
@@ -797,11 +817,18 @@ class _Update:
             raise InvalidRequest(f"tensors: {name!r} came twice")
         if hasattr(tensor, "full_tensor"):
             raise InvalidRequest(f"tensors: {name!r} is a DTensor, want its full_tensor() (gathered on every rank)")
+        if not isinstance(tensor, np.ndarray) and not hasattr(tensor, "detach"):
+            raise InvalidRequest(f"tensors: {name!r} is {_shown(tensor)}, want a torch tensor or a numpy array")
         spec = self.publisher.manifest[index]
         got = str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)
         if got != (spec.dtype, spec.shape):
             raise InvalidRequest(f"tensors: {name!r} is {got[0]} {got[1]}, the manifest says {spec.dtype} {spec.shape}")
-        return index
+        return index, tensor
+
+    def check_complete(self, seen: dict[int, int]) -> None:
+        missing = [spec.name for i, spec in enumerate(self.publisher.manifest) if i not in seen]
+        if missing:
+            raise InvalidRequest(f"tensors: {len(missing)} of the manifest never came: {', '.join(missing[:10])}")
 
     def sender(self, worker: str, batches: queue.Queue[_Batch | None]) -> None:
         """One worker's thread: pushes batch after batch until None comes or the update is stopped."""
@@ -870,6 +897,27 @@ class _Update:
                 yield message
         if first is not None:  # all had arrived; only the answer was lost
             yield first
+
+
+def _shown(value: Any) -> str:
+    """Its type, and what fits of it into a line."""
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:80] + '...'}"
+
+
+def _check_number(name: str, value: Any, least: float, most: float, more: str = "", *, whole: bool = False) -> None:
+    if not isinstance(value, numbers.Integral if whole else numbers.Real) or not least <= value <= most:
+        raise InvalidRequest(f"{name}: {value!r}, want a {'whole ' * whole}number from {least:,} to {most:,}{more}")
+
+
+def _check_version(name: str, version: Any) -> tuple[int, int]:
+    try:
+        epoch, step = map(operator.index, version)
+    except (TypeError, ValueError):
+        epoch = step = -1
+    if not (0 <= epoch <= _MOST and 0 <= step <= _MOST):
+        raise InvalidRequest(f"{name}: {version!r}, want (epoch, step), whole numbers from 0 to {_MOST:,}")
+    return epoch, step
 
 
 def _version(version: tuple[int, int]) -> rollout_pb2.WeightVersion:

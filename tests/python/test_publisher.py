@@ -272,6 +272,41 @@ def test_a_commit_that_is_refused_is_rolled_back_there(fleet):
     assert fleet[1].open is None and fleet[1].calls.count("Rollback") == 1
 
 
+def test_a_version_that_serves_is_sent_nothing_and_the_report_says_so(fleet):
+    make(fleet[:1]).publish((0, 1), tensors(1).items())
+    report = make(fleet[:2]).publish((0, 1), tensors(2).items())
+    assert [w.served_before for w in report.workers] == [True, False]
+    assert f"{fleet[0].address}: serves (0, 1) as it did before: nothing was sent\n" in str(report)
+    assert str(report).count("nothing was sent") == 1 and holds(fleet[0], tensors(1)) and holds(fleet[1], tensors(2))
+
+
+@pytest.mark.parametrize("version", [5, (0, 1.5), (0, 2**63), (0, -1), ("0", "1"), (0, 1, 2), None])
+def test_a_wrong_version_is_named_after_the_iterator_was_walked(fleet, version):
+    walked = []
+    source = ((walked.append(n), (n, t))[1] for n, t in tensors(1).items())
+    with pytest.raises(lockstep.InvalidRequest) as error:
+        make(fleet).publish(version, source)
+    assert f"version: {version!r}, want (epoch, step), whole numbers from 0 to" in str(error.value)
+    assert len(walked) == 5, "other ranks gather along"
+    assert not any(w.calls for w in fleet)
+
+
+@pytest.mark.parametrize(
+    "item,text",
+    [
+        (("w", [1.0]), r"tensors: 'w' is list \[1.0\], want a torch tensor or a numpy array"),
+        ("w", r"tensors: the iterator gave str 'w', want \(name, tensor\)"),
+        ((3, torch.zeros(3)), r"tensors: the iterator gave tuple \(3, tensor"),
+    ],
+)
+def test_what_is_no_tensor_is_named(fleet, item, text):
+    walked = []
+    source = ((walked.append(i), i)[1] for i in [item, *tensors(1).items()])
+    with pytest.raises(lockstep.InvalidRequest, match=text):
+        make(fleet).publish((0, 1), source)
+    assert len(walked) == 6 and all(w.open is None for w in fleet)
+
+
 def test_the_iterators_own_error_rolls_back(fleet):
     def broken():
         yield "embed", tensors(1)["embed"]
@@ -402,9 +437,31 @@ def test_wrong_arguments(fleet):
         ({"policy": "wait"}, "policy: 'wait'"),
         ({"policy": "keep", "fallback": "abort"}, "takes no"),
         ({"policy": "finish", "fallback": "finish"}, "fallback: 'finish'"),
+        ({"policy": ["keep"]}, r"policy: \['keep'\]"),
+        ({"policy": "finish", "finish_timeout_s": 4000}, "finish_timeout_s: 4000, want a number from 0 to 3,600"),
+        ({"policy": "finish", "finish_timeout_s": -5.0}, "finish_timeout_s: -5.0, want"),
+        ({"policy": "finish", "finish_timeout_s": float("nan")}, "finish_timeout_s: nan, want"),
+        ({"policy": "finish", "finish_timeout_s": "5"}, "finish_timeout_s: '5', want"),
     ):
         with pytest.raises(lockstep.InvalidRequest, match=text):
             make(fleet).publish((0, 1), tensors(1).items(), **options)
+    for options, text in (
+        ({"lease_s": 0.5}, r"lease_s: 0.5, want a number from 1 to 3,600 \(0: 60\)"),
+        ({"lease_s": 3601}, "lease_s: 3601, want"),
+        ({"lease_s": -1}, "lease_s: -1, want"),
+        ({"timeout_s": 0}, "timeout_s: 0, want a number from 0.001 to 1,000,000"),
+        ({"retry_s": float("inf")}, "retry_s: inf, want a number from 0 to 1,000,000"),
+        ({"batch_bytes": 0}, "batch_bytes: 0, want a whole number from 1 to"),
+        ({"batch_bytes": 1e6}, "batch_bytes: 1000000.0, want a whole number"),
+        ({"max_ctas": 65}, "max_ctas: 65, want a whole number from 0 to 64"),
+        ({"base_version": 3}, r"base_version: 3, want \(epoch, step\)"),
+    ):
+        with pytest.raises(lockstep.InvalidRequest, match=text):
+            make(fleet, **options)
+    assert not any(w.calls for w in fleet)
+    assert make(fleet, lease_s=0)._begin_request((0, 1)).lease_ms == 60_000
+    with pytest.raises(lockstep.InvalidRequest, match="version: 5, want"):
+        make(fleet).rollback(5)
     model = torch.nn.Linear(3, 2)
     assert manifest_of(model) == manifest_of([("weight", "float32", (2, 3)), ("bias", np.dtype("float32"), (2,))])
 
