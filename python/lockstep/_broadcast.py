@@ -22,7 +22,7 @@ from lockstep.v1 import rollout_pb2, weights_pb2, weights_pb2_grpc
 from ._buckets import plan_buckets
 from ._memory import CudaMemory, HostMemory
 from ._nccl import Communicator, NcclLibrary
-from .errors import DeadlineExceeded, LockstepError, from_rpc
+from .errors import DeadlineExceeded, LockstepError, NcclError, from_rpc
 
 Code = grpc.StatusCode
 _ROOT = 0
@@ -102,6 +102,12 @@ class Groups:
             bucket_bytes = min(call.result().bucket_bytes for call in calls.values())
         except (LockstepError, grpc.RpcError) as error:
             ours = error
+        except BaseException:  # an interrupt: nobody else has the communicator
+            for call in calls.values():
+                call.cancel()
+            if comm is not None:
+                comm.abort()
+            raise
         if comm is not None and ours is None:
             self._group = Group(self._generation, workers, comm, bucket_bytes)
             return self._group, {}
@@ -153,6 +159,7 @@ class _Receiving:
         self.worker = worker
         self.buckets: int | None = None  # once the worker could begin
         self.ended = False
+        self._cancelled = False
         self.error: LockstepError | None = None
         self._first, self._renew_s, self._changed = first, renew_s, changed
         self._announced: queue.SimpleQueue[int | None] = queue.SimpleQueue()
@@ -167,6 +174,8 @@ class _Receiving:
         self._announced.put(None)
 
     def cancel(self) -> None:
+        """Its end is no error then."""
+        self._cancelled = True
         self.no_more()
         self._call.cancel()
 
@@ -192,7 +201,8 @@ class _Receiving:
                 self.buckets = response.buckets
                 self._changed()
         except grpc.RpcError as error:
-            self.error = from_rpc(error, self.worker)
+            if not self._cancelled:
+                self.error = from_rpc(error, self.worker)
         self.ended = True
         self._announced.put(None)
         self._changed()
@@ -276,10 +286,13 @@ class Broadcast:
                 receiving.no_more()
             self._wait(lambda: all(r.ended for r in self._receiving), "the workers to have received all")
             self._raise_worker_error()
-        except BaseException:
+        except NcclError:
             self.abort()
             # Where the communicator was ended because of a worker, the worker's error says why.
             self._raise_worker_error()
+            raise
+        except BaseException:
+            self.abort()
             raise
         return digests
 
@@ -324,8 +337,9 @@ class Broadcast:
         return max(0.0, self._deadline - time.monotonic())
 
     def abort(self) -> None:
-        self._group.comm.abort()
+        # First, or the workers would fail because of the communicator, which says nothing of them.
         for receiving in self._receiving:
             receiving.cancel()
+        self._group.comm.abort()
         for receiving in self._receiving:
             receiving.join()

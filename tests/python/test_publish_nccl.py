@@ -6,12 +6,14 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import pytest
 import torch
 
-from lockstep import InvalidRequest, UpdateFailed, WeightPublisher, parity
+from lockstep import InvalidRequest, NcclError, UpdateFailed, WeightPublisher, _broadcast, parity
 from lockstep._buckets import Piece, plan_buckets
+from lockstep._nccl import Communicator
 from lockstep.v1 import rollout_pb2, weights_pb2
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
@@ -378,6 +380,65 @@ def test_joining_longer_than_the_lease(start, make, trainer, monkeypatch):
     second = start()
     report = make([first, second], lease_s=2).publish((0, 1), trainer.tensors().items())
     assert [w.version for w in report.workers] == [(0, 1)] * 2
+
+
+@pytest.mark.parametrize("error", [RuntimeError("gather failed"), KeyboardInterrupt(), NcclError("its own NCCL")])
+def test_the_iterators_own_error_stays_what_it_is(start, make, trainer, monkeypatch, error):
+    """Also where ending the communicator takes so long that the workers' calls fail of it meanwhile."""
+    abort = Communicator.abort
+
+    def slow_abort(self):
+        had = self.healthy
+        abort(self)
+        time.sleep(0.3 if had else 0.0)
+
+    class Source:
+        def __len__(self):
+            return len(trainer.tensors())
+
+        def __iter__(self):
+            for i, item in enumerate(trainer.tensors().items()):
+                if i == 40:
+                    raise error
+                yield item
+
+    monkeypatch.setattr(Communicator, "abort", slow_abort)
+    worker = start()
+    publisher = make([worker])
+    with pytest.raises(type(error)) as raised:
+        publisher.publish((0, 1), Source())
+    assert raised.value is error
+    assert publisher.publish((0, 2), trainer.tensors().items()).workers[0].version == (0, 2)
+
+
+def test_an_interrupt_while_joins_are_awaited_aborts_the_communicator(fake_nccl, monkeypatch):
+    made = []
+
+    class FakeCommunicator:
+        def __init__(self, *_, **__):
+            self.healthy = True
+            made.append(self)
+
+        def abort(self):
+            self.healthy = False
+
+    class Join:
+        cancelled = False
+
+        def future(self, request, timeout):
+            return self
+
+        def result(self):
+            raise KeyboardInterrupt
+
+        def cancel(self):
+            self.cancelled = True
+
+    monkeypatch.setattr(_broadcast, "Communicator", FakeCommunicator)
+    stub = types.SimpleNamespace(Join=Join())
+    with pytest.raises(KeyboardInterrupt):
+        _broadcast.Groups(fake_nccl, "cpu", 0).make({"a:1": stub}, time.monotonic() + 10)
+    assert [comm.healthy for comm in made] == [False] and stub.Join.cancelled
 
 
 @in_both_modes
