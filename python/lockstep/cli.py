@@ -99,7 +99,9 @@ def _parity(arguments: argparse.Namespace) -> int:
         from .hf import TransformersTrainer
         from .trainer import align
     except ImportError as error:
-        raise LockstepError(f"parity needs {error.name}: pip install './python[torch]' in the project's folder") from None
+        raise LockstepError(
+            f"parity needs {error.name}: pip install './python[torch]' in the project's folder"
+        ) from None
 
     directory = pathlib.Path(arguments.model)
     tokenizer = text.load_tokenizer(directory) if (directory / "tokenizer.json").exists() else None

@@ -192,7 +192,9 @@ def run(
         from rich.console import Console
         from rich.live import Live
     except ImportError:
-        raise LockstepError("top needs the package rich: pip install './python[extras]' in the project's folder, or rich") from None
+        raise LockstepError(
+            "top needs the package rich: pip install './python[extras]' in the project's folder, or rich"
+        ) from None
 
     with Poller(addresses, token, tls_ca) as poller:
         before = poller.poll()
