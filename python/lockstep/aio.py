@@ -396,12 +396,14 @@ class RolloutClient:
         self, assembly: Assembly, request: pb.GenerateRequest, worker: WorkerState, wanted: range, deadline: float
     ) -> grpc.RpcError | None:
         """Reads a request to its end at `worker`; or returns why that one did not take it."""
-        accepted = False
+        accepted = began = False
         try:
-            async for _ in self._read(assembly, request, worker, deadline):
-                accepted = True
+            async for message in self._read(assembly, request, worker, deadline):
+                accepted, began = True, began or not message.HasField("accepted")
         except grpc.RpcError as error:
-            if not accepted and error.code() in _NOT_TAKEN and not too_large(error):
+            # One that waits for its version is accepted first; where it never came, the worker says when to come again.
+            refused = not accepted or (not began and retry_after_s(error) is not None)
+            if refused and error.code() in _NOT_TAKEN and not too_large(error):
                 return error
             if not accepted or error.code() not in _BROKEN:
                 raise from_rpc(error, worker.address) from None
@@ -417,12 +419,12 @@ class RolloutClient:
 
     async def _read(
         self, assembly: Assembly, request: pb.GenerateRequest, worker: WorkerState, deadline: float
-    ) -> AsyncIterator[None]:
+    ) -> AsyncIterator[pb.GenerateResponse]:
         call = self._stub(worker.address).Generate(request, timeout=_left(deadline))
         try:
             async for message in call:
                 assembly.add(message, worker.address)
-                yield
+                yield message
         finally:
             call.cancel()
 

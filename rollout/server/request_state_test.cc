@@ -64,6 +64,17 @@ class RequestStateTest : public ::testing::Test {
   }
 
   Next Step() { return state_->NextPiece(reader_.get(), &piece_, &end_); }
+  // Of a request of two samples that was never submitted.
+  void ExpectBothAbortedHere() {
+    EXPECT_FALSE(state_->BeginSubmit()) << "it must not be submitted any more";
+    ASSERT_EQ(Step(), Next::kPiece);
+    EXPECT_TRUE(piece_.accepted);
+    for (int i = 0; i < 2; ++i) {
+      ASSERT_EQ(Step(), Next::kPiece);
+      EXPECT_EQ(piece_.done->abort, AbortReason::kClient);
+    }
+    EXPECT_EQ(Step(), Next::kEnd);
+  }
   int64_t buffered() const { return pools_.buffered; }
   int64_t retained() const { return pools_.retained; }
 
@@ -218,14 +229,7 @@ TEST_F(RequestStateTest, AbortWhileWaitingEndsItHere) {
   bool in_flight = false;
   EXPECT_FALSE(state_->RequestAbort(std::nullopt, AbortReason::kClient, &in_flight));
   EXPECT_TRUE(in_flight && state_->finished());
-  EXPECT_FALSE(state_->BeginSubmit()) << "it must not be submitted any more";
-  ASSERT_EQ(Step(), Next::kPiece);
-  EXPECT_TRUE(piece_.accepted);
-  for (int i = 0; i < 2; ++i) {
-    ASSERT_EQ(Step(), Next::kPiece);
-    EXPECT_EQ(piece_.done->abort, AbortReason::kClient);
-  }
-  EXPECT_EQ(Step(), Next::kEnd);
+  ExpectBothAbortedHere();
 }
 
 TEST_F(RequestStateTest, AbortsOfEverySampleWhileWaitingEndItHere) {
@@ -238,14 +242,7 @@ TEST_F(RequestStateTest, AbortsOfEverySampleWhileWaitingEndItHere) {
   }
   EXPECT_FALSE(state_->RequestAbort(0, AbortReason::kClient, &in_flight));
   EXPECT_TRUE(in_flight && state_->finished());
-  EXPECT_FALSE(state_->BeginSubmit()) << "it must not be submitted any more";
-  ASSERT_EQ(Step(), Next::kPiece);
-  EXPECT_TRUE(piece_.accepted);
-  for (int i = 0; i < 2; ++i) {
-    ASSERT_EQ(Step(), Next::kPiece);
-    EXPECT_EQ(piece_.done->abort, AbortReason::kClient);
-  }
-  EXPECT_EQ(Step(), Next::kEnd);
+  ExpectBothAbortedHere();
 }
 
 TEST_F(RequestStateTest, FailureReachesTheReader) {

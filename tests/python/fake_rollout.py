@@ -21,6 +21,7 @@ class FakeRollout(rollout_pb2_grpc.RolloutServicer, health_pb2_grpc.HealthServic
 
     def __init__(self, broken):
         self.broken = broken
+        self.refusals = 0  # so many requests are accepted, wait for their version and are then refused
         self.requests = []
 
     def start(self):
@@ -48,6 +49,10 @@ class FakeRollout(rollout_pb2_grpc.RolloutServicer, health_pb2_grpc.HealthServic
         if begin >= most:
             context.abort(Code.INVALID_ARGUMENT, f"generated_prefix_ids: {begin} tokens, want less than {most}")
         yield pb.GenerateResponse(accepted=pb.Accepted(request_id=request.request_id))
+        if self.refusals:
+            self.refusals -= 1
+            context.set_trailing_metadata((("retry-after-ms", "1"),))
+            context.abort(Code.UNAVAILABLE, "min_weight_version: it did not come")
         broken, self.broken = self.broken, {}
         whole = pb.Done(finish_reason=pb.FINISH_REASON_LENGTH, length_reason=pb.LENGTH_REASON_MAX_TOKENS)
         for index in range(request.first_sample_index, request.first_sample_index + request.n):

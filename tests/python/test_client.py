@@ -445,6 +445,18 @@ def start_broken():
         fake.server.stop(0)
 
 
+def test_a_version_that_does_not_come_is_a_refusal_although_the_request_was_accepted(start_broken):
+    fake = start_broken({})
+    sampling = SamplingParams(max_tokens=4, ignore_eos=True)
+    with RolloutClient([fake.address]) as client:
+        fake.refusals = 2
+        assert len(client.generate([[5, 6]], sampling, timeout=30)) == 1
+        assert len(fake.requests) == 3
+        fake.refusals = 100
+        with pytest.raises(lockstep.LockstepError, match="min_weight_version: it did not come"):
+            client.generate([[5, 6]], sampling, timeout=30)
+
+
 def whole(rollouts, count):
     """Every sample has `count` tokens, each with what belongs to it."""
     for sample in rollouts:
