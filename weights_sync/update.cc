@@ -451,6 +451,7 @@ absl::Status WeightUpdate::Verify(const WeightVersion& version, std::span<const 
   LOCKSTEP_RETURN_IF_ERROR(FailpointStatus("weights.verify.compared"));
   LOCKSTEP_RETURN_IF_ERROR(table_.Finish());
   open->state = UpdateState::kVerified;
+  StartLease(*open);  // what came before may have taken a while
   open->spare.clear();
   return absl::OkStatus();
 }
