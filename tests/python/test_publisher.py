@@ -231,10 +231,15 @@ def test_an_interrupt_while_the_last_batch_is_sent(fleet):
 
     fleet[1].enter = waiting
     interrupter = threading.Thread(target=interrupt)
-    interrupter.start()
-    with pytest.raises(KeyboardInterrupt):
-        make(fleet, lease_s=1.0, batch_bytes=1 << 20).publish((0, 1), tensors(1).items())
-    interrupter.join()
+    # A shell starts what runs in the background with SIGINT ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        interrupter.start()
+        with pytest.raises(KeyboardInterrupt):
+            make(fleet, lease_s=1.0, batch_bytes=1 << 20).publish((0, 1), tensors(1).items())
+        interrupter.join()
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert all(w.open is None and w.calls.count("Rollback") == 1 for w in fleet)
     go_on.set()
     deadline = time.monotonic() + 20
