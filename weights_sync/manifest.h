@@ -39,8 +39,8 @@ struct TensorPlace {
 std::optional<size_t> SlotNamed(std::span<const TensorSlot> slots, const std::string& name);
 
 // One place per tensor. INVALID_ARGUMENT lists the first ten of: unknown names, tensors given twice (under aliases, or
-// whole and in parts), wrong shapes, missing tensors, a tied one without that to which it is tied, or
-// in another dtype: the two are compared as sent.
+// whole and in parts), wrong shapes, missing tensors, a tied one without that to which it is tied, or in another dtype:
+// the two are compared as sent.
 absl::StatusOr<std::vector<TensorPlace>> PlaceTensors(const Manifest& manifest, std::span<const TensorSlot> slots);
 
 }  // namespace lockstep

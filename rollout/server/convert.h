@@ -31,7 +31,7 @@ struct DrawnDefaults {
 };
 
 struct ConvertedRequest {
-  RequestSpec spec;  // without the deadline, which is the call's
+  RequestSpec spec;
   RequestInfo info;  // worker_id not yet set
   std::optional<WeightVersion> min_weight_version;
   int64_t stream_interval = 0;

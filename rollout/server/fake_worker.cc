@@ -158,7 +158,6 @@ void FakeWorker::Finish(Request& request, Sequence& sequence, SampleResult resul
 void FakeWorker::Step(absl::Time now) {
   if (!requests_.empty()) ++load_.steps;
   for (auto& request : requests_) {
-    if (now >= request->spec.deadline) request->aborts.emplace_back(std::nullopt, AbortReason::kDeadline);
     if (now - request->submitted >= request->spec.time_budget)
       request->aborts.emplace_back(std::nullopt, AbortReason::kTimeBudget);
     for (const auto& [sample, reason] : request->aborts) {

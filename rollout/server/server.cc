@@ -84,12 +84,12 @@ RolloutServer::RolloutServer(ServingModel model, const ServerOptions& options)
   if (model_.control != nullptr) {
     control_ = std::make_unique<ControlService>(
         model_.control, [this](absl::Time deadline) { StopServing(deadline); }, ControlToken(options));
-  }
-  if (model_.control != nullptr && model_.tensors != nullptr) {
-    weights_ = std::make_unique<WeightsService>(&model_, options.nccl_library, ControlToken(options));
-    ExpireLeases();
-  } else {
-    weights_off_ = std::make_unique<WeightsOffService>(ControlToken(options));
+    if (model_.tensors != nullptr) {
+      weights_ = std::make_unique<WeightsService>(&model_, options.nccl_library, ControlToken(options));
+      ExpireLeases();
+    } else {
+      weights_off_ = std::make_unique<WeightsOffService>(ControlToken(options));
+    }
   }
 }
 

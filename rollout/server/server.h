@@ -62,7 +62,7 @@ class RolloutServer {
   std::unique_ptr<RequestRegistry> registry_;
   std::unique_ptr<RequestStarter> starter_;
   std::unique_ptr<RolloutService> service_;
-  // One of them, the second for a model whose weights stay as they are.
+  // One of them, the second for --weights_receive=off; none for a worker that cannot be held.
   std::unique_ptr<WeightsService> weights_;
   std::unique_ptr<WeightsOffService> weights_off_;
   std::unique_ptr<ControlService> control_;  // null: a worker that cannot be held

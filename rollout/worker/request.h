@@ -57,9 +57,8 @@ struct RequestSpec {
       false;  // the limit came from the context length, not from the client: LENGTH ends as CONTEXT
   PromptLogprobRange prompt_logprobs;
 
-  // Past `deadline` the request ends as ABORTED/DEADLINE, past `time_budget` after submission as ABORTED/TIME_BUDGET;
-  // both keep what was generated.
-  absl::Time deadline = absl::InfiniteFuture();
+  // Past it after submission the request ends as ABORTED/TIME_BUDGET with what was generated. A call's deadline is the
+  // server's to keep: calls that attach bring their own.
   absl::Duration time_budget = absl::InfiniteDuration();
   int32_t priority = 0;    // larger runs first
   std::string cache_salt;  // requests share computed prefixes only with requests of the same salt

@@ -14,7 +14,7 @@ struct StepLoop::Request {
   RequestSpec spec;
   std::shared_ptr<RequestSink> sink;
   absl::Time submitted;
-  absl::Time expiry;  // the earlier of deadline and time budget
+  absl::Time expiry;  // of the time budget
   uint64_t prompt_hash = 0;
   LogprobOptions forced_options;       // for prompt log-probabilities: the kinds that need no draw
   int64_t next_prompt_logprob = 0;     // first position of the range not delivered yet
@@ -68,7 +68,7 @@ void StepLoop::Submit(RequestSpec spec, std::shared_ptr<RequestSink> sink, absl:
   request->number = engine_.BeginRequest();
   request->sink = std::move(sink);
   request->submitted = now;
-  request->expiry = std::min(spec.deadline, now + spec.time_budget);
+  request->expiry = now + spec.time_budget;
   request->prompt_hash = PromptHash(spec.prompt);
   request->next_prompt_logprob = request->planned_prompt_logprob = spec.prompt_logprobs.begin;
   request->forced_options = spec.logprobs;
@@ -128,8 +128,7 @@ absl::Time StepLoop::Expire(absl::Time now) {
   const bool expired = !expiries_.empty() && expiries_.begin()->first <= now;
   while (!expiries_.empty() && expiries_.begin()->first <= now) {
     const std::string id = expiries_.begin()->second;
-    const RequestSpec& spec = requests_.at(id)->spec;
-    AbortSamples(id, std::nullopt, spec.deadline <= now ? AbortReason::kDeadline : AbortReason::kTimeBudget, now);
+    AbortSamples(id, std::nullopt, AbortReason::kTimeBudget, now);
   }
   if (expired) Deliver();
   return expiries_.empty() ? absl::InfiniteFuture() : expiries_.begin()->first;

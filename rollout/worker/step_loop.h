@@ -39,7 +39,7 @@ class StepLoop {
   // Ends a sample (or all), keeping what was delivered. Unknown ids are ignored.
   void Abort(const std::string& request_id, std::optional<int32_t> sample, AbortReason reason, absl::Time now);
   void AbortAll(AbortReason reason, absl::Time now);
-  // Ends requests whose deadline or time budget has passed. Returns the next such time.
+  // Ends requests whose time budget has passed. Returns the next such time.
   absl::Time Expire(absl::Time now);
 
   // Before the first Step() of a thread that did not make the loop; if it fails, the device has.

@@ -1,4 +1,4 @@
-// The step loop on a random model: ends, deadlines, aborts, groups and errors. Bits are tests/property's business.
+// The step loop on a random model: ends, time budgets, aborts, groups and errors. Bits are tests/property's business.
 #include "rollout/worker/step_loop.h"
 
 #include <gtest/gtest.h>
@@ -126,18 +126,18 @@ TEST_F(StepLoopTest, AContinuedPartialGivesWhatTheWholeWouldHave) {
   EXPECT_EQ(rest->samples()[0].result.spans[0].begin, 17);
 }
 
-TEST_F(StepLoopTest, DeadlineAndTimeBudgetKeepWhatWasGenerated) {
+TEST_F(StepLoopTest, TimeBudgetsKeepWhatWasGenerated) {
   const absl::Time now = absl::Now();
-  RequestSpec deadline = Request("deadline", 10, 1000), budget = Request("budget", 10, 1000);
-  deadline.deadline = now + absl::Hours(1);
-  budget.time_budget = absl::Hours(2);
-  const auto a = Submit(deadline, now), b = Submit(budget, now);
+  RequestSpec shorter = Request("shorter", 10, 1000), longer = Request("longer", 10, 1000);
+  shorter.time_budget = absl::Hours(1);
+  longer.time_budget = absl::Hours(2);
+  const auto a = Submit(shorter, now), b = Submit(longer, now);
   for (int i = 0; i < 5; ++i) loop().Step();
   EXPECT_EQ(loop().Expire(now + absl::Minutes(59)), now + absl::Hours(1));
   EXPECT_EQ(loop().Expire(now + absl::Minutes(61)), now + absl::Hours(2));
   EXPECT_EQ(loop().Expire(now + absl::Minutes(121)), absl::InfiniteFuture());
   EXPECT_TRUE(loop().idle());
-  EXPECT_EQ(a->samples()[0].result.abort, AbortReason::kDeadline);
+  EXPECT_EQ(a->samples()[0].result.abort, AbortReason::kTimeBudget);
   EXPECT_EQ(b->samples()[0].result.abort, AbortReason::kTimeBudget);
   EXPECT_EQ(a->samples()[0].tokens.size(), 5u);
   EXPECT_EQ(loop().Load().state_slots_used, 0);

@@ -119,16 +119,12 @@ void Worker::HoldNew(bool hold) {
   loop_->HoldNew(holds_ > 0);
 }
 
-bool Worker::AwaitNoneInFlight(absl::Time deadline, absl::FunctionRef<bool()> given_up) {
-  constexpr absl::Duration kAsk = absl::Milliseconds(20);
+bool Worker::AwaitNoneInFlight(const CallLimit& limit) {
   absl::MutexLock lock(&mutex_);
   const auto done = [this]() ABSL_EXCLUSIVE_LOCKS_REQUIRED(mutex_) {
     return (in_flight_ == 0 && commands_.empty()) || !failure_.ok() || stop_;
   };
-  while (!mutex_.AwaitWithDeadline(absl::Condition(&done), std::min(deadline, absl::Now() + kAsk))) {
-    if (absl::Now() >= deadline || given_up()) return false;
-  }
-  return failure_.ok() && !stop_;
+  return limit.Await(mutex_, absl::Condition(&done)) && failure_.ok() && !stop_;
 }
 
 absl::StatusOr<WeightSwitchResult> Worker::SwitchWeights(const WeightSwitch& change,
@@ -146,7 +142,9 @@ absl::StatusOr<WeightSwitchResult> Worker::SwitchWeights(const WeightSwitch& cha
       in_flight = loop_->in_flight();
     }));
     Failpoint("weights.commit.policy");
-    const bool finished = held ? in_flight == 0 : AwaitNoneInFlight(begin + change.finish_timeout, given_up);
+    const bool finished =
+        held ? in_flight == 0
+             : AwaitNoneInFlight({.deadline = begin + change.finish_timeout, .cancelled = change.given_up});
     if (!finished && !change.fallback && !given_up()) {
       LOCKSTEP_RETURN_IF_ERROR(AtBoundary([this](absl::Time) { HoldNew(false); }));
       LOCKSTEP_RETURN_IF_ERROR(Health());
@@ -218,8 +216,8 @@ absl::StatusOr<int64_t> Worker::Pause(PauseMode mode, absl::Time deadline, absl:
     HoldNew(true);
     paused = paused_;
   };
-  if (finish && AtBoundary(hold).ok()) {
-    AwaitNoneInFlight(deadline, [&] { return paused || given_up() || resumed(); });
+  if (finish && AtBoundary(hold).ok() && !paused) {
+    AwaitNoneInFlight({.deadline = deadline, .cancelled = [&] { return given_up() || resumed(); }});
   }
   absl::StatusOr<int64_t> in_flight = 0;
   // A worker that is stopping runs no steps either.

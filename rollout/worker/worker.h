@@ -17,6 +17,7 @@
 #include "absl/time/time.h"
 #include "rollout/worker/request.h"
 #include "rollout/worker/step_loop.h"
+#include "weights_sync/call_limit.h"
 
 namespace lockstep {
 
@@ -53,10 +54,8 @@ class Worker : public WorkerInterface, public WorkerControl {
   bool standing() const { return loop_->idle() || paused_ || held_since_ || loop_->stalled(); }
   // For one more, or one less, that waits for samples in flight to finish. At a boundary.
   void HoldNew(bool hold);
-  // Waits until no sample is in flight; false: not by `deadline`, or `given_up` (asked every 20 ms), or the device
-  // failed.
-  bool AwaitNoneInFlight(
-      absl::Time deadline, absl::FunctionRef<bool()> given_up = [] { return false; });
+  // Waits until no sample is in flight; false: not by the limit, or the device failed.
+  bool AwaitNoneInFlight(const CallLimit& limit);
 
   std::shared_ptr<void> owned_;
   std::unique_ptr<StepLoop> loop_;  // the thread's alone, but for CheckFits, which reads constants
